@@ -1,0 +1,20 @@
+"""Text to seeded, hashed token windows."""
+
+from spectrim.data.sources import Texts, load_texts
+from spectrim.data.windows import (
+    Windows,
+    calibration_windows,
+    evaluation_windows,
+    load_tokenizer,
+    sample_windows,
+)
+
+__all__ = [
+    "Texts",
+    "Windows",
+    "calibration_windows",
+    "evaluation_windows",
+    "load_texts",
+    "load_tokenizer",
+    "sample_windows",
+]

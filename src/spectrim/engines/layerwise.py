@@ -1,0 +1,179 @@
+"""From a model and a method to compressed layers: measure, decompose, allocate, encode, swap.
+
+    1. find the target layers; refuse weights that are not finite
+    2. measure the statistics the method needs, in one pass
+    3. decompose every weight in the method's metric
+    4. choose all ranks at once so that the stored numbers meet the budget
+    5. (learned methods) train scores on top of the spectra           engines/learned.py
+    6. encode each layer in its codec and put the module in place
+    7. recovery steps that the method or the user asked for           engines/refit.py
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import NumericalError, UsageError
+from ..linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
+from ..linalg.factor import Factors, Spectrum, truncate
+from ..method import Codec, LayerMethod, Replacement, Stats, Target, dense_replacement, encode
+from ..models.walk import Layer, Walk, weight_of
+from ..nn.linears import LINEARS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What each layer becomes, and what that stores."""
+
+    targets: Mapping[str, Target]
+    numbers_before: int
+    numbers_after: int
+
+    @property
+    def keep(self) -> float:
+        return self.numbers_after / self.numbers_before
+
+
+def check_weights(model: PreTrainedModel, walk: Walk) -> None:
+    """Every target weight is finite, or the first that is not is named."""
+    for layer in walk.layers:
+        weight = model.get_submodule(layer.name).weight
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise NumericalError(
+                f"{layer.name}.weight: {bad} of {weight.numel()} values are NaN or Inf; none is allowed. "
+                "The checkpoint is damaged or overflowed; download it again or load it in a wider dtype"
+            )
+
+
+def decompose_all(
+    method: LayerMethod, model: PreTrainedModel, walk: Walk, stats: Mapping[str, Stats]
+) -> dict[str, Spectrum]:
+    """The spectrum of every layer in the method's metric, float64 on the weight's device."""
+    spectra = {}
+    for layer in walk.layers:
+        weight = weight_of(model.get_submodule(layer.name)).detach().double()
+        spectrum = method.decompose(weight, stats[layer.name])
+        if not all(bool(torch.isfinite(t).all()) for t in spectrum):
+            raise NumericalError(
+                f"{layer.name}: the decomposition of its {layer.outputs} x {layer.inputs} weight is not finite "
+                f"({method.info.name}); the statistics or the solver failed. Use more calibration text"
+            )
+        spectra[layer.name] = spectrum
+    return spectra
+
+
+def weight_budget(walk: Walk, keep: float) -> int:
+    """Numbers that all weights may take, so that weights and biases together stay within `keep` of the dense."""
+    biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
+    budget = int(keep * walk.numbers) - biases
+    least = sum(layer.outputs + layer.inputs for layer in walk.layers)
+    if budget < least:
+        raise UsageError(
+            f"keep {keep} leaves {max(budget, 0):,} numbers for {len(walk.layers)} weights; rank 1 everywhere takes "
+            f"{least:,}. The smallest reachable keep is {(least + biases) / walk.numbers:.4f}"
+        )
+    return budget
+
+
+def options_of(layer: Layer, storage: Codec, energy: Tensor) -> tuple[Options, list[Target]]:
+    """What a layer can be under a storage: each rank that pays, and dense. Error from `energy` (K,) descending."""
+    ranks = torch.arange(1, len(energy) + 1)
+    cost = (factor_cost if storage == "factor" else pivot_cost)(layer.outputs, layer.inputs, ranks)
+    pays = cost < layer.weight_numbers
+    tail = energy.flip(0).cumsum(0).flip(0)  # tail[r] = error of rank r
+    error = torch.cat([tail[1:], tail.new_zeros(1)])
+    targets = [Target(rank=int(r), codec=storage) for r in ranks[pays]]
+    targets.append(Target(rank=min(layer.outputs, layer.inputs), codec="dense"))
+    return (
+        Options(
+            torch.cat([error[pays.to(error.device)].cpu(), torch.zeros(1, dtype=error.dtype)]),
+            torch.cat([cost[pays], torch.tensor([layer.weight_numbers])]),
+        ),
+        targets,
+    )
+
+
+def plan_ranks(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor], keep: float) -> Plan:
+    """A target for every layer, meeting the budget. `energies[name]` (K,) is what losing each component costs."""
+    budget = weight_budget(walk, keep)
+    menu = [options_of(layer, method.storage, energies[layer.name]) for layer in walk.layers]
+    if method.allocation == "global":
+        choice = allocate([options for options, _ in menu], budget)
+    else:
+        choice = _uniform_choice(walk, menu, method.storage, keep, budget)
+    picked = {la.name: targets[k] for la, (_, targets), k in zip(walk.layers, menu, choice, strict=True)}
+    spent = sum(int(options.cost[k]) for (options, _), k in zip(menu, choice, strict=True))
+    biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
+    return Plan(targets=picked, numbers_before=walk.numbers, numbers_after=spent + biases)
+
+
+def _uniform_choice(
+    walk: Walk, menu: list[tuple[Options, list[Target]]], storage: Codec, keep: float, budget: int
+) -> list[int]:
+    """The same kept share in every layer (what most papers do), then integer left-overs handed out in turn."""
+    costs = [options.cost for options, _ in menu]
+    if keep >= 1.0:
+        return [len(c) - 1 for c in costs]
+    share = budget / sum(layer.weight_numbers for layer in walk.layers)
+    start = [
+        max(0, int((c <= share * layer.weight_numbers).sum()) - 1)
+        for c, layer in zip(costs, walk.layers, strict=True)
+    ]
+    if sum(int(c[k]) for c, k in zip(costs, start, strict=True)) > budget:
+        raise UsageError(
+            f"keep {keep} is too small for uniform ranks: a layer would have rank 0; raise keep or use "
+            f"allocation=global"
+        )
+    return fill_uniform(costs, start, budget)
+
+
+def encode_layer(layer: Layer, module: nn.Module, factors: Factors, target: Target, error: float) -> Replacement:
+    """One layer in its target codec, its bias carried over."""
+    weight = weight_of(module).detach()
+    bias = None if module.bias is None else module.bias.detach()
+    if target.codec == "dense":
+        return dense_replacement(weight, bias)
+    wide = Factors(factors.left.double(), factors.right.double())
+    return encode(wide, target.codec, like=weight, bias=bias, error=error)
+
+
+def swap(model: PreTrainedModel, name: str, replacement: Replacement) -> None:
+    """Put a low-rank module with the replacement's tensors where the linear layer stood."""
+    if replacement.codec == "dense":
+        return
+    old = model.get_submodule(name)
+    outputs, inputs = weight_of(old).shape
+    first = next(t for t in replacement.tensors.values() if t.is_floating_point())
+    module = LINEARS[replacement.codec](
+        inputs,
+        outputs,
+        replacement.rank,
+        bias=replacement.bias is not None,
+        device=first.device,
+        dtype=first.dtype,
+    )
+    state = dict(replacement.tensors)
+    if replacement.bias is not None:
+        state["U.bias" if replacement.codec == "factor" else "bias"] = replacement.bias
+    state["weight"] = module.weight
+    module.load_state_dict(state)
+    model.set_submodule(name, module.train(old.training))
+
+
+def apply_plan(
+    model: PreTrainedModel, walk: Walk, plan: Plan, factors: Mapping[str, Spectrum | Factors]
+) -> dict[str, Replacement]:
+    """Encode and swap every layer; returns what was put in place."""
+    placed = {}
+    for layer in walk.layers:
+        target, given = plan.targets[layer.name], factors[layer.name]
+        error = float(given.energy[target.rank :].sum()) if isinstance(given, Spectrum) else 0.0
+        cut = truncate(given, target.rank) if isinstance(given, Spectrum) else given
+        replacement = encode_layer(layer, model.get_submodule(layer.name), cut, target, error)
+        swap(model, layer.name, replacement)
+        placed[layer.name] = replacement
+    return placed

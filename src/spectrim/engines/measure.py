@@ -1,0 +1,201 @@
+"""One pass over the calibration windows that measures what the methods asked for.
+
+Inputs that several layers share are measured once. Gradients come from labels sampled from the model's own
+distribution (the true Fisher, not the empirical one): they need no reference text and vanish nowhere.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import NumericalError
+from ..linalg.curvature import add_gram, add_squares, clip_rows
+from ..method import Stat, Stats
+from ..models.walk import Walk, shared_inputs
+
+GRADIENT_CLIP = 10.0
+"""Token gradients above this many times the root mean square are scaled down to it (specs: KFAC-SVD)."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+
+@dataclass
+class _Sums:
+    """Running sums of one shared input, or of one layer's outputs."""
+
+    tokens: int = 0
+    sequences: int = 0
+    totals: dict[Stat, Tensor] = field(default_factory=dict)
+
+    def total(self, stat: Stat, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The float64 sum, created at first use."""
+        if stat not in self.totals:
+            # Apple's GPUs have no float64; everything else sums in double.
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self.totals[stat] = torch.zeros(shape, dtype=dtype, device=device)
+        return self.totals[stat]
+
+
+def measure(
+    model: PreTrainedModel,
+    walk: Walk,
+    ids: Tensor,
+    needs: frozenset[Stat],
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Stats]:
+    """Statistics of every target layer over `ids` (windows, length); the model's weights are not touched."""
+    if not needs:
+        return {layer.name: Stats(tokens=int(ids.numel())) for layer in walk.layers}
+    groups = shared_inputs(model, walk.layers)
+    leader = {name: group[0] for group in groups for name in group}
+    sums = {layer.name: _Sums() for layer in walk.layers}
+    gradients = bool(needs & {Stat.OUTPUT_GRAD, Stat.FISHER})
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with hooks(model, walk, sums, leader, needs), frozen(model), autocast(device):
+        for start in range(0, len(ids), batch_size):
+            batch = ids[start : start + batch_size].to(device)
+            if gradients:
+                _backward_from_sampled_labels(model, batch, generator)
+            else:
+                with torch.no_grad():
+                    model(input_ids=batch, use_cache=False)
+            _check_finite(walk, sums, start, needs)
+            if progress is not None:
+                progress("calibrate", min(start + batch_size, len(ids)), len(ids))
+    return {name: _finish(sums[name], sums[leader[name]], needs) for name in sums}
+
+
+def _backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
+    """Backpropagate `sum over tokens of -log p(sampled next token)`."""
+    with torch.enable_grad():
+        logits = model(input_ids=batch, use_cache=False).logits.float()
+        log_p = logits.log_softmax(-1)
+        with torch.no_grad():
+            # The Gumbel trick samples from all positions at once, on any device, from a seeded generator.
+            uniform = torch.rand(log_p.shape, generator=generator, device=log_p.device).clamp_(1e-20, 1 - 1e-7)
+            labels = (log_p - (-uniform.log()).log()).argmax(-1, keepdim=True)
+        loss = -log_p.gather(-1, labels).sum()
+        loss.backward()
+
+
+@contextmanager
+def hooks(
+    model: PreTrainedModel, walk: Walk, sums: dict[str, _Sums], leader: dict[str, str], needs: frozenset[Stat]
+) -> Iterator[None]:
+    """Forward hooks on every target layer that add to `sums`; gradients through a hook on each output."""
+    gradients = needs & {Stat.OUTPUT_GRAD, Stat.FISHER}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+            if leader[name] == name:
+                _add_input(sums[name], x, needs)
+            if gradients and output.requires_grad:
+                output.register_hook(lambda g: _add_gradient(sums[name], g, x, needs))
+
+        return hook
+
+    handles = [model.get_submodule(la.name).register_forward_hook(note(la.name)) for la in walk.layers]
+    if gradients:
+        # With all weights frozen the graph has to start somewhere: at the embeddings.
+        embed = model.get_input_embeddings()
+        handles.append(embed.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_input(sums: _Sums, x: Tensor, needs: frozenset[Stat]) -> None:
+    """Add the rows of x (..., I)."""
+    rows = x.reshape(-1, x.shape[-1])
+    sums.tokens += len(rows)
+    width = rows.shape[1]
+    if Stat.GRAM in needs:
+        add_gram(sums.total(Stat.GRAM, (width, width), x.device), rows)
+    if Stat.MEAN_ABS in needs:
+        sums.total(Stat.MEAN_ABS, (width,), x.device).add_(rows.double().abs().sum(0))
+
+
+def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat]) -> None:
+    """Add the rows of the gradient (B, S, O) at a layer's output; x (B, S, I) is the input of the same call."""
+    rows = gradient.detach().reshape(-1, gradient.shape[-1])
+    if Stat.OUTPUT_GRAD in needs:
+        width = rows.shape[1]
+        clipped = clip_rows(rows, ratio=GRADIENT_CLIP)
+        add_gram(sums.total(Stat.OUTPUT_GRAD, (width, width), x.device), clipped)
+    if Stat.FISHER in needs:
+        batch = x.shape[0] if x.ndim == 3 else 1
+        g, rows_in = rows.view(batch, -1, rows.shape[1]), x.reshape(batch, -1, x.shape[-1])
+        add_squares(sums.total(Stat.FISHER, (g.shape[-1], x.shape[-1]), x.device), g, rows_in)
+        sums.sequences += batch
+
+
+def _finish(own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Stats:
+    """Means from sums."""
+    tokens = shared.tokens
+    inputs = {s.value: shared.totals[s] / tokens for s in (Stat.GRAM, Stat.MEAN_ABS) if s in needs}
+    outputs = {}
+    if Stat.OUTPUT_GRAD in needs:
+        outputs["output_grad"] = own.totals[Stat.OUTPUT_GRAD] / tokens
+    if Stat.FISHER in needs:
+        outputs["fisher"] = own.totals[Stat.FISHER] / own.sequences
+    return Stats(tokens=tokens, **inputs, **outputs)
+
+
+def _check_finite(walk: Walk, sums: dict[str, _Sums], start: int, needs: frozenset[Stat]) -> None:
+    """Stop at the first layer whose sums are not finite; later layers only inherit it."""
+    bad = [(layer.name, stat) for layer in walk.layers for stat, t in sums[layer.name].totals.items()
+           if not bool(torch.isfinite(t.diagonal() if t.ndim == 2 else t).all())]  # fmt: skip
+    if not bad:
+        return
+    # A gradient turns bad from the last layer backwards, an input from the first layer forwards.
+    inputs = [b for b in bad if b[1] in (Stat.GRAM, Stat.MEAN_ABS)]
+    name, stat = inputs[0] if inputs else bad[-1]
+    what = "inputs" if inputs else "output gradients"
+    total = sums[name].totals[stat]
+    count = int((~torch.isfinite(total)).sum())
+    raise NumericalError(
+        f"{name}: the {what} are not finite in the batch that starts at calibration window {start} "
+        f"({count} of {total.numel()} entries of {stat.value}); no NaN or Inf is allowed. "
+        f"Load the model in a wider dtype (--dtype float32) or check its weights"
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No weight collects gradients and dropout is off; both are put back afterwards."""
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    training = model.training
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted.get(name, False))
+
+
+def autocast(device: torch.device):
+    """bf16 products where the hardware has them (GPU; CPU with AVX512-BF16 or AMX), else float32 throughout."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def cpu_has_bf16() -> bool:
+    """True when bf16 products run in hardware; emulated ones are slower than float32."""
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe and probe())

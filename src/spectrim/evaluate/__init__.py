@@ -1,0 +1,1 @@
+"""What a compression costs, measured: perplexity, KL and agreement to the dense model, speed."""

@@ -1,0 +1,61 @@
+"""Perplexity, KL divergence and top-1 agreement of a language model on fixed windows.
+
+Windows do not overlap (stride = window); the first token of each is not scored. KL is E[KL(dense || model)] in nats
+a token over all scored positions; agreement is the share of positions where both put the same token first.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..engines.measure import autocast, frozen
+from ..errors import NumericalError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Figures of one model on one set of windows; the last two only where a dense model was given."""
+
+    perplexity: float
+    tokens: int
+    window: int
+    kl: float | None = None
+    agreement: float | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, ids: Tensor, *, dense: PreTrainedModel | None = None, batch_size: int = 16
+) -> Quality:
+    """Quality over `ids` (windows, length); `dense` is the model before compression."""
+    device = model.get_input_embeddings().weight.device
+    loss = divergence = 0.0
+    same = count = 0
+    with frozen(model), autocast(device):
+        for batch in ids.split(batch_size):
+            batch = batch.to(device)
+            log_p = next_token_log_probabilities(model, batch)
+            loss -= float(log_p.gather(-1, batch[:, 1:, None]).double().sum())
+            count += batch[:, 1:].numel()
+            if dense is not None:
+                with frozen(dense):
+                    log_q = next_token_log_probabilities(dense, batch)
+                divergence += float((log_q.exp() * (log_q - log_p)).double().sum())
+                same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+    if not math.isfinite(loss):
+        raise NumericalError(f"the model's loss on the evaluation text is {loss}: its logits are not finite")
+    return Quality(
+        perplexity=math.exp(min(loss / count, 700.0)),
+        tokens=count,
+        window=ids.shape[1],
+        kl=None if dense is None else divergence / count,
+        agreement=None if dense is None else same / count,
+    )
+
+
+def next_token_log_probabilities(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """log p (B, S-1, V) in float32 of each next token in `batch` (B, S)."""
+    return model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)

@@ -1,0 +1,1 @@
+"""Where spectrim meets other libraries."""

@@ -1,0 +1,221 @@
+"""The spectrim format inside transformers: plain `from_pretrained` loads a compressed folder once we are imported.
+
+`config.json` carries `quantization_config` with `quant_method: "spectrim"` and, per module, its codec and rank.
+transformers asks the registered quantizer to put the right modules in place while the model is on the meta device,
+then loads the tensors into them as into any other model.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import InputError
+from ..models.walk import is_linear, weight_of
+from ..nn.linears import LINEARS, LowRankLinear, PivotLinear
+
+QUANT_METHOD = "spectrim"
+FORMAT_VERSION = 1
+
+
+class SpectrimConfig(QuantizationConfigMixin):
+    """What `config.json` says about a compressed folder.
+
+    modules: module path -> {"codec": "factor" | "pivot", "rank": int, "bias": bool}; layers that stayed dense are
+    not listed. Other keys (`tool_version`, `base_model`, `method`, ...) are information.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **information: Any,
+    ) -> None:
+        information.pop("quant_method", None)
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers types it as its own enum
+        self.modules = modules or {}
+        self.format_version = format_version
+        self.information = information
+        if format_version > FORMAT_VERSION:
+            raise InputError(
+                f"this folder has spectrim format version {format_version}, this installation reads up to "
+                f"{FORMAT_VERSION}; upgrade spectrim"
+            )
+        for path, entry in self.modules.items():
+            _check_entry(path, entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in `config.json`."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            **self.information,
+            "modules": self.modules,
+        }
+
+
+def _check_entry(path: str, entry: Any) -> None:
+    """One line of `modules`; the file is not trusted."""
+    ok = (
+        isinstance(entry, dict)
+        and entry.get("codec") in LINEARS
+        and type(entry.get("rank")) is int
+        and entry["rank"] >= 1
+        and isinstance(entry.get("bias"), bool)
+    )
+    if not ok:
+        raise InputError(
+            f"config.json: quantization_config.modules[{path!r}] is {entry!r}; "
+            f"expected codec in {sorted(LINEARS)}, rank >= 1 and bias true or false"
+        )
+
+
+class SpectrimHfQuantizer(HfQuantizer):
+    """Puts low-rank modules in place before transformers loads the tensors."""
+
+    requires_calibration = True  # refuses quantization_config= on a dense checkpoint
+    quantization_config: SpectrimConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        install_modules(model, self.quantization_config)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        check_installed(model)
+        # The tensors are ordinary floats: .half(), .float() and Trainer may treat the model as any other.
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return make_dense(model, dtype)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def install_modules(model: PreTrainedModel, config: SpectrimConfig) -> None:
+    """Replace each listed linear layer by an empty module of its codec and rank, on the layer's device and dtype."""
+    present = dict(model.named_modules())
+    prefix = model.base_model_prefix + "."
+    found = 0
+    for path, entry in config.modules.items():
+        # A headless model (AutoModel) has no `model.` level in its paths; a wrapped one may have an extra level.
+        name = next((n for n in (path, path.removeprefix(prefix), prefix + path) if n in present), None)
+        if name is None:
+            continue
+        module = present[name]
+        if not is_linear(module):
+            raise InputError(f"config.json lists {path}, which is a {type(module).__name__}, not a linear layer")
+        outputs, inputs = weight_of(module).shape
+        if entry["rank"] > min(outputs, inputs):
+            raise InputError(
+                f"config.json gives {path} rank {entry['rank']}; the layer is {outputs} x {inputs}, "
+                f"so at most {min(outputs, inputs)} is possible"
+            )
+        kwargs = {"device": module.weight.device, "dtype": module.weight.dtype}
+        cls = LINEARS[entry["codec"]]
+        model.set_submodule(name, cls(inputs, outputs, entry["rank"], bias=entry["bias"], **kwargs))
+        found += 1
+    if config.modules and not found:
+        raise InputError(
+            f"none of the {len(config.modules)} compressed layers that config.json lists exists in "
+            f"{type(model).__name__} (first: {next(iter(config.modules))}); the folder and the class do not match"
+        )
+
+
+def check_installed(model: nn.Module) -> None:
+    """Shapes of what was loaded against what the modules say, for every low-rank layer.
+
+    Old versions of transformers skip shape checks for models with a quantizer and would load a wrong rank silently.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            expected = {
+                "V.weight": (module.rank, module.in_features),
+                "U.weight": (module.out_features, module.rank),
+            }
+        elif isinstance(module, PivotLinear):
+            expected = {
+                "pivot.weight": (module.rank, module.in_features),
+                "rest.weight": (module.out_features - module.rank, module.rank),
+            }
+        else:
+            continue
+        for key, shape in expected.items():
+            found = tuple(module.get_parameter(key).shape)
+            if found != shape:
+                raise InputError(
+                    f"{name}.{key}: the file holds shape {found}, config.json says rank {module.rank}, "
+                    f"which makes {shape}; the folder is damaged or was edited"
+                )
+        if isinstance(module, PivotLinear):
+            try:
+                module.refresh_order()
+            except ValueError as error:
+                raise InputError(f"{name}: {error}") from error
+
+
+def make_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Multiply every low-rank layer back into an `nn.Linear`, in place; the config forgets the compression."""
+    from transformers.pytorch_utils import Conv1D
+
+    conv = model.config.model_type in CONV1D_MODELS
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, LowRankLinear | PivotLinear):
+            continue
+        weight = module.dense_weight()
+        target = dtype or next(module.parameters()).dtype
+        outputs, inputs = weight.shape
+        dense = Conv1D(outputs, inputs) if conv else nn.Linear(inputs, outputs, bias=module.bias is not None)
+        dense = dense.to(device=weight.device, dtype=target)
+        with torch.no_grad():
+            weight_of(dense).copy_(weight)
+            if module.bias is not None:
+                dense.bias.copy_(module.bias)
+        model.set_submodule(name, dense)
+    return model
+
+
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Model types whose linear layers are transformers' Conv1D, which stores the weight transposed."""
+
+
+def register() -> None:
+    """Make transformers know the format; safe to call again."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SpectrimConfig)
+        register_quantizer(QUANT_METHOD)(SpectrimHfQuantizer)
+
+
+def attach(model: PreTrainedModel, config: SpectrimConfig) -> None:
+    """Let the ordinary `save_pretrained` write the format."""
+    model.config.quantization_config = config
+    model.hf_quantizer = SpectrimHfQuantizer(config)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """The opposite of `attach`: the model is an ordinary dense one again."""
+    model.hf_quantizer = None
+    for key in ("quantization_config",):
+        if hasattr(model.config, key):
+            delattr(model.config, key)

@@ -1,0 +1,58 @@
+"""The metric in which an error is measured: `error = || L^T (W - W') R ||_F^2`.
+
+    plain SVD   (I, I)                         ASVD   (I, diag(mean|x|^alpha))
+    SVD-LLM     (I, root of E[x x^T])          FWSVD  (diag(row Fisher)^1/2, I)
+    two-sided   (root of E[g g^T], root of E[x x^T])
+
+A root R of a covariance C satisfies R R^T = C. Eigenvalues below `floor` times the largest are raised to that
+level, never dropped and never given an absolute jitter: the metric stays invertible, so a full-rank compression
+gives the weight back exactly, and scaling the inputs by c scales the metric by c and changes nothing else.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RELATIVE_FLOOR = 1e-10
+"""Smallest eigenvalue kept, relative to the largest (float64). Its root, 1e-5, bounds the condition of a metric."""
+
+
+class Root(NamedTuple):
+    """A square root of a covariance and its inverse transposed: `root @ root.T = C`, `dual.T @ root = 1`."""
+
+    root: Tensor  # (n, n)
+    dual: Tensor  # (n, n), the transpose of the inverse of `root`
+
+
+def shrink(covariance: Tensor, ratio: float) -> Tensor:
+    """Mix a covariance (n, n) with a multiple of the identity of the same trace: `(1-ratio) C + ratio tr(C)/n 1`.
+
+    Few tokens give noisy eigenvectors; shrinkage is the standard cure (Ledoit and Wolf 2004). Relative by design.
+    """
+    mean = covariance.diagonal().mean()
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    return (1 - ratio) * covariance + ratio * mean * eye
+
+
+def root_of(covariance: Tensor, *, floor: float = RELATIVE_FLOOR) -> Root:
+    """Eigen root of a symmetric non-negative matrix (n, n). Works with singular and slightly indefinite input.
+
+    An all-zero covariance (an input that never fires) says nothing about directions: the identity is returned.
+    """
+    eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    largest = eigenvalues[-1]
+    if largest <= 0:
+        eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+        return Root(eye, eye)
+    half = eigenvalues.clamp(min=largest * floor).sqrt()
+    return Root(vectors * half, vectors / half)
+
+
+def diagonal_root(weights: Tensor, *, floor: float = RELATIVE_FLOOR) -> Root:
+    """Root of a diagonal metric from its diagonal (n,) of non-negative weights; an all-zero diagonal gives 1."""
+    largest = weights.max()
+    if largest <= 0:
+        weights = torch.ones_like(weights)
+    half = weights.clamp(min=weights.max() * floor).sqrt()
+    return Root(torch.diag(half), torch.diag(1 / half))

@@ -1,0 +1,111 @@
+"""Pivot storage: a rank-R matrix is R of its rows and the coefficients that make the other rows from them.
+
+    W' (O, I) of rank R:   pivots = R row indices
+                           rows   = W'[pivots]                (R, I)
+                           coefficients C, W'[others] = C rows   (O - R, R)
+
+Stored numbers R I + (O - R) R = R (O + I - R): the dimension of the manifold of rank-R matrices, so no exact
+storage takes fewer; a mask of O bits tells pivots from others. At full rank it costs what the dense matrix costs.
+Source: PIFA (Zhao et al., ICML 2025). Strong pivoting keeps every |C_ij| <= `bound`, which bounds the rounding error
+in bf16: LU with partial pivoting to start, then swaps of one row as long as an entry exceeds the bound (maxvol,
+Goreinov et al. 2010; each swap multiplies the volume by that entry, so it ends).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .factor import Factors
+
+
+class Pivots(NamedTuple):
+    """A rank-R matrix in pivot storage; `mask` (O,) bool marks the R pivot rows, in ascending order in `rows`."""
+
+    rows: Tensor  # (R, I)
+    coefficients: Tensor  # (O - R, R)
+    mask: Tensor  # (O,) bool
+
+
+def to_pivots(factors: Factors, *, bound: float = 1.2) -> Pivots:
+    """Exact pivot storage of `left @ right`. Needs rank <= outputs; compute in float64.
+
+    A rank-deficient left factor (fewer independent rows than R) is padded: its missing directions get coefficient 0.
+    """
+    left, right = factors
+    outputs, rank = left.shape
+    index = _starting_rows(left)
+    chosen, others = index[:rank], index[rank:]
+    coefficients = _solve_right(left[others], left[chosen])
+    chosen, others, coefficients = _swap_until_bounded(chosen, others, coefficients, bound)
+    by_pivot, by_other = chosen.argsort(), others.argsort()
+    mask = torch.zeros(outputs, dtype=torch.bool, device=left.device)
+    mask[chosen] = True
+    return Pivots(left[chosen[by_pivot]] @ right, coefficients[by_other][:, by_pivot], mask)
+
+
+def from_pivots(pivots: Pivots) -> Tensor:
+    """The dense matrix (O, I)."""
+    dense = pivots.rows.new_empty(len(pivots.mask), pivots.rows.shape[1])
+    dense[pivots.mask] = pivots.rows
+    dense[~pivots.mask] = pivots.coefficients @ pivots.rows
+    return dense
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Bits (n,) bool to bytes (ceil(n / 8),) uint8, lowest bit first."""
+    padded = torch.zeros((len(mask) + 7) // 8 * 8, dtype=torch.int64, device=mask.device)
+    padded[: len(mask)] = mask.long()
+    weights = 2 ** torch.arange(8, device=mask.device)
+    return (padded.view(-1, 8) * weights).sum(1).to(torch.uint8)
+
+
+def unpack_mask(packed: Tensor, count: int) -> Tensor:
+    """Bytes (ceil(count / 8),) uint8 to bits (count,) bool."""
+    bits = (packed.long()[:, None] >> torch.arange(8, device=packed.device)) & 1
+    return bits.flatten()[:count].bool()
+
+
+def _starting_rows(left: Tensor) -> Tensor:
+    """Row order (O,) of LU with partial pivoting of `left` (O, R): the first R rows are the starting pivots."""
+    _, swaps = torch.linalg.lu_factor(left)
+    index = torch.arange(left.shape[0], device=left.device)
+    for row, other in enumerate((swaps - 1).tolist()):
+        if row != other:
+            index[[row, other]] = index[[other, row]]
+    return index
+
+
+def _solve_right(others: Tensor, chosen: Tensor) -> Tensor:
+    """`others @ pinv(chosen)`; the pseudo-inverse only matters for rank-deficient factors."""
+    solution, info = torch.linalg.solve_ex(chosen, others, left=False)
+    scale = others.abs().max() if others.numel() else others.new_zeros(())
+    if int(info) == 0 and bool(torch.isfinite(solution).all()):
+        residual = (solution @ chosen - others).abs().max() if others.numel() else scale
+        if residual <= 1e-9 * scale + torch.finfo(others.dtype).tiny:
+            return solution
+    return others @ torch.linalg.pinv(chosen)
+
+
+def _swap_until_bounded(
+    chosen: Tensor, others: Tensor, coefficients: Tensor, bound: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exchange one pivot with one other row while some |coefficient| exceeds `bound`, updating C by rank one."""
+    if coefficients.numel() == 0:
+        return chosen, others, coefficients
+    chosen, others, coefficients = chosen.clone(), others.clone(), coefficients.clone()
+    width = coefficients.shape[1]
+    # Each swap grows the volume by more than `bound`; partial pivoting starts near the maximum, so few are needed.
+    for _ in range(20 * width):
+        position = int(coefficients.abs().argmax())
+        i, j = divmod(position, width)
+        entry = coefficients[i, j].clone()
+        if entry.abs() <= bound:
+            break
+        column = coefficients[:, j].clone()
+        row = coefficients[i].clone()
+        row[j] -= 1
+        column[i] += 1
+        coefficients -= torch.outer(column, row) / entry
+        chosen[j], others[i] = others[i].clone(), chosen[j].clone()
+    return chosen, others, coefficients

@@ -1,0 +1,214 @@
+"""The contract between a method and the engines.
+
+A method object *is* its configuration: a frozen keyword-only dataclass that round-trips through JSON. The author of a
+low-rank method states only what is its own:
+
+    needs            which statistics of a layer calibration must measure
+    decompose(...)   the weight as an ordered sum of rank-one components with the error of losing each
+
+Ranks under a budget, storage, walking the model, hooks, memory, saving and evaluation belong to the engines.
+`compress` is pure: the same weight, statistics and target give the same bytes; it never sees the model, the disk or
+the clock.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError, did_you_mean
+from .linalg.allocate import factor_cost, pivot_cost
+from .linalg.factor import Factors, Spectrum, balance, truncate
+from .linalg.pivot import Pivots, from_pivots, pack_mask, to_pivots, unpack_mask
+
+Codec = Literal["dense", "factor", "pivot"]
+Storage = Literal["factor", "pivot"]
+Allocation = Literal["uniform", "global"]
+
+
+class Stat(Enum):
+    """What calibration can measure at a linear layer y = W x; g is the gradient of the loss at y."""
+
+    GRAM = "gram"  # E[x x^T]              (I, I)
+    MEAN_ABS = "mean_abs"  # E|x|          (I,)
+    OUTPUT_GRAD = "output_grad"  # E[g g^T], labels sampled from the model     (O, O)
+    FISHER = "fisher"  # E[(dL/dW)^2] elementwise, one sample a sequence       (O, I)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Measured statistics of one layer, float64. Fields that no method asked for are None."""
+
+    tokens: int
+    gram: Tensor | None = None
+    mean_abs: Tensor | None = None
+    output_grad: Tensor | None = None
+    fisher: Tensor | None = None
+
+    def get(self, stat: Stat) -> Tensor:
+        """The statistic; asking for one that was not declared in `needs` is a programming error."""
+        value = getattr(self, stat.value)
+        assert value is not None, f"{stat} was not measured: declare it in `needs`"
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What one layer is to become."""
+
+    rank: int
+    codec: Codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """One compressed layer: its codec, its tensors named as in the file, its bias, and the error it predicts."""
+
+    codec: Codec
+    rank: int
+    tensors: Mapping[str, Tensor]
+    bias: Tensor | None = None
+    predicted_error: float = 0.0
+
+    @property
+    def numbers(self) -> int:
+        """Stored numbers, everything counted."""
+        bias = 0 if self.bias is None else self.bias.numel()
+        return bias + sum(t.numel() for t in self.tensors.values())
+
+    def dense(self) -> Tensor:
+        """The weight (O, I) this layer now stands for."""
+        if self.codec == "dense":
+            return self.tensors["weight"]
+        if self.codec == "factor":
+            return self.tensors["U.weight"] @ self.tensors["V.weight"]
+        rows, coefficients = self.tensors["pivot.weight"], self.tensors["rest.weight"]
+        mask = unpack_mask(self.tensors["mask"], len(rows) + len(coefficients))
+        return from_pivots(Pivots(rows, coefficients, mask))
+
+
+def dense_replacement(weight: Tensor, bias: Tensor | None = None) -> Replacement:
+    """A layer that stays as it is."""
+    return Replacement(
+        codec="dense", rank=min(weight.shape), tensors=MappingProxyType({"weight": weight}), bias=bias
+    )
+
+
+def encode(
+    factors: Factors, codec: Codec, *, like: Tensor, bias: Tensor | None = None, error: float = 0.0
+) -> Replacement:
+    """Factors (float64) in the given codec, cast once to the dtype of `like`."""
+    if codec == "factor":
+        left, right = balance(factors)
+        tensors = {"U.weight": left, "V.weight": right}
+    elif codec == "pivot":
+        pivots = to_pivots(factors)
+        tensors = {
+            "pivot.weight": pivots.rows,
+            "rest.weight": pivots.coefficients,
+            "mask": pack_mask(pivots.mask),
+        }
+    else:
+        raise AssertionError(f"cannot encode factors as {codec!r}")
+    stored = {
+        name: tensor.to(like.dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
+    return Replacement(
+        codec=codec,
+        rank=factors.left.shape[1],
+        tensors=MappingProxyType(stored),
+        bias=bias,
+        predicted_error=error,
+    )
+
+
+def stored_numbers(outputs: int, inputs: int, target: Target) -> int:
+    """Numbers that a weight (bias apart) takes in the given codec at the given rank."""
+    rank = torch.tensor(target.rank)
+    if target.codec == "dense":
+        return outputs * inputs
+    cost = factor_cost if target.codec == "factor" else pivot_cost
+    return int(cost(outputs, inputs, rank))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo:
+    """What the registry table shows."""
+
+    name: str
+    family: str
+    paper: str
+    promise: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(ABC):
+    """A method that treats one weight at a time, given statistics of its inputs and outputs."""
+
+    info: ClassVar[MethodInfo]
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+    optimal_in_gram: ClassVar[bool] = False
+    """True when `decompose` is optimal in the input-Gram metric (the contract tests then check it)."""
+
+    storage: Storage = "factor"
+    allocation: Allocation = "uniform"
+
+    def __post_init__(self) -> None:
+        require_choice(self.info.name, "storage", self.storage, ("factor", "pivot"))
+        require_choice(self.info.name, "allocation", self.allocation, ("uniform", "global"))
+
+    @abstractmethod
+    def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
+        """All components of `weight` (O, I), float64, in this method's metric; strongest first."""
+
+    @final
+    def compress(self, weight: Tensor, stats: Stats, target: Target) -> Replacement:
+        """`weight` (O, I) at the target's rank in the target's codec, in the dtype of `weight`."""
+        if target.codec == "dense":
+            return dense_replacement(weight)
+        spectrum = self.decompose(weight.double(), stats)
+        error = float(spectrum.energy[target.rank :].sum())
+        return encode(truncate(spectrum, target.rank), target.codec, like=weight, error=error)
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-ready: the method's name and all its fields."""
+        return {"method": self.info.name, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_config(cls, options: Mapping[str, Any]) -> Self:
+        """From field values; unknown names and values that do not fit are refused with what is allowed."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for name, value in options.items():
+            if name not in fields:
+                raise UsageError(f"method {cls.info.name}: unknown option {name!r}{did_you_mean(name, fields)}")
+            _require_type(cls.info.name, name, value, fields[name].default)
+        return cls(**options)
+
+
+def require_choice(method: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not in `allowed`."""
+    if value not in allowed:
+        raise UsageError(f"method {method}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def require_range(method: str, name: str, value: float, low: float, high: float) -> None:
+    """Refuse a number outside [low, high]."""
+    if not low <= value <= high:
+        raise UsageError(f"method {method}: {name} must be in [{low}, {high}], got {value}")
+
+
+def _require_type(method: str, name: str, value: object, default: object) -> None:
+    """Options arrive from the command line or JSON: an int is a float, a bool is not a number, no other mixing."""
+    wanted = type(default)
+    fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and wanted is not bool):
+        raise UsageError(
+            f"method {method}: option {name} takes {wanted.__name__}, got {type(value).__name__} {value!r}"
+        )

@@ -1,0 +1,56 @@
+"""Two-sided truncation: the closed form behind spectrim's default, and the start of SoCo.
+
+    minimise  1/2 tr(B dW A dW^T)     A = E[x x^T], B = E[g g^T], g the gradient at the output, labels sampled
+    1. shrink both towards a multiple of the identity (few tokens give noisy directions)
+    2. A = R R^T, B = L L^T;   L^T W R = U diag(s) V^T
+    3. W' = L^-T U_R diag(s_R) V_R^T R^-1
+
+The error is the second-order change of the loss under a Kronecker-factored Fisher matrix (K-FAC, Martens and Grosse
+2015; used for low rank by KFAC-SVD / LEMS, OBD-LLM, IO-SVD). Squared singular values are then comparable across
+layers, so one global budget makes sense: `allocation="global"`. Pivot storage has no break-even cliff.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ...linalg.factor import Spectrum, decompose
+from ...linalg.metric import root_of, shrink
+from ...method import Allocation, LayerMethod, MethodInfo, Stat, Stats, Storage, require_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoSided(LayerMethod):
+    """Least second-order loss over all ranks of all layers, in closed form."""
+
+    info: ClassVar = MethodInfo(
+        name="two-sided",
+        family="weights",
+        paper="K-FAC metric; see docs/soco.md",
+        promise="least second-order loss, one budget for all layers, no training",
+    )
+    needs: ClassVar = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
+
+    storage: Storage = "pivot"
+    allocation: Allocation = "global"
+    input_shrinkage: float = 0.01
+    output_shrinkage: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("two-sided", "input_shrinkage", self.input_shrinkage, 0.0, 1.0)
+        require_range("two-sided", "output_shrinkage", self.output_shrinkage, 0.0, 1.0)
+
+    def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
+        """Components in the metric (root of the gradient covariance, root of the input Gram)."""
+        return two_sided_spectrum(weight, stats, self.input_shrinkage, self.output_shrinkage)
+
+
+def two_sided_spectrum(
+    weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float
+) -> Spectrum:
+    """Steps 1 to 3 for one weight (O, I), float64."""
+    left = root_of(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage))
+    right = root_of(shrink(stats.get(Stat.GRAM), input_shrinkage))
+    return decompose(weight, left, right)

@@ -1,0 +1,153 @@
+"""Finding the linear layers of a decoder by discovery, without a table of architectures.
+
+The decoder is the `nn.ModuleList` that holds the most linear weights; every `nn.Linear` (or transformers' `Conv1D`, the
+transposed layer of GPT-2) inside its blocks is a target. Everything else is named in `Walk.untouched` with the reason.
+Layers that read the same tensor (q, k, v; gate, up) are found by running one short sequence and looking at which
+inputs are the same object: their statistics are then measured once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import InputError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One target layer: where it stands and what it looks like."""
+
+    name: str  # module path, e.g. model.layers.0.self_attn.q_proj
+    block: int
+    outputs: int
+    inputs: int
+    has_bias: bool
+
+    @property
+    def weight_numbers(self) -> int:
+        return self.outputs * self.inputs
+
+    @property
+    def numbers(self) -> int:
+        """Stored numbers of the dense layer, bias included."""
+        return self.weight_numbers + (self.outputs if self.has_bias else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """The targets of a model in order, its blocks, and what is left alone with the reason."""
+
+    layers: tuple[Layer, ...]
+    block_names: tuple[str, ...]
+    untouched: tuple[tuple[str, int, str], ...]  # name, numbers, why
+
+    @property
+    def numbers(self) -> int:
+        return sum(layer.numbers for layer in self.layers)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A plain linear layer whose weight can be replaced."""
+    return type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and module.weight.ndim == 2)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight as (O, I), also for Conv1D, which stores it transposed. A view, not a copy."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.mT if isinstance(module, Conv1D) else weight
+
+
+def find_layers(model: PreTrainedModel) -> Walk:
+    """All linear layers inside the decoder's blocks. Works on the meta device."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{type(model).__name__} is an encoder-decoder; spectrim compresses decoders (causal language models)"
+        )
+    name, blocks = _decoder(model)
+    layers: list[Layer] = []
+    seen: dict[int, str] = {}
+    for index, block in enumerate(blocks):
+        for path, module in block.named_modules(prefix=f"{name}.{index}"):
+            if not is_linear(module):
+                continue
+            if id(module.weight) in seen:
+                raise InputError(
+                    f"{path} shares its weight with {seen[id(module.weight)]}: shared weights cannot be replaced"
+                )
+            seen[id(module.weight)] = path
+            layers.append(_describe(path, module, index))
+    return Walk(
+        layers=tuple(layers),
+        block_names=tuple(f"{name}.{i}" for i in range(len(blocks))),
+        untouched=tuple(_untouched(model, name, {layer.name for layer in layers})),
+    )
+
+
+def _describe(path: str, module: nn.Module, block: int) -> Layer:
+    outputs, inputs = weight_of(module).shape
+    return Layer(name=path, block=block, outputs=outputs, inputs=inputs, has_bias=module.bias is not None)
+
+
+def _decoder(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The module list that holds the most linear weights (outermost on a tie)."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            weights = sum(m.weight.numel() for m in module.modules() if is_linear(m))  # type: ignore[union-attr]  # is_linear checked it
+            if weights and (best is None or weights > best[0]):
+                best = (weights, name, module)
+    if best is None:
+        raise InputError(
+            f"{type(model).__name__} has no list of blocks with linear layers; nothing to compress was found"
+        )
+    return best[1], best[2]
+
+
+def _untouched(model: nn.Module, decoder: str, targets: set[str]) -> Iterator[tuple[str, int, str]]:
+    """Matrices that stay as they are, with the reason. Vectors (norms, biases) are not worth a line."""
+    tied = {id(p) for p in (model.get_input_embeddings().weight,)} if hasattr(model, "get_input_embeddings") else set()
+    for path, parameter in model.named_parameters():
+        owner = path.rpartition(".")[0]
+        if parameter.ndim < 2 or owner in targets:
+            continue
+        if id(parameter) in tied:
+            why = "input embedding"
+        elif not path.startswith(decoder + "."):
+            why = "outside the decoder blocks"
+        elif parameter.ndim == 3:
+            why = "stacked experts (3-D parameter) are not supported yet"
+        else:
+            why = f"not a linear layer ({type(model.get_submodule(owner)).__name__})"
+        yield path, parameter.numel(), why
+
+
+def shared_inputs(model: PreTrainedModel, layers: tuple[Layer, ...]) -> list[list[str]]:
+    """Names of layers grouped by the input tensor they read, found by running eight tokens through the model."""
+    reads: dict[str, tuple[Any, ...]] = {}
+    alive: list[Tensor] = []  # an address is only an identity while the tensor lives
+
+    def note(name: str):
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            alive.append(inputs[0])
+            reads.setdefault(name, (inputs[0].data_ptr(), inputs[0].shape, inputs[0].stride()))
+
+        return hook
+
+    handles = [model.get_submodule(la.name).register_forward_pre_hook(note(la.name)) for la in layers]
+    try:
+        with torch.no_grad():
+            ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None]
+            model(input_ids=ids % model.config.get_text_config().vocab_size, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for layer in layers:
+        groups.setdefault(reads.get(layer.name, (layer.name,)), []).append(layer.name)
+    return list(groups.values())
