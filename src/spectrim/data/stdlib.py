@@ -29,6 +29,8 @@ from spectrim.errors import InputError
 
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages", "__pycache__"}
+    # Packaged apart by several systems: with them the text would differ between installs of one version.
+    | {"distutils", "ensurepip", "tkinter", "turtledemo"}
 )
 SKIPPED_PREFIXES = ("_sysconfigdata", "lib-dynload", "config-")
 TOPICS = "pydoc_data/topics.py"  # the language reference as one dict of strings: the best prose there is
@@ -112,7 +114,7 @@ def read_library(root: Path) -> Library:
         try:
             source = decode_source(path.read_bytes())
             pieces = topics(source) if name == TOPICS else prose(source)
-        except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
+        except (OSError, SyntaxError, ValueError, RecursionError):
             unreadable.append(name)  # counted and named in the note
             continue
         if pieces:

@@ -138,13 +138,17 @@ def spread_pieces(texts: Texts, *, size: int) -> list[str]:
     for document in texts.documents:
         if not document.strip():
             continue
-        for part in _cut_document(document + texts.joiner, size):
+        line_end = "" if document.endswith("\n") or texts.joiner.startswith("\n") else "\n"
+        for part in _cut_document(document + line_end + texts.joiner, size):
             if run and num_chars + len(part) > size:
                 pieces.append("".join(run))
                 run, num_chars = [], 0
             run.append(part)
             num_chars += len(part)
-    return [*pieces, "".join(run)] if run else pieces
+    if run:
+        pieces.append("".join(run))
+    # Between pieces the joiner is wanted; a lone piece must not gain tokens that the text does not hold.
+    return pieces if len(pieces) > 1 else [piece.removesuffix(texts.joiner) for piece in pieces]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str], *, at_least: int | None) -> Tensor:

@@ -9,8 +9,8 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from spectrim.errors import InputError
 from spectrim.store.limits import NAMED_IN_MESSAGE_MAX
@@ -59,7 +59,7 @@ def listed(lines: Iterable[str]) -> str:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def open_regular(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     """The open file and its size. Whatever goes wrong, also while reading, is an `InputError` naming it."""
     try:
         with os.fdopen(_open_checked(path), "rb") as file:
@@ -110,22 +110,23 @@ def read_capped(path: Path, *, limit_bytes: int) -> bytes:
 
 
 def check_stays_inside(path: Path, folder: Path) -> None:
-    """Refuses a file that links lead out of `folder`, except into the blobs of the same Hugging Face cache."""
+    """Refuses a file that links lead out of `folder`, unless to the blobs of the same Hugging Face cache."""
     try:
         real = Path(os.path.realpath(path, strict=True))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {_reason(error)}") from error
     if not any(real.is_relative_to(root) for root in _allowed_roots(folder)):
         raise InputError(
-            f"{path}: is a link to {real}, outside of the model folder; copy that file into the folder if you trust it"
+            f"{path}: is a link to {real}, outside of the model folder; "
+            "copy that file into the folder if you trust it"
         )
 
 
 def _allowed_roots(folder: Path) -> list[Path]:
     real = Path(os.path.realpath(folder))
     roots = [real]
-    # models--org--name/snapshots/<commit>/file links to models--org--name/blobs/<hash>. `blobs` is taken by name
-    # and not resolved, so a `blobs` that is itself a link elsewhere opens no door.
+    # models--org--name/snapshots/<commit>/file links to models--org--name/blobs/<hash>. `blobs` is taken by
+    # name and not resolved, so a `blobs` that is itself a link elsewhere opens no door.
     for snapshot in (real, *real.parents):
         if snapshot.parent.name == "snapshots":
             roots.append(snapshot.parent.parent / "blobs")

@@ -1,7 +1,8 @@
 """The header of a safetensors file, validated here before any other reader sees the file.
 
-The format: 8 bytes little-endian length, that many bytes of JSON, then the data. Every tensor states dtype, shape
-and byte range; the ranges must cover the data exactly, with no hole, overlap or surplus (no polyglots, no bombs).
+The format: 8 bytes little-endian length, that many bytes of JSON, then the data. Every tensor states dtype,
+shape and byte range; the ranges must cover the data exactly: no hole, overlap or surplus, so that the file
+can be nothing else at the same time.
 """
 
 import math
@@ -44,7 +45,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file by name, in the order of the data; `InputError` if anything is off."""
+    """Every tensor of a safetensors file by name, in data order; `InputError` if anything is off."""
     path = Path(path)
     raw, size = _read_raw_header(path)
     entries = parse_object(raw, where=f"{path}: header")
@@ -104,7 +105,8 @@ def check_name(where: str, name: str) -> None:
         raise InputError(f"{where}: tensor name {shown(name)} is not valid text") from error
     if not 0 < num_bytes <= TENSOR_NAME_BYTES_MAX:
         raise InputError(
-            f"{where}: tensor name {shown(name)} has {num_bytes:,} bytes, allowed 1 to {TENSOR_NAME_BYTES_MAX}"
+            f"{where}: tensor name {shown(name)} has {num_bytes:,} bytes, "
+            f"allowed 1 to {TENSOR_NAME_BYTES_MAX}; rename it"
         )
     if not name.isprintable():
         raise InputError(
@@ -157,7 +159,8 @@ def _checked_shape(where: str, shape: Any) -> list[int]:
 def _byte_range(where: str, offsets: Any) -> tuple[int, int]:
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(
-            f"{where}: data_offsets {shown(str(offsets))} must be [begin, end] with 0 <= begin <= end; download it again"
+            f"{where}: data_offsets {shown(str(offsets))} must be [begin, end] with 0 <= begin <= end; "
+            "download it again"
         )
     return offsets[0], offsets[1]
 
@@ -183,6 +186,6 @@ def _check_cover(path: Path, infos: list[TensorInfo], *, data_start: int, size: 
         raise _truncated(path, expected=position, found=size)
     if position < size:
         raise InputError(
-            f"{path}: {size - position} surplus bytes after {before}: expected {position} bytes, found {size}; "
-            "download it again"
+            f"{path}: {size - position} surplus bytes after {before}: "
+            f"expected {position} bytes, found {size}; download it again"
         )

@@ -1,4 +1,4 @@
-"""manifest.json: the size and sha256 of every other file in a result, and the facts of the run that made it."""
+"""manifest.json: size and sha256 of every other file in a result, and the facts of the run that made it."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> None:
 
 
 def verify_manifest(folder: Path) -> None:
-    """Passes when `folder` holds exactly the files that were published, byte for byte; else lists what differs."""
+    """Passes when `folder` holds exactly the published files, byte for byte; else lists what differs."""
     folder = Path(folder)
     recorded = _recorded_files(folder)
     # Recorded names are only looked up among the names that are there, never used as paths.
@@ -42,13 +42,13 @@ def verify_manifest(folder: Path) -> None:
             problems.append(f"extra: {shown(name)}")
     if problems:
         raise InputError(
-            f"{folder}: {len(problems)} differences from {MANIFEST}; copy or download the folder again, or make the "
-            "model anew:" + listed(problems)
+            f"{folder}: {len(problems)} differences from {MANIFEST}; "
+            "copy or download the folder again, or make the model anew:" + listed(problems)
         )
 
 
 def _names_under(folder: Path) -> list[str]:
-    """Every file below `folder` as a path with slashes, in one order on every system; not the manifest itself."""
+    """Every file below `folder` but the manifest, with slashes, in one order on every system."""
 
     def refuse(error: OSError) -> None:
         raise InputError(
@@ -78,7 +78,8 @@ def _recorded_files(folder: Path) -> dict[str, Any]:
     version, files = manifest.get("format_version"), manifest.get("files")
     if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(
-            f"{path}: format_version {shown(str(version))}, this spectrim reads {FORMAT_VERSION}; update spectrim"
+            f"{path}: format_version {shown(str(version))}, this spectrim reads {FORMAT_VERSION}; "
+            "use the spectrim version that wrote it"
         )
     if not isinstance(files, dict):
         raise InputError(f"{path}: files must map names to sizes and checksums; download it again")
@@ -90,12 +91,14 @@ def _differences(folder: Path, name: str, recorded: Any) -> list[str]:
         found = _measure(folder / name, folder)
     except InputError as error:
         return [f"unreadable: {error}"]
-    if not isinstance(recorded, dict) or recorded.keys() != found.keys():
+    if (
+        not isinstance(recorded, dict)
+        or recorded.keys() != found.keys()
+        or type(recorded["bytes"]) is not int
+    ):
         return [f"no size and sha256 recorded: {shown(name)}"]
     if recorded["bytes"] != found["bytes"]:
-        return [
-            f"changed: {shown(name)}: {shown(str(recorded['bytes']))} bytes recorded, {found['bytes']} found"
-        ]
+        return [f"changed: {shown(name)}: {recorded['bytes']} bytes recorded, {found['bytes']} found"]
     if recorded["sha256"] != found["sha256"]:
         return [f"changed: {shown(name)}: same size, other sha256"]
     return []

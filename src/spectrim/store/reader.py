@@ -1,7 +1,7 @@
 """A model folder from strangers: opened, recognised or explained, and checked, by reading headers only.
 
-`open_checkpoint` holds the promise that later stages rely on: every tensor of the index is in exactly the shard that
-the index names, every byte range lies inside its file, and no path or link leaves the folder.
+`open_checkpoint` holds the promise that later stages rely on: every tensor of the index is in exactly the
+shard that the index names, every byte range lies inside its file, and no path or link leaves the folder.
 """
 
 import os
@@ -38,8 +38,8 @@ _NUMBERED_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _OTHER_WEIGHTS = (
     (
         (".bin", ".pt", ".pth", ".ckpt", ".pkl"),
-        "only pickled weights ({names}). Pickles can run code, so spectrim never opens them. If you trust the file, load "
-        "the model yourself and write it with `model.save_pretrained(folder, safe_serialization=True)`",
+        "only pickled weights ({names}). They can run code, so spectrim never opens them. If you trust the "
+        "file, load the model yourself and write safetensors with `model.save_pretrained(folder)`",
     ),
     ((".gguf",), "a GGUF model ({names}); use the safetensors folder that it was converted from"),
     ((".onnx",), "an ONNX model ({names}); use the safetensors folder that it was exported from"),
@@ -78,7 +78,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The model in `folder`, with every header read and checked, or an `InputError` that says what is wrong."""
+    """The model in `folder`, every header read and checked, or an `InputError` that says what is wrong."""
     folder = Path(folder)
     names = _names_in(folder)
     shard_of = _index(folder) if _is_sharded(folder, names) else None
@@ -115,7 +115,7 @@ def _names_in(folder: Path) -> set[str]:
 def _why_missing(folder: Path) -> str:
     text = folder.as_posix()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        return f"no such folder; if it is a name on the Hub, download it first: hf download {text} --local-dir DIR"
+        return f"no such folder; if this is a name on the Hub, first run: hf download {text} --local-dir DIR"
     return "no such folder; check the path"
 
 
@@ -124,7 +124,7 @@ def _why_not_folder(path: Path) -> str:
         kind = foreign_kind(file.read(40))
     if kind:
         return f"is {kind}"
-    return f"is a file, not a folder; give the folder that holds {CONFIG} and the weights (perhaps {path.parent})"
+    return f"is a file, not a folder; give the folder of {CONFIG} and the weights (perhaps {path.parent})"
 
 
 def _is_sharded(folder: Path, names: set[str]) -> bool:
@@ -173,8 +173,8 @@ def _index(folder: Path) -> dict[str, str]:
         check_name(str(path), name)
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             raise InputError(
-                f"{path}: tensor {shown(name)}: shard {shown(str(shard))} must be a plain file name in the folder "
-                "(letters, digits, . _ -) that ends in .safetensors; nothing was opened"
+                f"{path}: tensor {shown(name)}: shard {shown(str(shard))} must be a plain file name "
+                "(letters, digits, . _ -) that ends in .safetensors; no shard was opened, download it again"
             )
     num_shards = len(set(weight_map.values()))
     if num_shards > SHARDS_MAX:
@@ -186,7 +186,7 @@ def _check_shard_files(folder: Path, indexed: set[str], names: set[str]) -> None
     missing = sorted(indexed - names)
     if missing:
         raise InputError(
-            f"{folder}: {len(missing)} of {len(indexed)} shards named by {INDEX} are missing; download them again:"
+            f"{folder}: {len(missing)} of {len(indexed)} shards in {INDEX} are missing; download them again:"
             + listed(missing)
         )
     # Other safetensors may lie beside (consolidated.safetensors); numbered shards belong to an index.
@@ -229,7 +229,7 @@ def _tensors_of(shards: tuple[Path, ...], shard_of: dict[str, str], index: Path)
 def check_shapes(
     checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], *, tied: frozenset[str]
 ) -> list[str]:
-    """Names the file has beyond `expected`; `InputError` when a shape differs or an untied name is missing."""
+    """Names in the files beyond `expected`; `InputError` if a shape differs or an untied name is missing."""
     problems: list[str] = []
     for name, shape in expected.items():
         info = checkpoint.tensors.get(name)
@@ -239,8 +239,8 @@ def check_shapes(
             problems.append(f"{shown(name)}: expected {tuple(shape)}, found {info.shape} in {info.file.name}")
     if problems:
         raise InputError(
-            f"{checkpoint.folder}: {CONFIG} and the weights disagree on {len(problems)} of {len(expected)} tensors; "
-            "use the config.json that belongs to these weights:" + listed(problems)
+            f"{checkpoint.folder}: {CONFIG} and the weights disagree on {len(problems)} of {len(expected)} "
+            f"tensors; use the {CONFIG} that belongs to these weights:" + listed(problems)
         )
     return sorted(checkpoint.tensors.keys() - expected.keys())
 

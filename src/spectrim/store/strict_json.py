@@ -30,7 +30,7 @@ class _Refused(ValueError):
 
 
 def read_json(path: Path, *, limit_bytes: int = JSON_BYTES_MAX) -> dict[str, Any]:
-    """The object in a JSON file, or `InputError`: no duplicate keys, NaN, BOM, deep nesting or huge integers."""
+    """The object in a JSON file; `InputError` on duplicate keys, NaN, BOM, deep nesting, huge integers."""
     raw = read_capped(Path(path), limit_bytes=limit_bytes)
     if raw.startswith(LFS_MAGIC):
         raise InputError(f"{path}: is {foreign_kind(raw)}")
@@ -76,7 +76,7 @@ def _check_raw(raw: bytes) -> None:
 
 
 def _depth(raw: bytes) -> int:
-    """Deepest nesting. Brackets inside strings must not count, nor hide others, so strings are cut out first."""
+    """Deepest nesting. Brackets in strings must neither count nor hide others: strings are cut out first."""
     plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     outside = b"".join(plain.split(b'"')[::2])
     brackets = outside.translate(None, delete=_NOT_BRACKETS)
