@@ -4,8 +4,8 @@ Every message says what happened, where, what was measured, what is allowed, and
 A plain Python exception that reaches the command line is a bug of ours and exits with 6.
 """
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class SpectrimError(Exception):

@@ -22,10 +22,10 @@ from typing import Any, ClassVar, Literal, Self, final
 import torch
 from torch import Tensor
 
-from .errors import UsageError, did_you_mean
-from .linalg.allocate import factor_cost, pivot_cost
-from .linalg.factor import Factors, Spectrum, balance, truncate
-from .linalg.pivot import Pivots, from_pivots, pack_mask, to_pivots, unpack_mask
+from spectrim.errors import UsageError, did_you_mean
+from spectrim.linalg.allocate import factor_cost, pivot_cost
+from spectrim.linalg.factor import Factors, Spectrum, balance, truncate
+from spectrim.linalg.pivot import Pivots, from_pivots, pack_mask, to_pivots, unpack_mask
 
 Codec = Literal["dense", "factor", "pivot"]
 Storage = Literal["factor", "pivot"]
@@ -50,6 +50,20 @@ class Stats:
     mean_abs: Tensor | None = None
     output_grad: Tensor | None = None
     fisher: Tensor | None = None
+
+    def blend(self, other: "Stats", share: float = 0.5) -> "Stats":
+        """The mean of two measurements, `share` of it from `other`."""
+
+        def mean(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else (1 - share) * a + share * b
+
+        return Stats(
+            tokens=self.tokens + other.tokens,
+            gram=mean(self.gram, other.gram),
+            mean_abs=mean(self.mean_abs, other.mean_abs),
+            output_grad=mean(self.output_grad, other.output_grad),
+            fisher=mean(self.fisher, other.fisher),
+        )
 
     def get(self, stat: Stat) -> Tensor:
         """The statistic; asking for one that was not declared in `needs` is a programming error."""
@@ -95,9 +109,7 @@ class Replacement:
 
 def dense_replacement(weight: Tensor, bias: Tensor | None = None) -> Replacement:
     """A layer that stays as it is."""
-    return Replacement(
-        codec="dense", rank=min(weight.shape), tensors=MappingProxyType({"weight": weight}), bias=bias
-    )
+    return Replacement(codec="dense", rank=min(weight.shape), tensors=MappingProxyType({"weight": weight}), bias=bias)
 
 
 def encode(
@@ -157,12 +169,21 @@ class LayerMethod(ABC):
     optimal_in_gram: ClassVar[bool] = False
     """True when `decompose` is optimal in the input-Gram metric (the contract tests then check it)."""
 
+    recovery: ClassVar[tuple[str, ...]] = ()
+    """Steps run after the layers are in place, by name; see engines/refit.py."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    """Named sets of field values for `--preset`."""
+    default_preset: ClassVar[str | None] = None
+
     storage: Storage = "factor"
     allocation: Allocation = "uniform"
+    rounds: int = 0
+    """How often the statistics are measured again in the compressed model and averaged with the first ones."""
 
     def __post_init__(self) -> None:
         require_choice(self.info.name, "storage", self.storage, ("factor", "pivot"))
         require_choice(self.info.name, "allocation", self.allocation, ("uniform", "global"))
+        require_range(self.info.name, "rounds", self.rounds, 0, 8)
 
     @abstractmethod
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
@@ -190,6 +211,49 @@ class LayerMethod(ABC):
                 raise UsageError(f"method {cls.info.name}: unknown option {name!r}{did_you_mean(name, fields)}")
             _require_type(cls.info.name, name, value, fields[name].default)
         return cls(**options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """What a learned method may look at when it prices the components of one layer; all (K,)."""
+
+    energy: Tensor  # second-order cost of losing the component at score 1
+    scores: Tensor  # present score; of a pruned component: the one it starts from if it returns
+    kept: Tensor  # bool
+    gradient: Tensor  # running mean of dLoss/dscore, also for pruned components
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedMethod(LayerMethod):
+    """A method that trains one score for each component on top of its spectra; everything else stays frozen."""
+
+    steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 0.005
+    project_every: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self.info.name, "steps", self.steps, 0, 1_000_000)
+        require_range(self.info.name, "batch_size", self.batch_size, 1, 65_536)
+        require_range(self.info.name, "learning_rate", self.learning_rate, 1e-9, 10.0)
+        require_range(self.info.name, "project_every", self.project_every, 1, 1_000_000)
+
+    @abstractmethod
+    def loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Scalar training loss from logits (B, S, V)."""
+
+    @abstractmethod
+    def keep_at(self, progress: float, keep: float) -> float | None:
+        """The budget to project to at `progress` in [0, 1) of the steps; None leaves the masks as they are."""
+
+    @abstractmethod
+    def price(self, components: Components) -> Tensor:
+        """What keeping each component is worth (K,), in the units of the loss; the allocation keeps the dearest."""
+
+    @abstractmethod
+    def score_on_return(self, components: Components) -> Tensor:
+        """The score (K,) from which a pruned component goes on when it is taken back."""
 
 
 def require_choice(method: str, name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -92,17 +92,13 @@ def test_sigkill_at_every_point(tmp_path: Path, source: Path, where: str, before
         fill_old(out)
     source_before = contents(source)
 
-    child = subprocess.run(
-        child_command(out, overwrite=overwrite, where=where), capture_output=True, text=True
-    )
+    child = subprocess.run(child_command(out, overwrite=overwrite, where=where), capture_output=True, text=True)
 
     assert child.returncode == -signal.SIGKILL, child.stderr
     if where == "after-publish":
         verify_manifest(out)
     else:
-        assert (contents(out) if out.exists() else None) == {"absent": None, "empty": {}, "filled": OLD}[
-            before
-        ]
+        assert (contents(out) if out.exists() else None) == {"absent": None, "empty": {}, "filled": OLD}[before]
     assert contents(source) == source_before
     left = [p.name for p in tmp_path.iterdir() if p.name not in ("out", "source")]
     expected_left = overwrite if where == "after-publish" else True
@@ -137,9 +133,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     assert min(outcomes.values()) > 0, f"the kills did not cover both sides of publishing: {outcomes}"
 
 
-def test_kill_between_the_renames_leaves_the_old_result_aside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kill_between_the_renames_leaves_the_old_result_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without RENAME_EXCHANGE there is a moment without OUT; an error in it must bring the old one back."""
     out = tmp_path / "out"
     fill_old(out)
@@ -249,9 +243,7 @@ def test_disk_errors_become_resource_errors(tmp_path: Path, number: int, filled:
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 5])
-def test_failing_fsync_is_fatal_and_never_retried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
-) -> None:
+def test_failing_fsync_is_fatal_and_never_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     calls = 0
     real = os.fsync
 
@@ -383,15 +375,11 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
 # ---- permissions: the tests may run as root, for whom the kernel refuses nothing, so the refusal is injected
 
 
-def test_preflight_refuses_a_parent_without_permission(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preflight_refuses_a_parent_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module.os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(ResourceError) as caught:
         preflight(tmp_path / "new" / "out", source=None, overwrite=False, bytes_needed=1)
-    assert str(caught.value) == (
-        f"{tmp_path}: cannot be written; give yourself permission or choose another --out"
-    )
+    assert str(caught.value) == (f"{tmp_path}: cannot be written; give yourself permission or choose another --out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -89,9 +89,7 @@ def test_stdlib_reads_without_importing():
     before = "turtledemo.chaos" in sys.modules, "this" in sys.modules
     load_texts("builtin:stdlib", split="calibration")
     assert ("turtledemo.chaos" in sys.modules, "this" in sys.modules) == before
-    names = {
-        path.relative_to(stdlib.stdlib_root()).parts[0] for path in stdlib.source_files(stdlib.stdlib_root())
-    }
+    names = {path.relative_to(stdlib.stdlib_root()).parts[0] for path in stdlib.source_files(stdlib.stdlib_root())}
     assert names & {"test", "idlelib", "lib2to3", "site-packages", "encodings", "tkinter"} == set()
     assert "json" in names
 
@@ -146,9 +144,7 @@ def test_drop_seen_removes_long_repeats_only():
     seen: set[str] = set()
     assert stdlib.drop_seen([f"{long}\n\nShort."], seen) == (f"{long}\n\nShort.",)
     spaced = long.replace(" ", "\n    ", 1)
-    assert stdlib.drop_seen([f"Short.\n\n{spaced}\n\n    Kept margin.", long], seen) == (
-        "Short.\n\n    Kept margin.",
-    )
+    assert stdlib.drop_seen([f"Short.\n\n{spaced}\n\n    Kept margin.", long], seen) == ("Short.\n\n    Kept margin.",)
 
 
 def test_stdlib_without_sources_names_the_folder(tmp_path: Path):
@@ -164,9 +160,7 @@ def test_stdlib_stops_at_max_chars():
 
 
 def test_unknown_builtin_suggests_the_known_one():
-    with pytest.raises(
-        UsageError, match="unknown built-in text 'builtin:stdlb'; did you mean 'builtin:stdlib'"
-    ):
+    with pytest.raises(UsageError, match="unknown built-in text 'builtin:stdlb'; did you mean 'builtin:stdlib'"):
         load_texts("builtin:stdlb", split="calibration")
 
 
@@ -188,11 +182,7 @@ def test_separator_lines_split_and_the_text_stays_exact(tmp_path: Path):
     assert texts.text == content
 
 
-@given(
-    lines=st.lists(
-        st.sampled_from(["<|endoftext|>", "", "a", " <|endoftext|>", "é"]), min_size=1, max_size=12
-    )
-)
+@given(lines=st.lists(st.sampled_from(["<|endoftext|>", "", "a", " <|endoftext|>", "é"]), min_size=1, max_size=12))
 def test_text_is_the_file_for_any_arrangement_of_separators(tmp_path_factory: pytest.TempPathFactory, lines):
     content = "a\n" + "\n".join(lines)
     path = tmp_path_factory.mktemp("any") / "a.txt"

@@ -79,9 +79,7 @@ def test_evaluation_is_cut_at_200_000_characters_before_tokenising(tokenizer):
 
 
 def test_evaluation_joins_documents_with_their_joiner(tokenizer):
-    windows = evaluation_windows(
-        texts_of("a\n", "b\n", joiner=SEPARATOR_LINE), tokenizer, length=2, count=None
-    )
+    windows = evaluation_windows(texts_of("a\n", "b\n", joiner=SEPARATOR_LINE), tokenizer, length=2, count=None)
     ids = ids_of(tokenizer, "a\n<|endoftext|>\nb\n")
     assert torch.equal(windows.ids.flatten(), ids[: len(ids) // 2 * 2])
 
@@ -104,9 +102,7 @@ def test_hash_covers_ids_and_length(tokenizer):
 
 def test_calibration_repeats_for_a_seed_and_differs_for_another(tokenizer):
     texts = texts_of(numbered(2000))
-    first, again, other = (
-        calibration_windows(texts, tokenizer, length=32, count=20, seed=seed) for seed in (0, 0, 1)
-    )
+    first, again, other = (calibration_windows(texts, tokenizer, length=32, count=20, seed=seed) for seed in (0, 0, 1))
     assert first.ids.shape == (20, 32)
     assert first.sha256 == again.sha256
     assert torch.equal(first.ids, again.ids)
@@ -155,9 +151,7 @@ def test_a_text_shorter_than_a_window_gives_one_shorter_window(tokenizer):
     ids = ids_of(tokenizer, "A short text.")
     windows = calibration_windows(texts_of("A short text."), tokenizer, length=512, count=8, seed=0)
     assert torch.equal(windows.ids, ids[None])
-    assert windows.warnings == (
-        f"asked for 8 windows of 512 tokens, the text holds one shorter window of {len(ids)}",
-    )
+    assert windows.warnings == (f"asked for 8 windows of 512 tokens, the text holds one shorter window of {len(ids)}",)
     same = evaluation_windows(texts_of("A short text."), tokenizer, length=512, count=None)
     assert torch.equal(same.ids, ids[None])
 
@@ -242,9 +236,7 @@ def test_draw_follows_the_distribution():
     probability = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     uniform = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
     drawn = draw(probability.log().expand(10_000, -1), uniform, step=0)
-    assert (torch.bincount(drawn, minlength=6) / 10_000).tolist() == pytest.approx(
-        probability.tolist(), abs=2e-4
-    )
+    assert (torch.bincount(drawn, minlength=6) / 10_000).tolist() == pytest.approx(probability.tolist(), abs=2e-4)
     assert torch.bincount(drawn, minlength=6)[[0, 2, 5]].tolist() == [0, 0, 0]
 
 
@@ -303,9 +295,7 @@ def test_load_tokenizer(tokenizer):
 
 def test_a_folder_without_tokenizer_lists_what_it_holds(tmp_path: Path):
     shutil.copy(TINY / "config.json", tmp_path)
-    with pytest.raises(
-        InputError, match=r"no tokenizer in .*: found \['config\.json'\]; pass --tokenizer or"
-    ):
+    with pytest.raises(InputError, match=r"no tokenizer in .*: found \['config\.json'\]; pass --tokenizer or"):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no such folder; pass --tokenizer or --calib self"):
         load_tokenizer(tmp_path / "missing")

@@ -119,9 +119,7 @@ def test_bad_json_is_one_clear_error_naming_the_file(tmp_path: Path, raw: bytes,
 
 
 def test_brackets_in_strings_do_not_count_as_depth(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.json", json.dumps({"a": "[{" * 500, "b": '\\"[' * 99, "c": [[]] * 70}).encode()
-    )
+    path = write(tmp_path / "a.json", json.dumps({"a": "[{" * 500, "b": '\\"[' * 99, "c": [[]] * 70}).encode())
     assert read_json(path, limit_bytes=10_000)["a"] == "[{" * 500
 
 
@@ -132,15 +130,11 @@ def test_depth_of_exactly_the_limit_is_accepted(tmp_path: Path) -> None:
 
 def test_json_over_the_size_limit_is_not_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", b'{"a": 1}' + b" " * 100)
-    assert refusal(read_json, path, limit_bytes=50) == (
-        f"{path}: 108 bytes, allowed 50; is this the right file?"
-    )
+    assert refusal(read_json, path, limit_bytes=50) == (f"{path}: 108 bytes, allowed 50; is this the right file?")
     assert read_json(path, limit_bytes=108) == {"a": 1}
 
 
-def test_many_small_values_are_counted_before_parsing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_small_values_are_counted_before_parsing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_module, "JSON_CONTAINERS_MAX", 1000)
     path = write(tmp_path / "a.json", b'{"a":[' + b"[]," * 1000 + b"1]}")
     assert "1,002 objects and lists, allowed 1,000" in refusal(read_json, path, limit_bytes=10_000)
@@ -150,9 +144,7 @@ def test_many_small_values_are_counted_before_parsing(
 
 
 def test_a_pointer_file_is_explained(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "config.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
-    )
+    path = write(tmp_path / "config.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n")
     assert "is a Git LFS pointer, not the file itself; run `git lfs pull`" in refusal(read_json, path)
 
 
@@ -188,18 +180,14 @@ def _stay_here() -> object:
     os.chdir(here)
 
 
-def test_a_file_swapped_while_being_opened_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_swapped_while_being_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, other = write(tmp_path / "a.json", b"{}"), write(tmp_path / "b.json", b"{}")
     real = os.open
     monkeypatch.setattr(os, "open", lambda name, *rest: real(other, *rest))
     assert "was replaced by another file while it was being opened" in refusal(read_json, path)
 
 
-def test_a_pipe_swapped_in_before_opening_does_not_hang(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipe_swapped_in_before_opening_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, regular = tmp_path / "fifo", write(tmp_path / "a.json", b"{}").stat()
     os.mkfifo(path)
     monkeypatch.setattr(files_module.os, "stat", lambda name: regular)
@@ -334,9 +322,7 @@ def test_huge_header_length_is_refused_before_allocation(tmp_path: Path, length:
 
 def test_header_length_beyond_the_file_is_called_truncated(tmp_path: Path) -> None:
     path = write(tmp_path / "m.safetensors", raw_safetensors({}, length=1000))
-    assert refusal(read_header, path) == (
-        f"{path}: truncated: expected 1008 bytes, found 10; download it again"
-    )
+    assert refusal(read_header, path) == (f"{path}: truncated: expected 1008 bytes, found 10; download it again")
 
 
 def test_too_many_tensors_are_refused_before_parsing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,9 +408,8 @@ def test_missing_empty_and_file_are_explained(tmp_path: Path, monkeypatch: pytes
     gguf = write(tmp_path / "m.gguf", b"GGUF\x03\0\0\0")
     assert "is a GGUF file (llama.cpp); use the safetensors folder" in refusal(open_checkpoint, gguf)
     other = write(tmp_path / "m.safetensors", raw_safetensors({}))
-    assert (
-        f"is a file, not a folder; give the folder of config.json and the weights (perhaps {tmp_path})"
-        in (refusal(open_checkpoint, other))
+    assert f"is a file, not a folder; give the folder of config.json and the weights (perhaps {tmp_path})" in (
+        refusal(open_checkpoint, other)
     )
     assert "no such folder" in refusal(open_checkpoint, Path("a\0b"))
 
@@ -624,9 +609,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     (folder / name).rename(tmp_path / "outside")
     (folder / name).symlink_to("../outside")
     message = refusal(open_checkpoint, folder)
-    assert message.startswith(
-        f"{folder / name}: is a link to {tmp_path / 'outside'}, outside of the model folder"
-    )
+    assert message.startswith(f"{folder / name}: is a link to {tmp_path / 'outside'}, outside of the model folder")
 
 
 @pytest.mark.parametrize("name", [ONE, "model.safetensors.index.json"])
@@ -643,9 +626,7 @@ def test_dangling_and_circular_links(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     weights.unlink()
     weights.symlink_to("nowhere")
-    assert "No such file or directory (errno 2); check the path or download" in refusal(
-        open_checkpoint, folder
-    )
+    assert "No such file or directory (errno 2); check the path or download" in refusal(open_checkpoint, folder)
     weights.unlink()
     weights.symlink_to("model.safetensors")
     assert "links lead in a circle" in refusal(open_checkpoint, folder)

@@ -66,9 +66,7 @@ def test_preflight_names_the_flag_for_what_exists(tmp_path: Path) -> None:
     says = "choose another --out, or add --overwrite to replace it"
     assert refused(UsageError, out) == f"{out}: exists and holds 2 entries; {says}"
     (tmp_path / "file").write_text("x")
-    assert refused(UsageError, tmp_path / "file") == (
-        f"{tmp_path / 'file'}: exists and is not a folder; {says}"
-    )
+    assert refused(UsageError, tmp_path / "file") == (f"{tmp_path / 'file'}: exists and is not a folder; {says}")
     preflight(out, source=None, overwrite=True, bytes_needed=10)
     assert contents(out)["only-old"] == b"old"
 
@@ -79,8 +77,7 @@ def test_preflight_overwrites_models_only(tmp_path: Path) -> None:
     (home / "thesis.tex").write_text("years")
     message = refused(UsageError, home, overwrite=True)
     assert (
-        "--overwrite replaces models only, and this folder of 1 entries has no manifest.json or config.json"
-        in message
+        "--overwrite replaces models only, and this folder of 1 entries has no manifest.json or config.json" in message
     )
 
 
@@ -89,12 +86,8 @@ def test_preflight_refuses_the_source_in_every_disguise(tmp_path: Path, source: 
         assert "is the source model itself, which is never changed" in refused(
             UsageError, out, source=source, overwrite=True
         )
-    assert f"lies inside the source model {source}" in refused(
-        UsageError, source / "x" / "out", source=source
-    )
-    assert f"contains the source model {source}" in refused(
-        UsageError, tmp_path, source=source, overwrite=True
-    )
+    assert f"lies inside the source model {source}" in refused(UsageError, source / "x" / "out", source=source)
+    assert f"contains the source model {source}" in refused(UsageError, tmp_path, source=source, overwrite=True)
 
 
 def test_preflight_compares_names_when_there_is_no_source_yet(tmp_path: Path) -> None:
@@ -111,9 +104,7 @@ def test_preflight_sees_through_links_to_the_source(tmp_path: Path, source: Path
     assert not (source / "out").exists()
 
 
-def test_preflight_compares_by_inode_too(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preflight_compares_by_inode_too(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a bind mount cannot be made without privileges: two names, one device and inode, no link between them
     other = tmp_path / "other"
     other.mkdir()
@@ -136,10 +127,7 @@ def test_preflight_refuses_links_and_mount_points(tmp_path: Path) -> None:
 
 def test_preflight_says_needed_and_free(tmp_path: Path) -> None:
     message = refused(ResourceError, tmp_path / "out", bytes_needed=10**18)
-    assert (
-        f"{tmp_path / 'out'}: needs 1100000000.00 GB (1,100,000,000,000,000,000 bytes) on this disk"
-        in message
-    )
+    assert f"{tmp_path / 'out'}: needs 1100000000.00 GB (1,100,000,000,000,000,000 bytes) on this disk" in message
     assert "GB (" in message.split("on this disk, ")[1]
     assert "free; free some space or choose another --out" in message
 
@@ -197,9 +185,7 @@ def test_staged_publishes_everything_at_once(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_staged_uses_an_empty_folder_and_a_relative_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_staged_uses_an_empty_folder_and_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
     with staged(Path("out")) as folder:
@@ -216,9 +202,7 @@ def test_staged_refuses_what_exists_before_any_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["exchange", "renames"])
-def test_overwrite_replaces_the_whole_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
+def test_overwrite_replaces_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     if way == "renames":
         monkeypatch.setattr(disk, "exchange", lambda one, other: False)
     out = old_model(tmp_path / "out")
@@ -277,9 +261,7 @@ def test_permissions_follow_the_umask(
         (folder / "sub").mkdir(mode=0o700)
         (folder / "sub" / "a").touch(mode=0o777)
     out = tmp_path / "out"
-    modes = {
-        p.relative_to(tmp_path).as_posix(): stat.S_IMODE(p.stat().st_mode) for p in [out, *out.rglob("*")]
-    }
+    modes = {p.relative_to(tmp_path).as_posix(): stat.S_IMODE(p.stat().st_mode) for p in [out, *out.rglob("*")]}
     assert modes == {
         "out": folder_mode,
         "out/model.safetensors": file_mode,

@@ -53,9 +53,7 @@ def read_file(path: Path, *, max_chars: int | None) -> Part:
         joiner = SEPARATOR_LINE if len(documents) > 1 else BLANK_LINE
     if not any(document.strip() for document in documents):
         num_chars = sum(map(len, documents))
-        raise InputError(
-            f"{path}: no text in it ({num_chars} characters, all white space); give another file"
-        )
+        raise InputError(f"{path}: no text in it ({num_chars} characters, all white space); give another file")
     return Part(documents, joiner, f"{path.name}: {counted(documents, limit=max_chars)}")
 
 
@@ -85,18 +83,12 @@ def _text_field(line: str, *, where: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where}: not JSON ({error}); each line must be an object with a field 'text'"
-        ) from error
+        raise InputError(f"{where}: not JSON ({error}); each line must be an object with a field 'text'") from error
     if not isinstance(row, dict):
-        raise InputError(
-            f"{where}: a JSON {type(row).__name__}; each line must be an object with a field 'text'"
-        )
+        raise InputError(f"{where}: a JSON {type(row).__name__}; each line must be an object with a field 'text'")
     if "text" not in row:
         keys = ", ".join(map(repr, sorted(row)[:10])) or "none"
-        raise InputError(
-            f"{where}: no field 'text'; keys found: {keys}; rename the field that holds the text"
-        )
+        raise InputError(f"{where}: no field 'text'; keys found: {keys}; rename the field that holds the text")
     return checked_text(row["text"], where=where)
 
 
@@ -140,6 +132,4 @@ def _reading(path: Path) -> Iterator[None]:
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: damaged or not {path.suffix} data ({error}); copy it again") from error
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); check path and rights"
-        ) from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check path and rights") from error

@@ -33,9 +33,7 @@ def parse_dataset(spec: str, *, split: Literal["calibration", "evaluation"]) -> 
     """`hub:NAME[:CONFIG][:SPLIT]`; leave CONFIG empty to name only the split."""
     fields = spec.removeprefix("hub:").split(":")
     if len(fields) > 3 or not fields[0]:
-        raise UsageError(
-            f"{spec!r}: not a dataset; write hub:NAME, hub:NAME:CONFIG, hub:NAME::SPLIT or all three"
-        )
+        raise UsageError(f"{spec!r}: not a dataset; write hub:NAME, hub:NAME:CONFIG, hub:NAME::SPLIT or all three")
     name, config, chosen = (*fields, "", "")[:3]
     return DatasetName(name, config or None, chosen or DEFAULT_SPLITS[split])
 
@@ -63,9 +61,7 @@ def _text_fields(rows: Iterable[dict[str, Any]], *, where: str, limit: int) -> t
     for number, row in enumerate(rows):
         if "text" not in row:
             keys = ", ".join(map(repr, sorted(row)))
-            raise InputError(
-                f"{where}, row {number}: no field 'text'; keys found: {keys}; choose another dataset"
-            )
+            raise InputError(f"{where}, row {number}: no field 'text'; keys found: {keys}; choose another dataset")
         documents.append(checked_text(row["text"], where=f"{where}, row {number}"))
         num_chars += len(documents[-1])
         if num_chars >= limit:
@@ -87,8 +83,6 @@ def _datasets_library() -> ModuleType:
 
 def _explained(error: Exception, *, where: str) -> str:
     said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if isinstance(error, ConnectionError | TimeoutError) or any(
-        word in said.lower() for word in _NETWORK_WORDS
-    ):
+    if isinstance(error, ConnectionError | TimeoutError) or any(word in said.lower() for word in _NETWORK_WORDS):
         return f"{where}: no network, or the hub did not answer ({said}); use a file or builtin:stdlib"
     return f"{where}: the dataset cannot be read ({said}); check name, config and split on huggingface.co"

@@ -58,9 +58,7 @@ def load_texts(spec: str | Sequence[str], *, split: Split, max_chars: int | None
         notes.append(f"not read, for the limit of {max_chars:,} characters was met: {', '.join(unread)}")
     documents, joiner = merge(parts)
     sha256 = hashlib.sha256(joiner.join(documents).encode()).hexdigest()
-    return Texts(
-        source=",".join(specs), documents=documents, sha256=sha256, note="; ".join(notes), joiner=joiner
-    )
+    return Texts(source=",".join(specs), documents=documents, sha256=sha256, note="; ".join(notes), joiner=joiner)
 
 
 def split_specs(spec: str | Sequence[str]) -> list[str]:

@@ -46,9 +46,7 @@ _STRING = (
     r'|"(?:[^"\\\n]|\\.)*"'
     r"|'(?:[^'\\\n]|\\.)*')"
 )
-_BLOCK_OR_STRING = re.compile(
-    rf"(?P<block>^[ \t]*\#[^\n]*(?:\n[ \t]*\#[^\n]*)*)|{_STRING}|\#[^\n]*", re.S | re.M
-)
+_BLOCK_OR_STRING = re.compile(rf"(?P<block>^[ \t]*\#[^\n]*(?:\n[ \t]*\#[^\n]*)*)|{_STRING}|\#[^\n]*", re.S | re.M)
 _COMPOUND = (
     *(ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef),
     *(ast.If, ast.For, ast.While, ast.With, ast.Try, ast.ExceptHandler),
@@ -136,9 +134,7 @@ def source_files(root: Path) -> Iterator[Path]:
     """Sources in a fixed order, without tests, tables and third-party code."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(
-            name
-            for name in subfolders
-            if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)
+            name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)
         )
         for name in sorted(files):
             if name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES):
@@ -154,9 +150,7 @@ def prose(source: str) -> list[str]:
 def topics(source: str) -> list[str]:
     """The long strings of pydoc's table of help topics."""
     strings = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
-    return [
-        inspect.cleandoc(text) for text in strings if isinstance(text, str) and len(text) >= MIN_PROSE_CHARS
-    ]
+    return [inspect.cleandoc(text) for text in strings if isinstance(text, str) and len(text) >= MIN_PROSE_CHARS]
 
 
 def drop_seen(documents: Sequence[str], seen: set[str]) -> tuple[str, ...]:

@@ -84,9 +84,7 @@ def calibration_windows(
     return _windows(ids_NL[chosen], source=texts.source, note=note, warnings=warnings)
 
 
-def evaluation_windows(
-    texts: Texts, tokenizer: PreTrainedTokenizerBase, *, length: int, count: int | None
-) -> Windows:
+def evaluation_windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, *, length: int, count: int | None) -> Windows:
     """The first `count` windows of the text in order, or all of them; a last incomplete one is dropped."""
     _check_sizes(length=length, count=1 if count is None else count)
     text, size = texts.text, EVALUATION_PIECE_CHARS
@@ -97,9 +95,7 @@ def evaluation_windows(
     return _windows(ids_NL[:count], source=texts.source, note=note, warnings=warnings)
 
 
-def sample_windows(
-    model: PreTrainedModel, *, length: int, count: int, seed: int, batch_size: int = 16
-) -> Windows:
+def sample_windows(model: PreTrainedModel, *, length: int, count: int, seed: int, batch_size: int = 16) -> Windows:
     """Text drawn from the model's own distribution at temperature 1; the starting token is left out."""
     _check_sizes(length=length, count=count, batch_size=batch_size)
     config = model.config.get_text_config()
@@ -118,15 +114,11 @@ def sample_windows(
     try:
         rows = [
             _sample_batch(model, start_B, uniform_BL)
-            for start_B, uniform_BL in zip(
-                start_N.split(batch_size), uniform_NL.split(batch_size), strict=True
-            )
+            for start_B, uniform_BL in zip(start_N.split(batch_size), uniform_NL.split(batch_size), strict=True)
         ]
     finally:
         model.train(was_training)
-    note = (
-        f"sampled from the model at temperature 1, seed {seed}, starting from {started} (not in the windows)"
-    )
+    note = f"sampled from the model at temperature 1, seed {seed}, starting from {started} (not in the windows)"
     return _windows(torch.cat(rows), source="self", note=note, warnings=())
 
 
@@ -181,9 +173,7 @@ def _cut(ids: Tensor, *, length: int, count: int | None, source: str) -> tuple[T
     num_windows = len(ids) // length
     if num_windows == 0:
         if len(ids) < 2:
-            raise InputError(
-                f"{source}: {len(ids)} tokens of text; at least 2 are needed; give a longer text"
-            )
+            raise InputError(f"{source}: {len(ids)} tokens of text; at least 2 are needed; give a longer text")
         asked = "windows" if count is None else f"{count} windows"
         warning = f"asked for {asked} of {length} tokens, the text holds one shorter window of {len(ids)}"
         return ids[None], (warning,)

@@ -1,14 +1,9 @@
-"""From a model and a method to compressed layers: measure, decompose, allocate, encode, swap.
+"""Layer by layer: check the weights, decompose them, choose all ranks at once, encode, swap.
 
-    1. find the target layers; refuse weights that are not finite
-    2. measure the statistics the method needs, in one pass
-    3. decompose every weight in the method's metric
-    4. choose all ranks at once so that the stored numbers meet the budget
-    5. (learned methods) train scores on top of the spectra           engines/learned.py
-    6. encode each layer in its codec and put the module in place
-    7. recovery steps that the method or the user asked for           engines/refit.py
+The order of a whole run, with measuring and training around it, is in engines/pipeline.py.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import NumericalError, UsageError
-from ..linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
-from ..linalg.factor import Factors, Spectrum, truncate
-from ..method import Codec, LayerMethod, Replacement, Stats, Target, dense_replacement, encode
-from ..models.walk import Layer, Walk, weight_of
-from ..nn.linears import LINEARS
+from spectrim.errors import NumericalError, UsageError
+from spectrim.linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
+from spectrim.linalg.factor import Factors, Spectrum, truncate
+from spectrim.method import Codec, LayerMethod, Replacement, Stats, Target, dense_replacement, encode
+from spectrim.models.walk import Layer, Walk, weight_of
+from spectrim.nn.linears import LINEARS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +115,7 @@ def _uniform_choice(
         return [len(c) - 1 for c in costs]
     share = budget / sum(layer.weight_numbers for layer in walk.layers)
     start = [
-        max(0, int((c <= share * layer.weight_numbers).sum()) - 1)
-        for c, layer in zip(costs, walk.layers, strict=True)
+        max(0, int((c <= share * layer.weight_numbers).sum()) - 1) for c, layer in zip(costs, walk.layers, strict=True)
     ]
     if sum(int(c[k]) for c, k in zip(costs, start, strict=True)) > budget:
         raise UsageError(
@@ -131,49 +125,68 @@ def _uniform_choice(
     return fill_uniform(costs, start, budget)
 
 
-def encode_layer(layer: Layer, module: nn.Module, factors: Factors, target: Target, error: float) -> Replacement:
-    """One layer in its target codec, its bias carried over."""
+def encode_layer(module: nn.Module, given: Spectrum | Factors, target: Target, *, learned: bool = False) -> Replacement:
+    """One layer in its target codec, its bias carried over. `learned` factors replace the weight even when dense."""
     weight = weight_of(module).detach()
     bias = None if module.bias is None else module.bias.detach()
-    if target.codec == "dense":
-        return dense_replacement(weight, bias)
+    error = float(given.energy[target.rank :].sum()) if isinstance(given, Spectrum) else 0.0
+    factors = truncate(given, target.rank) if isinstance(given, Spectrum) else given
     wide = Factors(factors.left.double(), factors.right.double())
+    if target.codec == "dense":
+        return dense_replacement((wide.left @ wide.right).to(weight.dtype) if learned else weight, bias)
     return encode(wide, target.codec, like=weight, bias=bias, error=error)
 
 
 def swap(model: PreTrainedModel, name: str, replacement: Replacement) -> None:
-    """Put a low-rank module with the replacement's tensors where the linear layer stood."""
-    if replacement.codec == "dense":
-        return
+    """Put a module with the replacement's tensors where the layer stood; the old module is not changed."""
     old = model.get_submodule(name)
-    outputs, inputs = weight_of(old).shape
-    first = next(t for t in replacement.tensors.values() if t.is_floating_point())
+    if replacement.codec == "dense":
+        weight = replacement.tensors["weight"]
+        if weight.data_ptr() == weight_of(old).data_ptr():
+            return
+        new: nn.Module = copy.deepcopy(old)
+        weight_of(new).data.copy_(weight)
+    else:
+        new = build_linear(replacement)
+    model.set_submodule(name, new.train(old.training))
+
+
+def build_linear(replacement: Replacement) -> nn.Module:
+    """The low-rank module that holds a replacement's tensors."""
+    tensors = replacement.tensors
+    first = "V.weight" if replacement.codec == "factor" else "pivot.weight"
+    outputs = (
+        len(tensors["U.weight"])
+        if replacement.codec == "factor"
+        else (len(tensors["pivot.weight"]) + len(tensors["rest.weight"]))
+    )
     module = LINEARS[replacement.codec](
-        inputs,
+        tensors[first].shape[1],
         outputs,
         replacement.rank,
         bias=replacement.bias is not None,
-        device=first.device,
-        dtype=first.dtype,
+        device=tensors[first].device,
+        dtype=tensors[first].dtype,
     )
-    state = dict(replacement.tensors)
+    state = {**tensors, "weight": module.weight}
     if replacement.bias is not None:
         state["U.bias" if replacement.codec == "factor" else "bias"] = replacement.bias
-    state["weight"] = module.weight
     module.load_state_dict(state)
-    model.set_submodule(name, module.train(old.training))
+    return module
 
 
 def apply_plan(
-    model: PreTrainedModel, walk: Walk, plan: Plan, factors: Mapping[str, Spectrum | Factors]
+    model: PreTrainedModel,
+    walk: Walk,
+    plan: Plan,
+    given: Mapping[str, Spectrum] | Mapping[str, Factors],
+    *,
+    learned: bool = False,
 ) -> dict[str, Replacement]:
     """Encode and swap every layer; returns what was put in place."""
     placed = {}
     for layer in walk.layers:
-        target, given = plan.targets[layer.name], factors[layer.name]
-        error = float(given.energy[target.rank :].sum()) if isinstance(given, Spectrum) else 0.0
-        cut = truncate(given, target.rank) if isinstance(given, Spectrum) else given
-        replacement = encode_layer(layer, model.get_submodule(layer.name), cut, target, error)
-        swap(model, layer.name, replacement)
-        placed[layer.name] = replacement
+        module, target = model.get_submodule(layer.name), plan.targets[layer.name]
+        placed[layer.name] = encode_layer(module, given[layer.name], target, learned=learned)
+        swap(model, layer.name, placed[layer.name])
     return placed

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import NumericalError
-from ..linalg.curvature import add_gram, add_squares, clip_rows
-from ..method import Stat, Stats
-from ..models.walk import Walk, shared_inputs
+from spectrim.errors import InputError, NumericalError
+from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
+from spectrim.method import Stat, Stats
+from spectrim.models.walk import Walk, shared_inputs
 
 GRADIENT_CLIP = 10.0
 """Token gradients above this many times the root mean square are scaled down to it (specs: KFAC-SVD)."""
@@ -29,6 +29,7 @@ class _Sums:
     """Running sums of one shared input, or of one layer's outputs."""
 
     tokens: int = 0
+    gradient_tokens: int = 0
     sequences: int = 0
     totals: dict[Stat, Tensor] = field(default_factory=dict)
 
@@ -47,11 +48,16 @@ def measure(
     ids: Tensor,
     needs: frozenset[Stat],
     *,
-    batch_size: int = 8,
+    batch_size: int = 4,
+    gradient_windows: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Stats]:
-    """Statistics of every target layer over `ids` (windows, length); the model's weights are not touched."""
+    """Statistics of every target layer over `ids` (windows, length); the model's weights are not touched.
+
+    Gradients cost twice what inputs do and need fewer tokens: they come from the first `gradient_windows` only
+    (None: all). The layers of `model` may be dense or already compressed; only their inputs and outputs are seen.
+    """
     if not needs:
         return {layer.name: Stats(tokens=int(ids.numel())) for layer in walk.layers}
     groups = shared_inputs(model, walk.layers)
@@ -63,7 +69,7 @@ def measure(
     with hooks(model, walk, sums, leader, needs), frozen(model), autocast(device):
         for start in range(0, len(ids), batch_size):
             batch = ids[start : start + batch_size].to(device)
-            if gradients:
+            if gradients and (gradient_windows is None or start < gradient_windows):
                 _backward_from_sampled_labels(model, batch, generator)
             else:
                 with torch.no_grad():
@@ -71,7 +77,7 @@ def measure(
             _check_finite(walk, sums, start, needs)
             if progress is not None:
                 progress("calibrate", min(start + batch_size, len(ids)), len(ids))
-    return {name: _finish(sums[name], sums[leader[name]], needs) for name in sums}
+    return {name: _finish(name, sums[name], sums[leader[name]], needs) for name in sums}
 
 
 def _backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
@@ -130,6 +136,7 @@ def _add_input(sums: _Sums, x: Tensor, needs: frozenset[Stat]) -> None:
 def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat]) -> None:
     """Add the rows of the gradient (B, S, O) at a layer's output; x (B, S, I) is the input of the same call."""
     rows = gradient.detach().reshape(-1, gradient.shape[-1])
+    sums.gradient_tokens += len(rows)
     if Stat.OUTPUT_GRAD in needs:
         width = rows.shape[1]
         clipped = clip_rows(rows, ratio=GRADIENT_CLIP)
@@ -141,13 +148,15 @@ def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Sta
         sums.sequences += batch
 
 
-def _finish(own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Stats:
+def _finish(name: str, own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Stats:
     """Means from sums."""
     tokens = shared.tokens
+    if tokens == 0:
+        raise InputError(f"{name}: no calibration token reached this layer (an expert never routed to?)")
     inputs = {s.value: shared.totals[s] / tokens for s in (Stat.GRAM, Stat.MEAN_ABS) if s in needs}
     outputs = {}
     if Stat.OUTPUT_GRAD in needs:
-        outputs["output_grad"] = own.totals[Stat.OUTPUT_GRAD] / tokens
+        outputs["output_grad"] = own.totals[Stat.OUTPUT_GRAD] / own.gradient_tokens
     if Stat.FISHER in needs:
         outputs["fisher"] = own.totals[Stat.FISHER] / own.sequences
     return Stats(tokens=tokens, **inputs, **outputs)

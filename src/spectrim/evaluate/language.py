@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..engines.measure import autocast, frozen
-from ..errors import NumericalError
+from spectrim.engines.measure import autocast, frozen
+from spectrim.errors import NumericalError
 
 
 @dataclass(frozen=True, kw_only=True)

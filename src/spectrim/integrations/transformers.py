@@ -18,9 +18,9 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import InputError
-from ..models.walk import is_linear, weight_of
-from ..nn.linears import LINEARS, LowRankLinear, PivotLinear
+from spectrim.errors import InputError
+from spectrim.models.walk import is_linear, weight_of
+from spectrim.nn.linears import LINEARS, LowRankLinear, PivotLinear
 
 QUANT_METHOD = "spectrim"
 FORMAT_VERSION = 1

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .metric import Root
+from spectrim.linalg.metric import Root
 
 
 class Spectrum(NamedTuple):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .factor import Factors
+from spectrim.linalg.factor import Factors
 
 
 class Pivots(NamedTuple):

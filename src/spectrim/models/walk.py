@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError, UsageError
+from spectrim.errors import InputError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ otherwise fill the layer with random numbers and go on.
 import torch
 from torch import Tensor, nn
 
-from ..linalg.pivot import unpack_mask
+from spectrim.linalg.pivot import unpack_mask
 
 
 class LowRankLinear(nn.Module):
@@ -59,9 +59,7 @@ class PivotLinear(nn.Module):
         self.register_buffer("mask", torch.zeros((outputs + 7) // 8, dtype=torch.uint8, device=device))
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
         # Position of each output in [pivots, rest]; follows from the mask, so it is not stored.
-        self.register_buffer(
-            "order", torch.zeros(outputs, dtype=torch.int64, device=device), persistent=False
-        )
+        self.register_buffer("order", torch.zeros(outputs, dtype=torch.int64, device=device), persistent=False)
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh_order())
 
     def refresh_order(self) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linalg.factor import Factors, Spectrum
+from spectrim.linalg.factor import Factors, Spectrum
 
 
 class ScoredLinear(nn.Module):

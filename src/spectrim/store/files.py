@@ -117,8 +117,7 @@ def check_stays_inside(path: Path, folder: Path) -> None:
         raise InputError(f"{path}: cannot be read: {_reason(error)}") from error
     if not any(real.is_relative_to(root) for root in _allowed_roots(folder)):
         raise InputError(
-            f"{path}: is a link to {real}, outside of the model folder; "
-            "copy that file into the folder if you trust it"
+            f"{path}: is a link to {real}, outside of the model folder; copy that file into the folder if you trust it"
         )
 
 

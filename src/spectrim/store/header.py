@@ -109,23 +109,17 @@ def check_name(where: str, name: str) -> None:
             f"allowed 1 to {TENSOR_NAME_BYTES_MAX}; rename it"
         )
     if not name.isprintable():
-        raise InputError(
-            f"{where}: tensor name {shown(name)} has characters that cannot be printed; rename it"
-        )
+        raise InputError(f"{where}: tensor name {shown(name)} has characters that cannot be printed; rename it")
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     check_name(f"{path}: header", name)
     where = f"{path}: tensor {shown(name)}"
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-        raise InputError(
-            f"{where}: must have exactly the fields {', '.join(sorted(_FIELDS))}; download it again"
-        )
+        raise InputError(f"{where}: must have exactly the fields {', '.join(sorted(_FIELDS))}; download it again")
     dtype, shape = entry["dtype"], entry["shape"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise InputError(
-            f"{where}: unknown dtype {shown(str(dtype))}; supported: {', '.join(sorted(DTYPE_BITS))}"
-        )
+        raise InputError(f"{where}: unknown dtype {shown(str(dtype))}; supported: {', '.join(sorted(DTYPE_BITS))}")
     begin, end = _byte_range(where, entry["data_offsets"])
     nbytes = _expected_bytes(where, dtype, _checked_shape(where, shape))
     if end - begin != nbytes:
@@ -133,9 +127,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
             f"{where}: {dtype} of shape {shape} needs {nbytes} bytes, data_offsets [{begin}, {end}] give "
             f"{end - begin}; download it again"
         )
-    return TensorInfo(
-        name=name, dtype=dtype, shape=tuple(shape), file=path, start=data_start + begin, nbytes=nbytes
-    )
+    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), file=path, start=data_start + begin, nbytes=nbytes)
 
 
 def _whole_numbers(value: Any) -> bool:
@@ -145,9 +137,7 @@ def _whole_numbers(value: Any) -> bool:
 
 def _checked_shape(where: str, shape: Any) -> list[int]:
     if not _whole_numbers(shape):
-        raise InputError(
-            f"{where}: shape {shown(str(shape))} must be a list of whole numbers from 0 to 2^63-1"
-        )
+        raise InputError(f"{where}: shape {shown(str(shape))} must be a list of whole numbers from 0 to 2^63-1")
     if len(shape) > RANK_MAX:
         raise InputError(f"{where}: {len(shape)} dimensions, allowed {RANK_MAX}")
     # A zero must not hide an overflow: readers multiply from left to right.

@@ -51,9 +51,7 @@ def _names_under(folder: Path) -> list[str]:
     """Every file below `folder` but the manifest, with slashes, in one order on every system."""
 
     def refuse(error: OSError) -> None:
-        raise InputError(
-            f"{error.filename}: cannot be listed: {error.strerror}; check its permissions"
-        ) from error
+        raise InputError(f"{error.filename}: cannot be listed: {error.strerror}; check its permissions") from error
 
     names: list[str] = []
     for where, folders, files in os.walk(folder, onerror=refuse):
@@ -91,11 +89,7 @@ def _differences(folder: Path, name: str, recorded: Any) -> list[str]:
         found = _measure(folder / name, folder)
     except InputError as error:
         return [f"unreadable: {error}"]
-    if (
-        not isinstance(recorded, dict)
-        or recorded.keys() != found.keys()
-        or type(recorded["bytes"]) is not int
-    ):
+    if not isinstance(recorded, dict) or recorded.keys() != found.keys() or type(recorded["bytes"]) is not int:
         return [f"no size and sha256 recorded: {shown(name)}"]
     if recorded["bytes"] != found["bytes"]:
         return [f"changed: {shown(name)}: {recorded['bytes']} bytes recorded, {found['bytes']} found"]

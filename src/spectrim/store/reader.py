@@ -104,9 +104,7 @@ def _names_in(folder: Path) -> set[str]:
             raise InputError(f"{folder}: {_why_not_folder(folder)}")
         names = set(os.listdir(folder))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: cannot be listed: {error}; check the path and its permissions"
-        ) from error
+        raise InputError(f"{folder}: cannot be listed: {error}; check the path and its permissions") from error
     if not names:
         raise InputError(f"{folder}: is empty; a model folder has {CONFIG} and {SINGLE} (or {INDEX})")
     return names
@@ -154,9 +152,7 @@ def _config(folder: Path) -> dict[str, Any]:
     config = read_json(path, limit_bytes=JSON_BYTES_MAX)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        raise InputError(
-            f"{path}: model_type must be the name of an architecture, found {shown(str(model_type))}"
-        )
+        raise InputError(f"{path}: model_type must be the name of an architecture, found {shown(str(model_type))}")
     return config
 
 
@@ -206,15 +202,11 @@ def _tensors_of(shards: tuple[Path, ...], shard_of: dict[str, str], index: Path)
     for shard in shards:
         for name, info in read_header(shard).items():
             if name in tensors:
-                problems.append(
-                    f"tensor {shown(name)}: in {tensors[name].file.name} and again in {shard.name}"
-                )
+                problems.append(f"tensor {shown(name)}: in {tensors[name].file.name} and again in {shard.name}")
             elif name not in shard_of:
                 problems.append(f"tensor {shown(name)}: in {shard.name}, not in {index.name}")
             elif shard_of[name] != shard.name:
-                problems.append(
-                    f"tensor {shown(name)}: {index.name} says {shard_of[name]}, found in {shard.name}"
-                )
+                problems.append(f"tensor {shown(name)}: {index.name} says {shard_of[name]}, found in {shard.name}")
             tensors.setdefault(name, info)
     problems += [
         f"tensor {shown(name)}: {index.name} says {shard}, found in no shard"
@@ -226,9 +218,7 @@ def _tensors_of(shards: tuple[Path, ...], shard_of: dict[str, str], index: Path)
     return tensors
 
 
-def check_shapes(
-    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], *, tied: frozenset[str]
-) -> list[str]:
+def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], *, tied: frozenset[str]) -> list[str]:
     """Names in the files beyond `expected`; `InputError` if a shape differs or an untied name is missing."""
     problems: list[str] = []
     for name, shape in expected.items():

@@ -51,9 +51,7 @@ def parse_object(raw: bytes, *, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise _Refused(f"holds {type(value).__name__}, not an object at the top")
         if _SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode(
-                "utf-8"
-            )  # half a character would crash a later print
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character would crash a later print
     except UnicodeError as error:
         raise InputError(f"{where}: not valid JSON: not UTF-8 ({error}); download it again") from error
     except (ValueError, RecursionError) as error:

@@ -105,8 +105,7 @@ def _refuse_small_disk(ancestor: Path, out: Path, bytes_needed: int) -> None:
     needed, free = bytes_needed * SPACE_PERCENT // 100, shutil.disk_usage(ancestor).free
     if free < needed:
         raise ResourceError(
-            f"{out}: needs {gigabytes(needed)} on this disk, {gigabytes(free)} are free; "
-            f"free some space or {_CHOOSE}"
+            f"{out}: needs {gigabytes(needed)} on this disk, {gigabytes(free)} are free; free some space or {_CHOOSE}"
         )
 
 

@@ -59,8 +59,7 @@ def _publish(partial: Path, out: Path, *, overwrite: bool) -> None:
             raise
         if not overwrite:
             raise UsageError(
-                f"{out}: appeared while this run was under way; "
-                "choose another --out, or add --overwrite to replace it"
+                f"{out}: appeared while this run was under way; choose another --out, or add --overwrite to replace it"
             ) from error
         if not disk.exchange(partial, out):
             disk.swap_by_renames(partial, out)

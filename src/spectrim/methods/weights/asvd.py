@@ -13,9 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...linalg.factor import Spectrum, decompose
-from ...linalg.metric import diagonal_root
-from ...method import LayerMethod, MethodInfo, Stat, Stats, require_range
+from spectrim.linalg.factor import Spectrum, decompose
+from spectrim.linalg.metric import diagonal_root
+from spectrim.method import LayerMethod, MethodInfo, Stat, Stats, require_range
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...linalg.factor import Spectrum, decompose
-from ...method import LayerMethod, MethodInfo, Stats
+from spectrim.linalg.factor import Spectrum, decompose
+from spectrim.method import LayerMethod, MethodInfo, Stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,10 @@ class SVD(LayerMethod):
     """Nearest weight of rank R; needs no data."""
 
     info: ClassVar = MethodInfo(
-        name="svd", family="weights", paper="Eckart-Young 1936", promise="nearest weight of rank R; needs no data"
+        name="svd",
+        family="weights",
+        paper="Eckart-Young 1936",
+        promise="nearest weight of rank R; needs no data",
     )
 
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:

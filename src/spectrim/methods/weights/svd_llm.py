@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ...linalg.factor import Spectrum, decompose
-from ...linalg.metric import root_of
-from ...method import LayerMethod, MethodInfo, Stat, Stats, require_choice
+from spectrim.linalg.factor import Spectrum, decompose
+from spectrim.linalg.metric import root_of
+from spectrim.method import LayerMethod, MethodInfo, Stat, Stats, require_choice
 
 
 @dataclass(frozen=True, kw_only=True)

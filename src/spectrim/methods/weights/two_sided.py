@@ -8,6 +8,9 @@
 The error is the second-order change of the loss under a Kronecker-factored Fisher matrix (K-FAC, Martens and Grosse
 2015; used for low rank by KFAC-SVD / LEMS, OBD-LLM, IO-SVD). Squared singular values are then comparable across
 layers, so one global budget makes sense: `allocation="global"`. Pivot storage has no break-even cliff.
+
+rounds=1: both covariances are measured once more in the compressed model and averaged with the first. The loss along
+the way from W to W' is an integral of the curvature, for which the mean of its ends stands better than its start.
 """
 
 from dataclasses import dataclass
@@ -15,9 +18,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...linalg.factor import Spectrum, decompose
-from ...linalg.metric import root_of, shrink
-from ...method import Allocation, LayerMethod, MethodInfo, Stat, Stats, Storage, require_range
+from spectrim.linalg.factor import Spectrum, decompose
+from spectrim.linalg.metric import root_of, shrink
+from spectrim.method import Allocation, LayerMethod, MethodInfo, Stat, Stats, Storage, require_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,9 @@ class TwoSided(LayerMethod):
 
     storage: Storage = "pivot"
     allocation: Allocation = "global"
+    rounds: int = 1
     input_shrinkage: float = 0.01
-    output_shrinkage: float = 0.1
+    output_shrinkage: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,9 +51,7 @@ class TwoSided(LayerMethod):
         return two_sided_spectrum(weight, stats, self.input_shrinkage, self.output_shrinkage)
 
 
-def two_sided_spectrum(
-    weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float
-) -> Spectrum:
+def two_sided_spectrum(weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float) -> Spectrum:
     """Steps 1 to 3 for one weight (O, I), float64."""
     left = root_of(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage))
     right = root_of(shrink(stats.get(Stat.GRAM), input_shrinkage))

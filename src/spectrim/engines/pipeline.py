@@ -1,0 +1,172 @@
+"""One compression in memory, from a dense model to a compressed one; the dense model is not changed.
+
+1. find the target layers; refuse weights that are not finite
+2. measure the statistics the method needs, in one pass over the calibration windows
+3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py
+4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
+5. learned methods: train scores on the spectra                                          engines/learned.py
+6. encode each layer, put it in place
+7. recovery: refit, distillation                                                         engines/refit.py, distil.py
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.engines.distil import distil
+from spectrim.engines.layerwise import Plan, apply_plan, check_weights, decompose_all, plan_ranks
+from spectrim.engines.learned import Learned, skeleton, train_scores
+from spectrim.engines.measure import Progress, measure
+from spectrim.engines.refit import RECOVERY
+from spectrim.errors import UsageError, did_you_mean
+from spectrim.linalg.factor import Spectrum
+from spectrim.method import LayerMethod, LearnedMethod, Replacement, Stats
+from spectrim.models.walk import Walk, find_layers
+
+ROUND_WINDOWS = 256
+"""Windows used when statistics are measured again in the compressed model."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """A compressed model and how it came about."""
+
+    model: PreTrainedModel
+    method: LayerMethod
+    walk: Walk
+    plan: Plan
+    placed: Mapping[str, Replacement]
+    learned: Learned | None = None
+    distil_losses: tuple[float, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def compress_model(
+    dense: PreTrainedModel,
+    method: LayerMethod,
+    keep: float,
+    calibration: Tensor,
+    training: Tensor | None = None,
+    *,
+    recovery: tuple[str, ...] = (),
+    gradient_windows: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Compress `dense` (weights in float32) to `keep` of the stored numbers of its decoder linears.
+
+    `calibration` (windows, length) feeds the statistics, `training` the learned steps (None: the same windows).
+    `gradient_windows` limits how many windows give gradients (None: all).
+    """
+    check_keep(keep)
+    for name in recovery:
+        if name not in RECOVERY:
+            raise UsageError(f"unknown recovery step {name!r}{did_you_mean(name, RECOVERY)}")
+    walk = find_layers(dense)
+    check_weights(dense, walk)
+    clock: dict[str, float] = {}
+    run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows)
+    spectra, plan = run.closed_form(calibration)
+    training = calibration if training is None else training
+    student = skeleton(dense)
+    learned = None
+    if isinstance(method, LearnedMethod) and method.steps > 0 and keep < 1:
+        with timed(clock, "learn"):
+            learned = train_scores(method, dense, walk, spectra, keep, training, seed=seed, progress=progress)
+        plan = learned.plan
+        placed = apply_plan(student, walk, plan, learned.factors, learned=True)
+    else:
+        with timed(clock, "encode"):
+            placed = apply_plan(student, walk, plan, spectra)
+    for name in (*method.recovery, *recovery):
+        with timed(clock, name):
+            RECOVERY[name](student, dense, walk, calibration, progress=progress)
+    losses: list[float] = []
+    if getattr(method, "distil_steps", 0):
+        with timed(clock, "distil"):
+            losses = distil(student, dense, walk, training, steps=method.distil_steps, seed=seed, progress=progress)
+    return Outcome(
+        model=student.eval(),
+        method=method,
+        walk=walk,
+        plan=plan,
+        placed=placed,
+        learned=learned,
+        distil_losses=tuple(losses),
+        seconds=clock,
+        warnings=list(learned.warnings if learned else ()),
+    )
+
+
+@dataclass
+class _Run:
+    """What the closed-form part shares between its rounds."""
+
+    dense: PreTrainedModel
+    method: LayerMethod
+    walk: Walk
+    keep: float
+    seed: int
+    progress: Progress | None
+    clock: dict[str, float]
+    gradient_windows: int | None
+
+    def closed_form(self, ids: Tensor) -> tuple[dict[str, Spectrum], Plan]:
+        """Steps 2 to 4: spectra of the original weights in the final metric, and the ranks under the budget."""
+        first = self.statistics(self.dense, ids, self.seed)
+        spectra, plan = self.decide(first)
+        for extra in range(self.method.rounds if self.keep < 1 else 0):
+            student = skeleton(self.dense)
+            apply_plan(student, self.walk, plan, spectra)
+            again = self.statistics(student, self.round_windows(ids), self.seed + 1 + extra)
+            spectra, plan = self.decide({name: first[name].blend(again[name]) for name in first})
+        return spectra, plan
+
+    def round_windows(self, ids: Tensor) -> Tensor:
+        """The windows of a later round: as many as give gradients."""
+        return ids[: self.gradient_windows or ROUND_WINDOWS]
+
+    def statistics(self, model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Stats]:
+        with timed(self.clock, "calibrate"):
+            return measure(
+                model,
+                self.walk,
+                ids,
+                self.method.needs,
+                batch_size=4 if ids.device.type == "cpu" and not torch.cuda.is_available() else 32,
+                gradient_windows=self.gradient_windows,
+                seed=seed,
+                progress=self.progress,
+            )
+
+    def decide(self, stats: Mapping[str, Stats]) -> tuple[dict[str, Spectrum], Plan]:
+        with timed(self.clock, "decompose"):
+            spectra = decompose_all(self.method, self.dense, self.walk, stats)
+        with timed(self.clock, "allocate"):
+            energies = {name: s.energy for name, s in spectra.items()}
+            return spectra, plan_ranks(self.method, self.walk, energies, self.keep)
+
+
+def check_keep(keep: float) -> None:
+    """keep is a fraction of stored numbers, in (0, 1]."""
+    if not 0 < keep <= 1:
+        hint = f"; did you mean {keep / 100:g}?" if 1 < keep <= 100 else ""
+        raise UsageError(f"keep must be in (0, 1], got {keep:g}: the share of stored numbers that remains{hint}")
+
+
+@contextmanager
+def timed(clock: dict[str, float], stage: str):
+    """Add the wall time of the block to `clock[stage]`, waiting for the GPU at its end."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        clock[stage] = clock.get(stage, 0.0) + time.perf_counter() - start

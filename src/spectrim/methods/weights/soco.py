@@ -1,0 +1,124 @@
+"""SoCo: learned singular spectrum (Li et al., arXiv 2502.15092), as reconstructed here; see docs/soco.md.
+
+    W = P diag(s) Q^T,   W' = P diag(s * score) Q^T       P, s, Q frozen; one score for each component, 1 at the start
+    loss = KL(dense || compressed), end to end, all layers at once
+
+    1. coarse compression   (the first `explore` of the steps): the budget falls from 1 to the request, quadratically;
+                            at each projection the cheapest components of all layers are pruned
+    2. oscillation          (the next `refine`): at the exact budget, pruned components whose gradient promises more than
+                            a kept one is worth come back, and the kept one goes
+    3. polarisation         (the rest): the support is fixed, scores settle, some above 1 to make up for what is gone
+
+Prices are second order: losing a kept component costs  1/2 e score^2  (e: its energy in the metric), taking a pruned
+one back gains  g^2 / (2 e)  with g the running mean of its gradient, at score  -g / e. `hysteresis` says by how much
+a newcomer must beat the one it replaces.
+
+basis="two-sided" (default): components of the K-FAC metric, in which the Hessian of the scores is near the identity.
+basis="svd": the plain singular components of the paper; e is then the diagonal of the score Hessian.
+
+The paper reaches the budget by a penalty on the ratio; a penalty with its weight and rate is fragile (one large penalty
+ended above perplexity 500). Projection onto the budget is its limit and needs no weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from spectrim.linalg.divergence import mean_kl
+from spectrim.linalg.factor import Spectrum, decompose
+from spectrim.method import (
+    Allocation,
+    Components,
+    LearnedMethod,
+    MethodInfo,
+    Stat,
+    Stats,
+    Storage,
+    require_choice,
+    require_range,
+)
+from spectrim.methods.weights.two_sided import two_sided_spectrum
+
+LARGEST_SCORE_ON_RETURN = 2.0
+"""A component is never taken back at more than this score: the quadratic model does not reach further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoCo(LearnedMethod):
+    """Learned scores on frozen singular components, allocated over all layers under one budget."""
+
+    info: ClassVar = MethodInfo(
+        name="soco",
+        family="weights",
+        paper="arXiv 2502.15092",
+        promise="learns which components to keep, and how strongly, end to end",
+    )
+    needs: ClassVar = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+        {
+            "fast": {"steps": 0, "distil_steps": 0},
+            "balanced": {"steps": 300, "distil_steps": 0},
+            "best": {"steps": 300, "distil_steps": 600},
+        }
+    )
+    default_preset: ClassVar = "balanced"
+
+    storage: Storage = "pivot"
+    allocation: Allocation = "global"
+    rounds: int = 1
+    basis: Literal["two-sided", "svd"] = "two-sided"
+    input_shrinkage: float = 0.01
+    output_shrinkage: float = 0.2
+    steps: int = 300
+    distil_steps: int = 0
+    explore: float = 0.3
+    refine: float = 0.3
+    hysteresis: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("soco", "basis", self.basis, ("two-sided", "svd"))
+        require_range("soco", "distil_steps", self.distil_steps, 0, 1_000_000)
+        for name in ("input_shrinkage", "output_shrinkage", "explore", "refine"):
+            require_range("soco", name, getattr(self, name), 0.0, 1.0)
+        require_range("soco", "explore + refine", self.explore + self.refine, 0.0, 1.0)
+        require_range("soco", "hysteresis", self.hysteresis, 0.0, 100.0)
+
+    def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
+        """Components in the chosen basis, strongest first by what losing each costs to second order."""
+        if self.basis == "two-sided":
+            return two_sided_spectrum(weight, stats, self.input_shrinkage, self.output_shrinkage)
+        return price_in_loss(decompose(weight), stats)
+
+    def loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Mean KL(dense || compressed) in nats a token."""
+        return mean_kl(student_logits, teacher_logits)
+
+    def keep_at(self, progress: float, keep: float) -> float | None:
+        """Phases 1 to 3."""
+        if progress < self.explore:
+            return keep + (1 - keep) * (1 - progress / self.explore) ** 2
+        return keep if progress < self.explore + self.refine else None
+
+    def price(self, components: Components) -> Tensor:
+        """1/2 e score^2 for kept components, with the hysteresis; the promised gain for pruned ones."""
+        kept = components.energy * components.scores.double().square() * (1 + self.hysteresis)
+        promised = components.energy * self.score_on_return(components).double().square()
+        return kept.where(components.kept, promised)
+
+    def score_on_return(self, components: Components) -> Tensor:
+        """Newton's step from 0: -g / e."""
+        tiny = components.energy.max().clamp(min=1e-300) * 1e-20
+        newton = -components.gradient.double() / components.energy.clamp(min=float(tiny))
+        return newton.clamp(-LARGEST_SCORE_ON_RETURN, LARGEST_SCORE_ON_RETURN).to(components.scores.dtype)
+
+
+def price_in_loss(spectrum: Spectrum, stats: Stats) -> Spectrum:
+    """The same components with energies (p^T B p)(q^T A q): the diagonal of the score Hessian; in that order."""
+    left_curvature = ((stats.get(Stat.OUTPUT_GRAD) @ spectrum.left) * spectrum.left).sum(0)
+    right_curvature = ((spectrum.right @ stats.get(Stat.GRAM)) * spectrum.right).sum(1)
+    energy = (left_curvature * right_curvature).clamp(min=0)
+    return spectrum._replace(energy=energy).order_by(energy)

@@ -1,0 +1,36 @@
+"""Every method by name. One literal table; adding a method is adding one line."""
+
+from importlib import import_module
+
+from spectrim.errors import UsageError, did_you_mean
+from spectrim.method import LayerMethod
+
+METHODS = {
+    "svd": "spectrim.methods.weights.svd:SVD",
+    "asvd": "spectrim.methods.weights.asvd:ASVD",
+    "svd-llm": "spectrim.methods.weights.svd_llm:SVDLLM",
+    "two-sided": "spectrim.methods.weights.two_sided:TwoSided",
+    "soco": "spectrim.methods.weights.soco:SoCo",
+}
+
+
+def method_class(name: str) -> type[LayerMethod]:
+    """The class behind a name, imported at first use."""
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def make_method(name: str, preset: str | None = None, options: dict[str, object] | None = None) -> LayerMethod:
+    """A configured method: the preset's values, overridden by `options`."""
+    cls = method_class(name)
+    preset = preset or cls.default_preset
+    values: dict[str, object] = {}
+    if preset is not None:
+        if not cls.presets:
+            raise UsageError(f"method {name} has no presets (it does not train); leave --preset out")
+        if preset not in cls.presets:
+            raise UsageError(f"method {name}: unknown preset {preset!r}{did_you_mean(preset, cls.presets)}")
+        values.update(cls.presets[preset])
+    return cls.from_config({**values, **(options or {})})
