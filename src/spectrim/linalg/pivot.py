@@ -68,7 +68,8 @@ def unpack_mask(packed: Tensor, count: int) -> Tensor:
 
 def _starting_rows(left: Tensor) -> Tensor:
     """Row order (O,) of LU with partial pivoting of `left` (O, R): the first R rows are the starting pivots."""
-    _, swaps = torch.linalg.lu_factor(left)
+    # Not lu_factor: it raises on an exact zero pivot (pruned rows, a layer of zeros); here that is only low rank.
+    swaps = torch.linalg.lu_factor_ex(left).pivots
     index = torch.arange(left.shape[0], device=left.device)
     for row, other in enumerate((swaps - 1).tolist()):
         if row != other:

@@ -1,0 +1,90 @@
+"""The Python interface: compress, load, evaluate."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.engines.pipeline import compress_model
+from spectrim.evaluate.language import Quality
+from spectrim.evaluate.language import evaluate as evaluate_windows
+from spectrim.integrations.folder import finalise, round_to
+from spectrim.job import Compressed, Request, compress_source
+from spectrim.models.load import load_model, pick_device, resolve
+from spectrim.registry import make_method
+from spectrim.report.facts import environment
+
+
+def compress(
+    model: str | PreTrainedModel,
+    *,
+    keep: float,
+    method: str = "soco",
+    preset: str | None = None,
+    options: dict[str, Any] | None = None,
+    calibration: Tensor | None = None,
+    seed: int = 0,
+    **request: Any,
+) -> Compressed:
+    """Compress a model to `keep` of the stored numbers of its decoder linears.
+
+    model: a hub id, a local folder, `builtin:tiny`, or a model in memory (then `calibration` holds token ids
+    (windows, length)). `options` are fields of the method; other keywords are fields of `spectrim.job.Request`
+    (calib, calib_windows, device, dtype, ...). The given model is not changed.
+
+    >>> import spectrim
+    >>> small = spectrim.compress("builtin:tiny", keep=0.8, method="svd", eval="none")
+    >>> round(small.outcome.plan.keep, 3)
+    0.8
+    """
+    if isinstance(model, str):
+        asked = Request(
+            model=model, keep=keep, method=method, preset=preset, options=options or {}, seed=seed, **request
+        )
+        return compress_source(asked, asked.check(), resolve(model))
+    return _compress_in_memory(model, keep, make_method(method, preset, options), calibration, seed)
+
+
+def _compress_in_memory(
+    model: PreTrainedModel, keep: float, method: Any, calibration: Tensor | None, seed: int
+) -> Compressed:
+    from spectrim.data import sample_windows
+
+    if calibration is None:
+        calibration = sample_windows(model, length=128, count=256, seed=seed).ids
+    dtype = next(model.parameters()).dtype
+    wide = model if dtype == torch.float32 else _copy_in_float32(model)
+    outcome = compress_model(wide, method, keep, calibration, seed=seed)
+    round_to(outcome.model, dtype)
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    report = {
+        "request": {"model": name, "keep": keep},
+        "method": method.to_config(),
+        "tool": "spectrim",
+        "source": {"name": name, "numbers": model.num_parameters(), "bytes": model.get_memory_footprint()},
+        "stored": {"linear_numbers_dense": outcome.plan.numbers_before},
+        "quality": None,
+        "text": {},
+        "seconds": dict(outcome.seconds),
+        "warnings": list(outcome.warnings),
+        "environment": environment(),
+    }
+    return Compressed(model=finalise(outcome, dtype, base_model=name), outcome=outcome, report=report)
+
+
+def _copy_in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    import copy
+
+    return copy.deepcopy(model).float()
+
+
+def load(folder: str | Path, *, device: str = "auto") -> PreTrainedModel:
+    """A compressed (or dense) folder as a model; the same as `from_pretrained`, with the folder checked first."""
+    return load_model(resolve(str(folder)), pick_device(device))
+
+
+def evaluate(model: PreTrainedModel, ids: Tensor, *, dense: PreTrainedModel | None = None) -> Quality:
+    """Perplexity over token ids (windows, length), and KL and agreement when the dense model is given."""
+    return evaluate_windows(model, ids, dense=dense)

@@ -1,0 +1,81 @@
+"""The folder a user gets: an ordinary Hugging Face folder in which the linear layers are low-rank."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spectrim import version
+from spectrim.engines.pipeline import Outcome
+from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, attach
+from spectrim.nn.linears import LowRankLinear, PivotLinear
+
+MAX_SHARD_SIZE = "5GB"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "LICENSE",
+)
+"""Files that are copied as bytes from the source; never code."""
+
+
+@torch.no_grad()
+def round_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the low-rank layers to what will be stored, still held in their own dtype, so figures are about the file."""
+    for module in model.modules():
+        if isinstance(module, LowRankLinear | PivotLinear):
+            for parameter in module.parameters():
+                parameter.copy_(parameter.to(dtype))
+
+
+def finalise(outcome: Outcome, dtype: torch.dtype, *, base_model: str | None) -> PreTrainedModel:
+    """A model of its own (nothing shared with the dense one) in the stored dtype, ready for `save_pretrained`."""
+    model = copy.deepcopy(outcome.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(True)
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear | PivotLinear):
+            module.weight = module.weight.to(dtype)
+            assert name in outcome.placed
+    model.config.dtype = dtype
+    attach(model, format_config(outcome, base_model))
+    return model.eval()
+
+
+def format_config(outcome: Outcome, base_model: str | None) -> SpectrimConfig:
+    """What goes into config.json: codec, rank and bias of every layer that changed, and where it came from."""
+    modules = {
+        name: {"codec": placed.codec, "rank": placed.rank, "bias": placed.bias is not None}
+        for name, placed in outcome.placed.items()
+        if placed.codec != "dense"
+    }
+    return SpectrimConfig(
+        modules=modules,
+        format_version=FORMAT_VERSION,
+        tool_version=version.__version__,
+        base_model=base_model,
+        method=outcome.method.to_config(),
+    )
+
+
+def write_folder(stage: Path, model: PreTrainedModel, source: Path | None) -> None:
+    """Model files by transformers' own `save_pretrained`, tokenizer files copied from the source."""
+    model.save_pretrained(stage, max_shard_size=MAX_SHARD_SIZE)
+    if source is None:
+        return
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, stage / name)

@@ -1,0 +1,296 @@
+"""One run, from a request to a published folder.
+
+    resolve and check the model -> preflight the output -> text -> compress in memory -> evaluate
+    -> write beside the target -> count what was written -> reload in a fresh process -> publish by one rename
+"""
+
+import dataclasses
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.data import Windows, calibration_windows, evaluation_windows, load_texts, load_tokenizer, sample_windows
+from spectrim.engines.measure import Progress
+from spectrim.engines.pipeline import Outcome, check_keep, compress_model
+from spectrim.errors import InputError, NumericalError, UsageError
+from spectrim.evaluate.language import Quality, evaluate
+from spectrim.integrations.folder import finalise, round_to, write_folder
+from spectrim.method import LayerMethod, LearnedMethod
+from spectrim.models.load import Source, load_dense, pick_device, pick_dtype, require_dense, resolve
+from spectrim.registry import make_method
+from spectrim.report.card import model_card
+from spectrim.report.facts import build_report
+from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+
+LOGIT_TOLERANCE = 1e-3
+"""Largest difference between the logits before saving and after reloading, relative to the largest logit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that decides the result; written into the output as `recipe.json`."""
+
+    model: str
+    keep: float
+    method: str = "soco"
+    preset: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    recover: tuple[str, ...] = ()
+    calib: str = "builtin:stdlib"
+    calib_windows: int = 256
+    calib_length: int = 512
+    gradient_windows: int | None = None
+    train_windows: int = 4096
+    eval: str = "builtin:stdlib"
+    eval_windows: int = 40
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def check(self) -> LayerMethod:
+        """Refuse what cannot work before anything is loaded; returns the configured method."""
+        check_keep(self.keep)
+        for name in ("calib_windows", "calib_length", "train_windows", "eval_windows"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.gradient_windows is not None and self.gradient_windows < 1:
+            raise UsageError(f"gradient_windows must be at least 1, got {self.gradient_windows}")
+        return make_method(self.method, self.preset, dict(self.options))
+
+
+@dataclass(kw_only=True)
+class Compressed:
+    """A compressed model in memory, with the report of what was done and measured."""
+
+    model: PreTrainedModel  # stored dtype, spectrim format attached
+    outcome: Outcome
+    report: dict[str, Any]
+    source: Source | None = None
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the folder atomically; it appears complete or not at all."""
+        out = Path(folder)
+        preflight(out, source=self.source.folder if self.source else None, overwrite=overwrite, bytes_needed=0)
+        with staged(out, overwrite=overwrite) as stage:
+            _fill(stage, self)
+        return out
+
+
+def run(request: Request, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Compressed:
+    """The whole job. On any error the target is what it was before."""
+    started = time.perf_counter()
+    method = request.check()
+    source = resolve(request.model)
+    require_dense(source)
+    preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=source.checkpoint.nbytes)
+    pick_device(request.device)  # fail now rather than after tokenising
+    compressed = compress_source(request, method, source, progress=progress)
+    with staged(out, overwrite=overwrite) as stage:
+        _say(progress, "write", 0, 1)
+        _fill(stage, compressed)
+        _say(progress, "reload in a fresh process", 0, 1)
+        difference = reload_difference(stage, compressed.model)
+        compressed.report["reload"] = {"relative_logit_difference": difference, "allowed": LOGIT_TOLERANCE}
+        compressed.report["seconds"]["total"] = time.perf_counter() - started
+        compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
+        _write_documents(stage, compressed.report)
+        write_manifest(stage, facts={"tool": "spectrim", "method": method.to_config(), "source": request.model})
+    compressed.report["folder"] = str(out)
+    return compressed
+
+
+def compress_source(
+    request: Request, method: LayerMethod, source: Source, *, progress: Progress | None = None
+) -> Compressed:
+    """Load, compress and evaluate; nothing is written."""
+    device = pick_device(request.device)
+    dtype = pick_dtype(request.dtype, source.dtype)
+    clock = time.perf_counter()
+    _say(progress, "load", 0, 1)
+    dense = load_dense(source, device)
+    load_s = time.perf_counter() - clock
+    texts = read_windows(request, method, source, dense)
+    outcome = compress_model(
+        dense,
+        method,
+        request.keep,
+        texts.calibration.ids,
+        None if texts.training is None else texts.training.ids,
+        recovery=request.recover,
+        gradient_windows=request.gradient_windows,
+        seed=request.seed,
+        progress=progress,
+    )
+    outcome.seconds["load"] = load_s
+    outcome.warnings.extend(texts.warnings)
+    round_to(outcome.model, dtype)
+    quality = judge(outcome, dense, texts.evaluation, progress)
+    report = build_report(dataclasses.asdict(request), source, outcome, texts, quality, dtype)
+    return Compressed(
+        model=finalise(outcome, dtype, base_model=request.model), outcome=outcome, report=report, source=source
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextsInUse:
+    """The windows of one run."""
+
+    calibration: Windows
+    training: Windows | None
+    evaluation: Windows | None
+    warnings: tuple[str, ...]
+
+
+def read_windows(request: Request, method: LayerMethod, source: Source, dense: PreTrainedModel) -> TextsInUse:
+    """Calibration, training and evaluation windows; only `self` and `none` work without a tokenizer."""
+    needs_tokenizer = request.calib != "self" or request.eval != "none"
+    tokenizer = load_tokenizer(Path(request.tokenizer) if request.tokenizer else source.folder) if needs_tokenizer else None
+    learns = isinstance(method, LearnedMethod) and (method.steps > 0 or getattr(method, "distil_steps", 0) > 0)
+    limit = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or request.calib_length
+    length = min(request.calib_length, limit)
+    count = request.calib_windows
+    wanted = max(count, request.train_windows) if learns else count
+    if request.calib == "self":
+        windows = sample_windows(dense, length=length, count=wanted if learns else count, seed=request.seed)
+    else:
+        texts = load_texts(request.calib, split="calibration", max_chars=50_000_000)
+        windows = calibration_windows(texts, tokenizer, length=length, count=wanted, seed=request.seed)
+    warnings = [] if learns else list(windows.warnings)
+    if learns and len(windows.ids) < count:
+        warnings = list(windows.warnings)
+    widest = max((p.shape[-1] for n, p in dense.named_parameters() if p.ndim == 2 and "embed" not in n), default=0)
+    tokens = windows.ids[:count].numel()
+    if tokens < widest:
+        warnings.append(
+            f"{tokens} calibration tokens for layers with up to {widest} inputs: the statistics are rank-deficient; "
+            "it works, but more text gives a better result"
+        )
+    calibration = dataclasses.replace(windows, ids=windows.ids[:count])
+    evaluation = None
+    if request.eval != "none":
+        texts = load_texts(request.eval, split="evaluation", max_chars=50_000_000)
+        evaluation = evaluation_windows(texts, tokenizer, length=length, count=request.eval_windows)
+        if request.eval == request.calib and not request.eval.startswith("builtin:"):
+            warnings.append("calibrated and evaluated on the same text: the figures flatter the result")
+    return TextsInUse(
+        calibration=calibration, training=windows if learns else None, evaluation=evaluation, warnings=tuple(warnings)
+    )
+
+
+def judge(
+    outcome: Outcome, dense: PreTrainedModel, windows: Windows | None, progress: Progress | None
+) -> dict[str, Quality] | None:
+    """Quality of the dense and the compressed model on the same windows."""
+    if windows is None:
+        return None
+    _say(progress, "evaluate", 0, 1)
+    quality = {
+        "dense": evaluate(dense, windows.ids),
+        "compressed": evaluate(outcome.model, windows.ids, dense=dense),
+    }
+    if quality["compressed"].perplexity > 100 * quality["dense"].perplexity:
+        outcome.warnings.append(
+            f"perplexity went from {quality['dense'].perplexity:.2f} to {quality['compressed'].perplexity:.0f}: "
+            "the result is not usable; raise --keep or choose another method"
+        )
+    return quality
+
+
+def _fill(stage: Path, compressed: Compressed) -> None:
+    """Model, tokenizer, report, card."""
+    write_folder(stage, compressed.model, compressed.source.folder if compressed.source else None)
+    written = open_checkpoint(stage)
+    compressed.report["stored"] = {**compressed.report["stored"], **_count(written, compressed)}
+    _write_documents(stage, compressed.report)
+
+
+def _write_documents(stage: Path, report: Mapping[str, Any]) -> None:
+    write_json(stage / "report.json", report)
+    if "request" in report:
+        write_json(stage / "recipe.json", report["request"])
+    write_text(stage / "README.md", model_card(report))
+
+
+def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
+    """Numbers and bytes of the decoder linears and of the whole model, counted from the written headers."""
+    names = {layer.name for layer in compressed.outcome.walk.layers}
+    linear = [
+        info for name, info in checkpoint.tensors.items()
+        if any(name.startswith(target + ".") for target in _owners(name, names))
+    ]  # fmt: skip
+    after = sum(info.numel for info in linear)
+    before = compressed.outcome.plan.numbers_before
+    if after > before * compressed.report["request"]["keep"] + 1e-6:
+        raise NumericalError(
+            f"the written decoder linears hold {after:,} numbers, more than keep "
+            f"{compressed.report['request']['keep']} of {before:,} allows; this is a bug of spectrim, please report it"
+        )
+    return {
+        "linear_numbers": after,
+        "linear_bytes": sum(info.nbytes for info in linear),
+        "keep": after / before,
+        "model_numbers": checkpoint.numel,
+        "model_bytes": checkpoint.nbytes,
+    }
+
+
+def _owners(tensor: str, names: set[str]) -> list[str]:
+    """The target layers a tensor's path passes through: at most one."""
+    parts = tensor.split(".")
+    prefixes = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return [p for p in prefixes if p in names]
+
+
+def reload_difference(folder: Path, model: PreTrainedModel) -> float:
+    """Largest logit difference, relative, between `model` and `folder` loaded in a fresh process."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(16)[None] * 7919 % vocabulary
+    with torch.no_grad():
+        here = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    there = _logits_elsewhere(folder, ids, model.device)
+    if there.shape != here.shape or not bool(torch.isfinite(there).all()):
+        raise NumericalError(f"{folder}: the reloaded model gives logits of shape {tuple(there.shape)} or not finite")
+    difference = float((here - there).abs().max() / here.abs().max())
+    if difference > LOGIT_TOLERANCE:
+        raise NumericalError(
+            f"the reloaded model's logits differ by {difference:.2e} (relative), allowed {LOGIT_TOLERANCE:.0e}; "
+            "nothing was published. This is a bug of spectrim or of this transformers version, please report it"
+        )
+    return difference
+
+
+def _logits_elsewhere(folder: Path, ids: Tensor, device: torch.device) -> Tensor:
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file({"ids": ids}, Path(scratch) / "in.safetensors")
+        command = [sys.executable, "-m", "spectrim.integrations.reload", str(folder), scratch, str(device)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise InputError(
+                f"{folder}: the written folder cannot be loaded in a fresh process:\n{done.stderr.strip()[-2000:]}"
+            )
+        return load_file(Path(scratch) / "out.safetensors")["logits"]
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Largest resident memory of this process, and of the GPU where there is one, in bytes."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def _say(progress: Progress | None, stage: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(stage, done, total)

@@ -1,0 +1,201 @@
+"""From what the user types to a model in memory: a hub id, a local folder, or `builtin:tiny`.
+
+Everything is checked from headers before any tensor is read; pickles and remote code are never loaded.
+"""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from spectrim.errors import InputError, ResourceError, UsageError, did_you_mean
+from spectrim.store import Checkpoint, open_checkpoint
+
+BUILTIN = {"builtin:tiny": "tiny"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab*", "*.jinja", "LICENSE*"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checked model folder."""
+
+    name: str  # as the user gave it
+    folder: Path
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    dtype: torch.dtype  # of most of its numbers
+
+    @property
+    def is_compressed(self) -> bool:
+        return quantization_of(self.config).get("quant_method") == "spectrim"
+
+
+def quantization_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The `quantization_config` of a model's config as a dict, empty if there is none."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return {}
+    return found if isinstance(found, dict) else found.to_dict()
+
+
+def resolve(name: str) -> Source:
+    """Find and check a model: nothing but headers and JSON is read."""
+    folder = _folder_of(name)
+    checkpoint = open_checkpoint(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        kind = checkpoint.config.get("model_type")
+        raise InputError(
+            f"{folder}: this transformers does not know the model type {kind!r} ({error}). "
+            "Models that need remote code are not supported; for a new type upgrade transformers"
+        ) from error
+    return Source(name=name, folder=folder, checkpoint=checkpoint, config=config, dtype=_main_dtype(checkpoint))
+
+
+def _folder_of(name: str) -> Path:
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise UsageError(f"unknown built-in model {name!r}{did_you_mean(name, BUILTIN)}")
+        return Path(str(files("spectrim") / "assets" / BUILTIN[name]))
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"{name}: no such folder, and not a hub id (owner/name)")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    """A hub model's files at one commit; bounded retries are huggingface_hub's."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's client raises its own, requests' and plain OS errors
+        raise InputError(
+            f"{name}: no such folder here, and the hub gave {type(error).__name__}: {error}. "
+            "Check the id, the network and your token, or pass a local folder"
+        ) from error
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that holds most numbers."""
+    totals: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        totals[info.dtype] = totals.get(info.dtype, 0) + info.numel
+    known = {k: v for k, v in totals.items() if k in STORED_DTYPES}
+    if not known:
+        raise InputError(
+            f"{checkpoint.folder}: holds {', '.join(sorted(totals))} tensors; "
+            f"spectrim reads {', '.join(STORED_DTYPES)} (a model that is already quantised cannot be factorised)"
+        )
+    return STORED_DTYPES[max(known, key=lambda k: known[k])]
+
+
+def require_dense(source: Source) -> None:
+    """Refuse a model that is already compressed or quantised."""
+    found = quantization_of(source.config).get("quant_method")
+    if found == "spectrim":
+        raise UsageError(
+            f"{source.name}: already compressed by spectrim; start from the dense model, "
+            "or multiply it back with `spectrim export --to dense`"
+        )
+    if found is not None:
+        raise UsageError(f"{source.name}: quantised with {found}; spectrim starts from 16- or 32-bit weights")
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without weights."""
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"config.json: transformers cannot build a causal language model from it ({error})"
+            ) from error
+
+
+def check_against_config(source: Source) -> None:
+    """Shapes in the files against the shapes config.json asks for, for every name both have."""
+    expected = {name: tuple(t.shape) for name, t in meta_model(source.config).state_dict().items()}
+    wrong = [
+        f"{name}: file {list(info.shape)}, config {list(expected[name])}"
+        for name, info in source.checkpoint.tensors.items()
+        if name in expected and expected[name] != info.shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{source.folder}: config.json disagrees with the tensors in {len(wrong)} places, e.g. "
+            f"{'; '.join(wrong[:3])}. One of the two belongs to another model"
+        )
+
+
+def load_dense(source: Source, device: torch.device) -> PreTrainedModel:
+    """The dense model in float32 on `device`; anything missing from the files is an error, never random numbers."""
+    require_dense(source)
+    check_against_config(source)
+    model, info = _from_pretrained(source, dtype=torch.float32)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{source.folder}: {len(missing)} tensors that the model needs are in no file, e.g. "
+            f"{', '.join(missing[:3])}; config.json and the files disagree, or the download is incomplete"
+        )
+    return model.to(device).eval()
+
+
+def load_model(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A dense or compressed model as it is stored, for evaluation and generation."""
+    model, info = _from_pretrained(source, dtype=dtype or source.dtype)
+    if info["missing_keys"]:
+        raise InputError(f"{source.folder}: tensors are missing, e.g. {sorted(info['missing_keys'])[0]}")
+    return model.to(device).eval()
+
+
+def _from_pretrained(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"{source.folder}: transformers cannot load it ({type(error).__name__}: {error})") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU, else the CPU; a device that is not there is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def pick_dtype(name: str, source_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the stored result; `auto` is the source's."""
+    if name == "auto":
+        return source_dtype
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name}: not supported{did_you_mean(name, DTYPES)}")
+    return DTYPES[name]

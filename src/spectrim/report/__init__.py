@@ -1,0 +1,1 @@
+"""What a run tells: facts as JSON, a model card, tables."""

@@ -1,0 +1,76 @@
+"""README.md of a compressed folder: what it is, what it costs, how to load it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """Markdown with the measured table; every figure is from the report."""
+    request, stored, source = report["request"], report["stored"], report["source"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [spectrim, low-rank, {report['method']['method']}]",
+        "---",
+        f"# {source['name']} at keep {stored.get('keep', request['keep']):.4f}",
+        "",
+        f"Compressed by {report['tool']} with `{report['method']['method']}`: the linear layers of the decoder are stored "
+        "in low rank, everything else is unchanged.",
+        "",
+        "| | dense | compressed |",
+        "|---|---|---|",
+        *(_row(*cells) for cells in table(report)),
+        "",
+        "## Load",
+        "",
+        "```python",
+        "import spectrim  # registers the format",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        "```",
+        "",
+        "Without `import spectrim` the load stops with a shape error (it never loads random weights).",
+        "",
+        "## Measured on",
+        "",
+        *_texts(report),
+    ]
+    if report["warnings"]:
+        lines += ["", "## Warnings", "", *(f"- {w}" for w in report["warnings"])]
+    return "\n".join(lines) + "\n"
+
+
+def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of (what, dense, compressed) as text."""
+    stored, source, quality = report["stored"], report["source"], report["quality"]
+    rows = []
+    if quality:
+        dense, small = quality["dense"], quality["compressed"]
+        rows += [
+            ("perplexity", f"{dense['perplexity']:.2f}", f"{small['perplexity']:.2f}"),
+            ("KL to dense, nats a token", "0", f"{small['kl']:.4f}"),
+            ("same top token as dense", "1", f"{small['agreement']:.4f}"),
+        ]
+    if "linear_numbers" in stored:
+        rows += [
+            ("numbers in decoder linears", f"{stored['linear_numbers_dense']:,}", f"{stored['linear_numbers']:,}"),
+            ("numbers in all", f"{source['numbers']:,}", f"{stored['model_numbers']:,}"),
+            ("bytes in all", f"{source['bytes']:,}", f"{stored['model_bytes']:,}"),
+        ]
+    return rows
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _texts(report: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for use, windows in report["text"].items():
+        if windows:
+            lines.append(
+                f"- {use}: {windows['source']}, {windows['windows']} windows of {windows['length']} tokens, "
+                f"no overlap; {windows['note']}"
+            )
+    return lines

@@ -1,0 +1,87 @@
+"""report.json: everything that was asked, done and measured, in one dict."""
+
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+
+from spectrim import version
+
+
+def build_report(
+    request: dict[str, Any], source: Any, outcome: Any, texts: Any, quality: Any, dtype: torch.dtype
+) -> dict[str, Any]:
+    """All facts known before writing; `stored` is completed from the written files."""
+    plan = outcome.plan
+    return {
+        "format_version": 1,
+        "tool": f"spectrim {version.__version__}",
+        "request": request,
+        "method": outcome.method.to_config(),
+        "source": {"name": source.name, "numbers": source.checkpoint.numel, "bytes": source.checkpoint.nbytes},
+        "stored": {
+            "dtype": str(dtype).removeprefix("torch."),
+            "linear_numbers_dense": plan.numbers_before,
+            "linear_numbers_planned": plan.numbers_after,
+        },
+        "quality": None if quality is None else {name: asdict(q) for name, q in quality.items()},
+        "text": {
+            "calibration": describe_windows(texts.calibration),
+            "training": None if texts.training is None else describe_windows(texts.training),
+            "evaluation": None if texts.evaluation is None else describe_windows(texts.evaluation),
+        },
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": [layer.outputs, layer.inputs],
+                "codec": outcome.placed[layer.name].codec,
+                "rank": outcome.placed[layer.name].rank,
+                "numbers": outcome.placed[layer.name].numbers,
+            }
+            for layer in outcome.walk.layers
+        ],
+        "untouched": [{"name": n, "numbers": k, "why": why} for n, k, why in outcome.walk.untouched],
+        "learning": describe_learning(outcome),
+        "seconds": dict(outcome.seconds),
+        "warnings": list(outcome.warnings),
+        "environment": environment(),
+    }
+
+
+def describe_windows(windows: Any) -> dict[str, Any]:
+    """Where the tokens came from and which they are."""
+    return {
+        "source": windows.source,
+        "note": windows.note,
+        "windows": int(windows.ids.shape[0]),
+        "length": int(windows.ids.shape[1]),
+        "sha256": windows.sha256,
+    }
+
+
+def describe_learning(outcome: Any) -> dict[str, Any] | None:
+    """Trajectories of the learned steps."""
+    if outcome.learned is None and not outcome.distil_losses:
+        return None
+    learned = outcome.learned
+    return {
+        "losses": [] if learned is None else list(learned.losses),
+        "keeps": [] if learned is None else list(learned.keeps),
+        "components_returned": 0 if learned is None else learned.returned,
+        "distil_losses": list(outcome.distil_losses),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware that figures depend on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "gpu": gpu,
+        "threads": str(torch.get_num_threads()),
+    }
