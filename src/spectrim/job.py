@@ -1,7 +1,7 @@
 """One run, from a request to a published folder.
 
-    resolve and check the model -> preflight the output -> text -> compress in memory -> evaluate
-    -> write beside the target -> count what was written -> reload in a fresh process -> publish by one rename
+resolve and check the model -> preflight the output -> text -> compress in memory -> evaluate
+-> write beside the target -> count what was written -> reload in a fresh process -> publish by one rename
 """
 
 import dataclasses
@@ -156,7 +156,9 @@ class TextsInUse:
 def read_windows(request: Request, method: LayerMethod, source: Source, dense: PreTrainedModel) -> TextsInUse:
     """Calibration, training and evaluation windows; only `self` and `none` work without a tokenizer."""
     needs_tokenizer = request.calib != "self" or request.eval != "none"
-    tokenizer = load_tokenizer(Path(request.tokenizer) if request.tokenizer else source.folder) if needs_tokenizer else None
+    tokenizer = (
+        load_tokenizer(Path(request.tokenizer) if request.tokenizer else source.folder) if needs_tokenizer else None
+    )
     learns = isinstance(method, LearnedMethod) and (method.steps > 0 or getattr(method, "distil_steps", 0) > 0)
     limit = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or request.calib_length
     length = min(request.calib_length, limit)

@@ -29,7 +29,7 @@ def distil(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Train the factors of `student` in place for `steps`; returns the losses. Stops before a loss that is not finite."""
+    """Train the factors of `student` in place for `steps`; returns the losses. Stops at a loss that is not finite."""
     modules = [student.get_submodule(layer.name) for layer in walk.layers]
     low_rank = [m for m in modules if isinstance(m, LowRankLinear | PivotLinear)]
     parameters = [p for m in low_rank for p in m.parameters()]

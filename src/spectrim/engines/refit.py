@@ -125,7 +125,8 @@ def _moments(dense: _Stream, small: _Stream, block: int, name: str) -> tuple[Ten
     finally:
         for handle in handles:
             handle.remove()
-    assert cross is not None and gram is not None
+    assert cross is not None, "no calibration window"
+    assert gram is not None
     return cross / tokens, gram / tokens
 
 

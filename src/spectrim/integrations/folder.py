@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from spectrim import version
 from spectrim.engines.pipeline import Outcome
 from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, attach
+from spectrim.models.load import no_progress_bars
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 
 MAX_SHARD_SIZE = "5GB"
@@ -32,7 +33,7 @@ COMPANIONS = (
 
 @torch.no_grad()
 def round_to(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the low-rank layers to what will be stored, still held in their own dtype, so figures are about the file."""
+    """Round the low-rank layers to what will be stored, still held in their dtype: figures are then about the file."""
     for module in model.modules():
         if isinstance(module, LowRankLinear | PivotLinear):
             for parameter in module.parameters():
@@ -73,7 +74,8 @@ def format_config(outcome: Outcome, base_model: str | None) -> SpectrimConfig:
 
 def write_folder(stage: Path, model: PreTrainedModel, source: Path | None) -> None:
     """Model files by transformers' own `save_pretrained`, tokenizer files copied from the source."""
-    model.save_pretrained(stage, max_shard_size=MAX_SHARD_SIZE)
+    with no_progress_bars():
+        model.save_pretrained(stage, max_shard_size=MAX_SHARD_SIZE)
     if source is None:
         return
     for name in COMPANIONS:

@@ -1,4 +1,6 @@
-"""Load a folder in a process of its own and write its logits: `python -m spectrim.integrations.reload DIR SCRATCH DEVICE`.
+"""Load a folder in a process of its own and write its logits.
+
+    python -m spectrim.integrations.reload DIR SCRATCH DEVICE
 
 Nothing but `import spectrim` and plain `from_pretrained`: what a user's program would do.
 """

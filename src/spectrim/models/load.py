@@ -3,6 +3,8 @@
 Everything is checked from headers before any tensor is read; pickles and remote code are never loaded.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from spectrim.errors import InputError, ResourceError, UsageError, did_you_mean
 from spectrim.store import Checkpoint, open_checkpoint
@@ -158,25 +161,31 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype | None =
     return model.to(device).eval()
 
 
-def _from_pretrained(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Silence transformers' own bars: spectrim reports progress itself."""
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _from_pretrained(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        with no_progress_bars():
+            return AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{source.folder}: transformers cannot load it ({type(error).__name__}: {error})") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def pick_device(name: str) -> torch.device:

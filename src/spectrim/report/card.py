@@ -14,8 +14,8 @@ def model_card(report: Mapping[str, Any]) -> str:
         "---",
         f"# {source['name']} at keep {stored.get('keep', request['keep']):.4f}",
         "",
-        f"Compressed by {report['tool']} with `{report['method']['method']}`: the linear layers of the decoder are stored "
-        "in low rank, everything else is unchanged.",
+        f"Compressed by {report['tool']} with `{report['method']['method']}`: the linear layers of the decoder are "
+        "stored in low rank, everything else is unchanged.",
         "",
         "| | dense | compressed |",
         "|---|---|---|",

@@ -1,12 +1,12 @@
 """SoCo: learned singular spectrum (Li et al., arXiv 2502.15092), as reconstructed here; see docs/soco.md.
 
-    W = P diag(s) Q^T,   W' = P diag(s * score) Q^T       P, s, Q frozen; one score for each component, 1 at the start
+    W = P diag(s) Q^T,   W' = P diag(s * score) Q^T       P, s, Q frozen; one score a component, 1 at the start
     loss = KL(dense || compressed), end to end, all layers at once
 
     1. coarse compression   (the first `explore` of the steps): the budget falls from 1 to the request, quadratically;
                             at each projection the cheapest components of all layers are pruned
-    2. oscillation          (the next `refine`): at the exact budget, pruned components whose gradient promises more than
-                            a kept one is worth come back, and the kept one goes
+    2. oscillation          (the next `refine`): at the exact budget, pruned components whose gradient promises more
+                            than a kept one is worth come back, and the kept one goes
     3. polarisation         (the rest): the support is fixed, scores settle, some above 1 to make up for what is gone
 
 Prices are second order: losing a kept component costs  1/2 e score^2  (e: its energy in the metric), taking a pruned

@@ -1,0 +1,398 @@
+"""The command line. Thin: it parses, calls, prints. Results go to stdout, everything else to stderr."""
+
+import json
+import logging
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from spectrim.errors import Interrupted, SpectrimError, UsageError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+_errors = Console(stderr=True, soft_wrap=True, highlight=False)
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+ModelArg = Annotated[str, typer.Argument(help="hub id, local folder, or builtin:tiny")]
+Keep = Annotated[float, typer.Option(help="share of the decoder linears' stored numbers that remains, in (0, 1]")]
+Method = Annotated[str, typer.Option(help="see `spectrim methods`")]
+Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, for methods that train")]
+Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of the method; may be repeated")]
+Calib = Annotated[str, typer.Option(help="hub data set, .txt/.jsonl files, builtin:stdlib, or self")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
+Dtype = Annotated[
+    str, typer.Option(help="dtype of the stored result: auto (as the source), float32, bfloat16, float16")
+]
+Seed = Annotated[int, typer.Option(help="seeds everything that is random")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
+
+
+def main() -> None:
+    """Entry point: exit codes as in docs/errors.md, a traceback only with SPECTRIM_DEBUG=1."""
+    import os
+
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        with stoppable():
+            app()
+    except SpectrimError as error:
+        if os.environ.get("SPECTRIM_DEBUG"):
+            raise
+        _errors.print("error: ", style="bold red", end="")
+        _errors.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("SPECTRIM_DEBUG"):
+            raise
+        _errors.print(f"internal error: {type(error).__name__}: {error}", markup=False)
+        _errors.print("this is a bug of spectrim; run again with SPECTRIM_DEBUG=1 and report the traceback")
+        sys.exit(6)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM become `Interrupted`: what is being written is removed, the target is untouched."""
+
+    def stop(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends at once
+        again = shlex.join(["spectrim", *sys.argv[1:]])
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name}; nothing was published. To start again: {again}", number
+        )
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """`["rank=8", "basis=svd"]` to values: JSON where it parses (8, 0.5, true), else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {pair}: expected NAME=VALUE, e.g. --set steps=100")
+        try:
+            options[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name.replace("-", "_")] = value
+    return options
+
+
+def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:
+    """Stage lines on stderr: a live line on a terminal, one line a stage (and every quarter) when piped."""
+    if quiet:
+        return None
+    started = time.monotonic()
+    last = {"stage": "", "quarter": -1}
+
+    def show(stage: str, done: int, total: int) -> None:
+        elapsed = time.monotonic() - started
+        count = f" {done}/{total}" if total > 1 else ""
+        line = f"[{elapsed:6.1f} s] {stage}{count}"
+        if _errors.is_terminal:
+            _errors.print(line, end="\n" if done >= total else "\r", markup=False)
+            return
+        quarter = 4 * done // max(total, 1)
+        if stage != last["stage"] or quarter != last["quarter"]:
+            last.update(stage=stage, quarter=quarter)
+            _errors.print(line, markup=False)
+
+    return show
+
+
+def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """JSON on stdout, or the human view."""
+    if as_json:
+        json.dump(data, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+    else:
+        show()
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A table of text cells, the first column left-aligned."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    _out.print(table)
+
+
+@app.command()
+def compress(
+    model: ModelArg,
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
+    keep: Keep = 0.8,
+    method: Method = "soco",
+    preset: Preset = None,
+    set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
+    recover: Annotated[list[str], typer.Option(help="recovery step after the method: refit")] = [],  # noqa: B006
+    calib: Calib = "builtin:stdlib",
+    calib_windows: Annotated[int, typer.Option(help="windows that feed the statistics")] = 256,
+    calib_length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
+    gradient_windows: Annotated[int | None, typer.Option(help="windows that give gradients (default: all)")] = None,
+    train_windows: Annotated[int, typer.Option(help="windows for learned steps, at most")] = 4096,
+    eval_: Annotated[str, typer.Option("--eval", help="evaluation text, as for --calib, or none")] = "builtin:stdlib",
+    eval_windows: Annotated[int, typer.Option(help="evaluation windows")] = 40,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer folder, if the model has none")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
+    json_: Json = False,
+) -> None:
+    """Compress a model and write a folder that plain transformers loads."""
+    from spectrim.job import Request, run
+    from spectrim.report.card import table
+
+    request = Request(
+        model=model, keep=keep, method=method, preset=preset, options=parse_options(set_), recover=tuple(recover),
+        calib=calib, calib_windows=calib_windows, calib_length=calib_length, gradient_windows=gradient_windows,
+        train_windows=train_windows, eval=eval_, eval_windows=eval_windows, tokenizer=tokenizer, device=device,
+        dtype=dtype, seed=seed,
+    )  # fmt: skip
+    report = run(request, out, overwrite=overwrite, progress=progress_printer(json_)).report
+
+    def show() -> None:
+        print_table(
+            f"{model}, {report['method']['method']}, keep {report['stored']['keep']:.4f}",
+            ["", "dense", "compressed"],
+            [list(row) for row in table(report)],
+        )
+        for warning in report["warnings"]:
+            _errors.print(f"warning: {warning}", markup=False)
+        _out.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", markup=False)
+        _out.print(load_lines(out), markup=False)
+
+    emit(report, json_, show)
+
+
+def load_lines(folder: Path) -> str:
+    """The three lines of Python that load a folder."""
+    return (
+        "    import spectrim\n"
+        "    from transformers import AutoModelForCausalLM\n"
+        f'    model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+    )
+
+
+@app.command()
+def plan(
+    model: ModelArg,
+    keep: Keep = 0.8,
+    method: Method = "soco",
+    preset: Preset = None,
+    set_: Set = [],  # noqa: B006
+    calib_windows: Annotated[int, typer.Option(help="windows that feed the statistics")] = 256,
+    calib_length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_: Json = False,
+) -> None:
+    """Say what `compress` would do, without touching a weight."""
+    from spectrim.engines.plan import estimate
+    from spectrim.job import Request
+    from spectrim.models.load import pick_device, pick_dtype, require_dense, resolve
+
+    request = Request(
+        model=model, keep=keep, method=method, preset=preset, options=parse_options(set_), device=device, dtype=dtype,
+        calib_windows=calib_windows, calib_length=calib_length,
+    )  # fmt: skip
+    configured = request.check()
+    source = resolve(model)
+    require_dense(source)
+    facts = estimate(
+        source, configured, keep, windows=calib_windows, length=calib_length,
+        dtype=pick_dtype(dtype, source.dtype), device=pick_device(device),
+    )  # fmt: skip
+
+    def show() -> None:
+        rows = [
+            [
+                r["name"],
+                "x".join(map(str, r["shape"])),
+                r["codec"],
+                str(r["rank"] or "by calibration"),
+                f"{r['dense']:,}",
+            ]
+            for r in facts["layers"]
+        ]
+        print_table(f"{model}, {method}, keep {keep}", ["layer", "shape", "codec", "rank", "dense numbers"], rows)
+        for part in ("linear_numbers", "model_numbers", "model_bytes"):
+            _out.print(f"{part:18} {facts[part]['before']:>16,} -> {facts[part]['after']:,}", markup=False)
+        _out.print(f"{'peak memory':18} about {facts['peak_memory_bytes'] / 2**30:.2f} GiB", markup=False)
+        _out.print(f"{'disk':18} {facts['disk_bytes'] / 2**20:.1f} MiB", markup=False)
+        _out.print(f"{'time':18} about {facts['seconds']:.0f} s on {facts['device']}", markup=False)
+        for row in facts["untouched"]:
+            _out.print(f"untouched: {row['name']} ({row['numbers']:,} numbers): {row['why']}", markup=False)
+
+    emit(facts, json_, show)
+
+
+@app.command()
+def inspect(
+    folder: ModelArg,
+    spectrum: Annotated[bool, typer.Option(help="compute singular values")] = True,
+    json_: Json = False,
+) -> None:
+    """Show what a folder holds: codecs, ranks, sizes, spectra."""
+    from spectrim.models.load import resolve
+    from spectrim.report.inspect import inspect_folder
+
+    facts = inspect_folder(resolve(folder), spectrum=spectrum)
+
+    def show() -> None:
+        rows = []
+        for r in facts["layers"]:
+            s = r.get("spectrum")
+            values = [f"{s[k]:.4g}" for k in ("largest", "smallest", "stable_rank")] if s else ["", "", ""]
+            shape = "x".join(map(str, r["shape"]))
+            rows.append([r["name"], shape, r["codec"], str(r["rank"]), f"{r['numbers']:,}", *values])
+        header = ["layer", "shape", "codec", "rank", "numbers", "largest s", "smallest s", "stable rank"]
+        print_table(f"{folder}: {facts['format']}, {facts['dtype']}", header, rows)
+        share = facts["linear_numbers"] / facts["linear_numbers_dense"]
+        _out.print(
+            f"decoder linears {facts['linear_numbers']:,} numbers (keep {share:.4f}); "
+            f"whole model {facts['numbers']:,} numbers, {facts['bytes']:,} bytes",
+            markup=False,
+        )
+
+    emit(facts, json_, show)
+
+
+@app.command(name="eval")
+def eval_(
+    folder: ModelArg,
+    against: Annotated[str | None, typer.Option(help="the dense model, for KL and agreement")] = None,
+    text: Annotated[str, typer.Option(help="text file(s), hub data set or builtin:stdlib")] = "builtin:stdlib",
+    windows: Annotated[int | None, typer.Option(help="how many windows (default: all)")] = 40,
+    length: Annotated[int, typer.Option(help="tokens in a window; stride is the same")] = 512,
+    speed: Annotated[bool, typer.Option(help="also measure tokens per second")] = True,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Perplexity, and KL and agreement to the dense model, of a folder."""
+    import dataclasses
+
+    from spectrim.data import evaluation_windows, load_texts, load_tokenizer
+    from spectrim.evaluate.language import evaluate
+    from spectrim.evaluate.speed import decode_tokens_per_s
+    from spectrim.models.load import load_model, pick_device, resolve
+
+    source, where = resolve(folder), pick_device(device)
+    tokens = evaluation_windows(
+        load_texts(text, split="evaluation"), load_tokenizer(source.folder), length=length, count=windows
+    )
+    model = load_model(source, where)
+    models = {"model": model}
+    if against is not None:
+        models["dense"] = load_model(resolve(against), where)
+    facts: dict[str, Any] = {"text": tokens.source, "note": tokens.note, "sha256": tokens.sha256}
+    for name, one in models.items():
+        quality = evaluate(one, tokens.ids, dense=models.get("dense") if name == "model" else None)
+        facts[name] = dataclasses.asdict(quality)
+        if speed:
+            facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(one)
+
+    def show() -> None:
+        keys = ["perplexity", "kl", "agreement", "decode_tokens_per_s"]
+        rows = [[n, *(f"{facts[n][k]:.4f}" if facts[n].get(k) is not None else "" for k in keys)] for n in models]
+        print_table(
+            f"{tokens.source}: {len(tokens.ids)} windows of {tokens.ids.shape[1]} tokens, no overlap",
+            ["", "perplexity", "KL (nats)", "agreement", "decode tokens/s"],
+            rows,
+        )
+
+    emit(facts, json_, show)
+
+
+@app.command()
+def generate(
+    folder: ModelArg,
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(help="how many tokens")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Continue a prompt."""
+    import torch
+
+    from spectrim.data import load_tokenizer
+    from spectrim.models.load import load_model, pick_device, resolve
+
+    source = resolve(folder)
+    tokenizer = load_tokenizer(source.folder)
+    model = load_model(source, pick_device(device))
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+    if ids.shape[1] == 0:
+        raise UsageError("--prompt is empty; give at least one word")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling)  # type: ignore[operator]
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    emit({"prompt": prompt, "text": text}, json_, lambda: _out.print(prompt + text, markup=False))
+
+
+@app.command()
+def export(
+    folder: ModelArg,
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    to: Annotated[str, typer.Option(help="dense: multiply the factors back")] = "dense",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a compressed folder in another form."""
+    from spectrim.integrations.export import export_dense
+    from spectrim.models.load import resolve
+
+    if to != "dense":
+        raise UsageError(f"--to {to}: not supported; known: dense")
+    facts = export_dense(resolve(folder), out, overwrite=overwrite)
+    emit(facts, json_, lambda: _out.print(f"written to {out}: {facts['numbers']:,} numbers", markup=False))
+
+
+@app.command()
+def methods(json_: Json = False) -> None:
+    """List all methods."""
+    from spectrim.registry import METHODS, method_class
+
+    rows = []
+    for name in METHODS:
+        cls = method_class(name)
+        rows.append(
+            {
+                "name": name,
+                "family": cls.info.family,
+                "paper": cls.info.paper,
+                "needs": sorted(s.value for s in cls.needs),
+                "presets": list(cls.presets),
+                "promise": cls.info.promise,
+            }
+        )
+    emit(
+        rows,
+        json_,
+        lambda: print_table(
+            "methods",
+            ["name", "family", "paper", "needs", "presets", "promise"],
+            [[r["name"], r["family"], r["paper"], ", ".join(r["needs"]) or "nothing", ", ".join(r["presets"]),
+              r["promise"]] for r in rows],
+        ),
+    )  # fmt: skip

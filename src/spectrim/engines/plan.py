@@ -1,0 +1,130 @@
+"""What a run would do, without touching a weight: shapes, ranks where they follow, numbers, bytes, memory, time.
+
+Time is estimated from the operations of the run and the matrix rate of this machine, measured for half a second.
+"""
+
+import time
+from typing import Any
+
+import torch
+
+from spectrim.engines.layerwise import plan_ranks, weight_budget
+from spectrim.method import LayerMethod, LearnedMethod, Stat
+from spectrim.models.load import Source, meta_model
+from spectrim.models.walk import Layer, Walk, find_layers
+
+EFFICIENCY = 0.4
+"""Share of the measured matrix rate that whole training passes of small models reach here (measured, CPU and GPU)."""
+
+
+def estimate(
+    source: Source,
+    method: LayerMethod,
+    keep: float,
+    *,
+    windows: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The plan as a dict; `rank` is None where it depends on what calibration will measure."""
+    model = meta_model(source.config)
+    walk = find_layers(model)
+    budget = weight_budget(walk, keep)
+    uniform = method.allocation == "uniform"
+    layers = _layers(method, walk, keep, uniform)
+    after = sum(row["numbers"] for row in layers) if uniform else budget + walk.numbers - sum_weights(walk)
+    rest = source.checkpoint.numel - walk.numbers
+    total = sum(p.numel() for p in model.parameters())
+    memory = peak_bytes(walk, method, total, length)
+    operations = count_operations(walk, method, total, windows, length)
+    rate = matrix_rate(device)
+    return {
+        "model": source.name,
+        "method": method.to_config(),
+        "keep": keep,
+        "layers": layers,
+        "ranks_known": uniform,
+        "untouched": [{"name": n, "numbers": k, "why": why} for n, k, why in walk.untouched],
+        "linear_numbers": {"before": walk.numbers, "after": after},
+        "model_numbers": {"before": source.checkpoint.numel, "after": rest + after},
+        "model_bytes": {"before": source.checkpoint.nbytes, "after": (rest + after) * dtype.itemsize},
+        "disk_bytes": int((rest + after) * dtype.itemsize * 1.1),
+        "peak_memory_bytes": memory,
+        "operations": operations,
+        "matrix_rate_per_s": rate,
+        "seconds": operations / (rate * EFFICIENCY),
+        "device": str(device),
+    }
+
+
+def sum_weights(walk: Walk) -> int:
+    """Numbers of all target weights, biases apart."""
+    return sum(layer.weight_numbers for layer in walk.layers)
+
+
+def _layers(method: LayerMethod, walk: Walk, keep: float, uniform: bool) -> list[dict[str, Any]]:
+    """One row a layer; under a global budget the rank waits for calibration."""
+    rows: list[dict[str, Any]] = []
+    flat = {la.name: torch.ones(min(la.outputs, la.inputs), dtype=torch.float64) for la in walk.layers}
+    targets = plan_ranks(method, walk, flat, keep).targets if uniform else {}
+    for layer in walk.layers:
+        row: dict[str, Any] = {"name": layer.name, "shape": [layer.outputs, layer.inputs], "dense": layer.numbers}
+        if uniform:
+            target = targets[layer.name]
+            row |= {"codec": target.codec, "rank": target.rank, "numbers": _numbers(layer, target)}
+        else:
+            row |= {"codec": method.storage, "rank": None, "numbers": None}
+        rows.append(row)
+    return rows
+
+
+def _numbers(layer: Layer, target: Any) -> int:
+    from spectrim.method import stored_numbers
+
+    return stored_numbers(layer.outputs, layer.inputs, target) + layer.numbers - layer.weight_numbers
+
+
+def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
+    """Model in float32, spectra and statistics in float64, activations of one batch."""
+    spectra = sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in walk.layers) * 8
+    statistics = 0
+    if Stat.GRAM in method.needs:
+        statistics += sum(la.inputs**2 for la in walk.layers) * 8
+    if Stat.OUTPUT_GRAD in method.needs:
+        statistics += sum(la.outputs**2 for la in walk.layers) * 8
+    rounds = 2 if method.rounds else 1
+    learned = spectra // 2 if isinstance(method, LearnedMethod) and method.steps else 0
+    batch = method.batch_size if learned and isinstance(method, LearnedMethod) else 4
+    activations = batch * length * sum(3 * la.outputs + la.inputs for la in walk.layers) * 4
+    return 4 * total + spectra + rounds * statistics + learned + activations
+
+
+def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, length: int) -> float:
+    """Floating-point operations of calibration, decomposition and learning."""
+    tokens = windows * length
+    forward = 2.0 * total * tokens
+    passes = (1 + method.rounds) * (1.0 if not method.needs & {Stat.OUTPUT_GRAD, Stat.FISHER} else 2.0)
+    gram = sum(2.0 * la.inputs**2 for la in walk.layers) * tokens if method.needs else 0.0
+    if Stat.OUTPUT_GRAD in method.needs:
+        gram += sum(2.0 * la.outputs**2 for la in walk.layers) * tokens
+    decomposition = sum(30.0 * max(la.outputs, la.inputs) ** 3 for la in walk.layers) * (1 + method.rounds)
+    calibration = (forward * passes + gram * (1 + method.rounds)) if method.needs else 0.0
+    learning = 0.0
+    if isinstance(method, LearnedMethod):
+        steps = method.steps + getattr(method, "distil_steps", 0)
+        learning = 8.0 * total * steps * method.batch_size * length  # student there and back, teacher there
+    return calibration + decomposition + learning
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Operations per second of float32 products of model-like shapes on this device."""
+    a, b = torch.randn(2048, 1024, device=device), torch.randn(1024, 1024, device=device)
+    a @ b
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        a @ b
+        count += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return count * 2.0 * 2048 * 1024 * 1024 / (time.perf_counter() - start)

@@ -1,0 +1,81 @@
+"""What a folder holds: codecs, ranks, sizes and the spectrum of every linear layer, read from the files."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.models.load import Source, load_model, quantization_of
+from spectrim.models.walk import find_layers, is_linear, weight_of
+from spectrim.nn.linears import LowRankLinear, PivotLinear
+
+
+def inspect_folder(source: Source, *, spectrum: bool = True) -> dict[str, Any]:
+    """Facts about a dense or compressed folder."""
+    model = load_model(source, torch.device("cpu"), torch.float32)
+    rows = [describe_layer(name, module, spectrum) for name, module in _linears(model)]
+    format_ = quantization_of(source.config)
+    return {
+        "folder": str(source.folder),
+        "format": format_.get("quant_method", "dense"),
+        "format_version": format_.get("format_version"),
+        "base_model": format_.get("base_model"),
+        "method": (format_.get("method") or {}).get("method"),
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "numbers": source.checkpoint.numel,
+        "bytes": source.checkpoint.nbytes,
+        "linear_numbers": sum(r["numbers"] for r in rows),
+        "linear_numbers_dense": sum(r["shape"][0] * r["shape"][1] for r in rows),
+        "layers": rows,
+    }
+
+
+def _linears(model: Any) -> list[tuple[str, nn.Module]]:
+    """Low-rank and dense linear layers of the decoder, in order."""
+    blocks = {name.rsplit(".", 2)[0] for name, m in model.named_modules() if isinstance(m, LowRankLinear | PivotLinear)}
+    if not blocks:
+        return [(layer.name, model.get_submodule(layer.name)) for layer in find_layers(model).layers]
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(block + ".") for block in blocks)
+        if not inside or any(name.startswith(other + ".") for other, m in found if not is_linear(m)):
+            continue
+        if isinstance(module, LowRankLinear | PivotLinear) or is_linear(module):
+            found.append((name, module))
+    return found
+
+
+def describe_layer(name: str, module: nn.Module, spectrum: bool) -> dict[str, Any]:
+    """Codec, rank, numbers; with `spectrum` also the largest and smallest kept singular value and the stable rank."""
+    if isinstance(module, LowRankLinear | PivotLinear):
+        row: dict[str, Any] = {
+            "name": name,
+            "codec": module.codec,
+            "rank": module.rank,
+            "shape": [module.out_features, module.in_features],
+            "numbers": sum(t.numel() for t in module.state_dict().values()),
+        }
+        weight = module.dense_weight()
+    else:
+        weight = weight_of(module).detach()
+        row = {
+            "name": name,
+            "codec": "dense",
+            "rank": min(weight.shape),
+            "shape": list(weight.shape),
+            "numbers": sum(p.numel() for p in module.parameters()),
+        }
+    if spectrum:
+        row["spectrum"] = summarise(torch.linalg.svdvals(weight.float()), row["rank"])
+    return row
+
+
+def summarise(singular: Tensor, rank: int) -> dict[str, float]:
+    """Largest, median and smallest kept singular value, and the stable rank |W|_F^2 / |W|_2^2."""
+    kept = singular[:rank]
+    return {
+        "largest": float(kept[0]),
+        "median": float(kept[len(kept) // 2]),
+        "smallest": float(kept[-1]),
+        "stable_rank": float(kept.square().sum() / kept[0].square().clamp(min=1e-30)),
+    }
