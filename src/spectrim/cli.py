@@ -10,17 +10,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from spectrim.errors import Interrupted, SpectrimError, UsageError
+from spectrim.errors import Interrupted, ResourceError, SpectrimError, UsageError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-_errors = Console(stderr=True, soft_wrap=True, highlight=False)
-_out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+# Text is shown as it is: `[x]` in a path is no markup and `:b:` in generated code no emoji.
+_errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+_out = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
 
 ModelArg = Annotated[str, typer.Argument(help="hub id, local folder, or builtin:tiny")]
 Keep = Annotated[float, typer.Option(help="share of the decoder linears' stored numbers that remains, in (0, 1]")]
@@ -32,13 +33,16 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
 Dtype = Annotated[
     str, typer.Option(help="dtype of the stored result: auto (as the source), float32, bfloat16, float16")
 ]
-Seed = Annotated[int, typer.Option(help="seeds everything that is random")]
+Tokenizer = Annotated[str | None, typer.Option(help="tokenizer folder, if the model has none")]
+Seed = Annotated[int, typer.Option(help="seeds everything that is random", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
 
 
 def main() -> None:
     """Entry point: exit codes as in docs/errors.md, a traceback only with SPECTRIM_DEBUG=1."""
     import os
+
+    import torch
 
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -48,15 +52,30 @@ def main() -> None:
     except SpectrimError as error:
         if os.environ.get("SPECTRIM_DEBUG"):
             raise
-        _errors.print("error: ", style="bold red", end="")
-        _errors.print(str(error), markup=False)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        if os.environ.get("SPECTRIM_DEBUG"):
+            raise
+        _fail(f"out of memory ({error}); take fewer or shorter windows, or --device cpu", ResourceError.exit_code)
     except Exception as error:
         if os.environ.get("SPECTRIM_DEBUG"):
             raise
-        _errors.print(f"internal error: {type(error).__name__}: {error}", markup=False)
+        _errors.print(f"internal error: {type(error).__name__}: {error}")
         _errors.print("this is a bug of spectrim; run again with SPECTRIM_DEBUG=1 and report the traceback")
         sys.exit(6)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    _errors.print("error: ", style="bold red", end="")
+    _errors.print(message)
+    sys.exit(exit_code)
+
+
+class _Stop(BaseException):
+    """A signal on its way up. Not an `Exception`: libraries that catch everything must let it through."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
 
 
 @contextmanager
@@ -65,14 +84,16 @@ def stoppable() -> Iterator[None]:
 
     def stop(number: int, _frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second signal ends at once
-        again = shlex.join(["spectrim", *sys.argv[1:]])
-        raise Interrupted(
-            f"stopped by {signal.Signals(number).name}; nothing was published. To start again: {again}", number
-        )
+        raise _Stop(number)
 
     before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except _Stop as stop:
+        name, again = signal.Signals(stop.signal_number).name, shlex.join(["spectrim", *sys.argv[1:]])
+        raise Interrupted(
+            f"stopped by {name}; nothing was published. To start again: {again}", stop.signal_number
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -104,12 +125,12 @@ def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:
         count = f" {done}/{total}" if total > 1 else ""
         line = f"[{elapsed:6.1f} s] {stage}{count}"
         if _errors.is_terminal:
-            _errors.print(line, end="\n" if done >= total else "\r", markup=False)
+            _errors.print(line, end="\n" if done >= total else "\r")
             return
         quarter = 4 * done // max(total, 1)
         if stage != last["stage"] or quarter != last["quarter"]:
             last.update(stage=stage, quarter=quarter)
-            _errors.print(line, markup=False)
+            _errors.print(line)
 
     return show
 
@@ -117,8 +138,7 @@ def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:
 def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
     """JSON on stdout, or the human view."""
     if as_json:
-        json.dump(data, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
     else:
         show()
 
@@ -149,7 +169,7 @@ def compress(
     train_windows: Annotated[int, typer.Option(help="windows for learned steps, at most")] = 4096,
     eval_: Annotated[str, typer.Option("--eval", help="evaluation text, as for --calib, or none")] = "builtin:stdlib",
     eval_windows: Annotated[int, typer.Option(help="evaluation windows")] = 40,
-    tokenizer: Annotated[str | None, typer.Option(help="tokenizer folder, if the model has none")] = None,
+    tokenizer: Tokenizer = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -175,9 +195,9 @@ def compress(
             [list(row) for row in table(report)],
         )
         for warning in report["warnings"]:
-            _errors.print(f"warning: {warning}", markup=False)
-        _out.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", markup=False)
-        _out.print(load_lines(out), markup=False)
+            _errors.print(f"warning: {warning}")
+        _out.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)
+        _out.print(load_lines(out), soft_wrap=True)
 
     emit(report, json_, show)
 
@@ -187,7 +207,7 @@ def load_lines(folder: Path) -> str:
     return (
         "    import spectrim\n"
         "    from transformers import AutoModelForCausalLM\n"
-        f'    model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f"    model = AutoModelForCausalLM.from_pretrained({json.dumps(str(folder))})\n"
     )
 
 
@@ -206,8 +226,8 @@ def plan(
 ) -> None:
     """Say what `compress` would do, without touching a weight."""
     from spectrim.engines.plan import estimate
-    from spectrim.job import Request
-    from spectrim.models.load import pick_device, pick_dtype, require_dense, resolve
+    from spectrim.job import Request, foresee
+    from spectrim.models.load import pick_device, pick_dtype, resolve
 
     request = Request(
         model=model, keep=keep, method=method, preset=preset, options=parse_options(set_), device=device, dtype=dtype,
@@ -215,7 +235,7 @@ def plan(
     )  # fmt: skip
     configured = request.check()
     source = resolve(model)
-    require_dense(source)
+    foresee(request, source)
     facts = estimate(
         source, configured, keep, windows=calib_windows, length=calib_length,
         dtype=pick_dtype(dtype, source.dtype), device=pick_device(device),
@@ -234,12 +254,12 @@ def plan(
         ]
         print_table(f"{model}, {method}, keep {keep}", ["layer", "shape", "codec", "rank", "dense numbers"], rows)
         for part in ("linear_numbers", "model_numbers", "model_bytes"):
-            _out.print(f"{part:18} {facts[part]['before']:>16,} -> {facts[part]['after']:,}", markup=False)
-        _out.print(f"{'peak memory':18} about {facts['peak_memory_bytes'] / 2**30:.2f} GiB", markup=False)
-        _out.print(f"{'disk':18} {facts['disk_bytes'] / 2**20:.1f} MiB", markup=False)
-        _out.print(f"{'time':18} about {facts['seconds']:.0f} s on {facts['device']}", markup=False)
+            _out.print(f"{part:18} {facts[part]['before']:>16,} -> {facts[part]['after']:,}")
+        _out.print(f"{'peak memory':18} about {facts['peak_memory_bytes'] / 2**30:.2f} GiB")
+        _out.print(f"{'disk':18} {facts['disk_bytes'] / 2**20:.1f} MiB")
+        _out.print(f"{'time':18} about {facts['seconds']:.0f} s on {facts['device']}")
         for row in facts["untouched"]:
-            _out.print(f"untouched: {row['name']} ({row['numbers']:,} numbers): {row['why']}", markup=False)
+            _out.print(f"untouched: {row['name']} ({row['numbers']:,} numbers): {row['why']}")
 
     emit(facts, json_, show)
 
@@ -280,34 +300,38 @@ def eval_(
     folder: ModelArg,
     against: Annotated[str | None, typer.Option(help="the dense model, for KL and agreement")] = None,
     text: Annotated[str, typer.Option(help="text file(s), hub data set or builtin:stdlib")] = "builtin:stdlib",
-    windows: Annotated[int | None, typer.Option(help="how many windows (default: all)")] = 40,
-    length: Annotated[int, typer.Option(help="tokens in a window; stride is the same")] = 512,
-    speed: Annotated[bool, typer.Option(help="also measure tokens per second")] = True,
+    windows: Annotated[int, typer.Option(help="how many windows, at most", min=1)] = 40,
+    length: Annotated[int, typer.Option(help="tokens in a window; stride is the same", min=2)] = 512,
+    speed: Annotated[bool, typer.Option(help="also measure tokens per second, in the stored dtype")] = True,
+    tokenizer: Tokenizer = None,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
-    """Perplexity, and KL and agreement to the dense model, of a folder."""
+    """Perplexity, and KL and agreement to the dense model, of a folder; computed in float32, as `compress` does."""
     import dataclasses
+
+    import torch
 
     from spectrim.data import evaluation_windows, load_texts, load_tokenizer
     from spectrim.evaluate.language import evaluate
     from spectrim.evaluate.speed import decode_tokens_per_s
-    from spectrim.models.load import load_model, pick_device, resolve
+    from spectrim.models.load import check_vocabulary, context_length, load_model, pick_device, resolve
 
-    source, where = resolve(folder), pick_device(device)
-    tokens = evaluation_windows(
-        load_texts(text, split="evaluation"), load_tokenizer(source.folder), length=length, count=windows
-    )
-    model = load_model(source, where)
-    models = {"model": model}
+    where, sources = pick_device(device), {"model": resolve(folder)}
     if against is not None:
-        models["dense"] = load_model(resolve(against), where)
+        sources["dense"] = resolve(against)
+    words = load_tokenizer(tokenizer or sources["model"].folder)
+    length = min(length, *(context_length(source.config) or length for source in sources.values()))
+    tokens = evaluation_windows(load_texts(text, split="evaluation"), words, length=length, count=windows)
+    models = {name: load_model(source, where, torch.float32) for name, source in sources.items()}
     facts: dict[str, Any] = {"text": tokens.source, "note": tokens.note, "sha256": tokens.sha256}
-    for name, one in models.items():
-        quality = evaluate(one, tokens.ids, dense=models.get("dense") if name == "model" else None)
+    for name, model in models.items():
+        check_vocabulary(model, tokens.ids)
+        quality = evaluate(model, tokens.ids, dense=models.get("dense") if name == "model" else None)
         facts[name] = dataclasses.asdict(quality)
-        if speed:
-            facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(one)
+    if speed:
+        for name, model in models.items():
+            facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model.to(sources[name].dtype))
 
     def show() -> None:
         keys = ["perplexity", "kl", "agreement", "decode_tokens_per_s"]
@@ -325,8 +349,9 @@ def eval_(
 def generate(
     folder: ModelArg,
     prompt: Annotated[str, typer.Option(help="text to continue")],
-    max_new_tokens: Annotated[int, typer.Option(help="how many tokens")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="how many tokens, at most", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0)] = 0.0,
+    tokenizer: Tokenizer = None,
     device: Device = "auto",
     seed: Seed = 0,
     json_: Json = False,
@@ -335,19 +360,27 @@ def generate(
     import torch
 
     from spectrim.data import load_tokenizer
-    from spectrim.models.load import load_model, pick_device, resolve
+    from spectrim.models.load import check_vocabulary, context_length, load_model, pick_device, resolve
 
-    source = resolve(folder)
-    tokenizer = load_tokenizer(source.folder)
-    model = load_model(source, pick_device(device))
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+    source, where = resolve(folder), pick_device(device)
+    words = load_tokenizer(tokenizer or source.folder)
+    ids = words(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if ids.shape[1] == 0:
         raise UsageError("--prompt is empty; give at least one word")
+    limit = context_length(source.config)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+        raise UsageError(
+            f"a prompt of {ids.shape[1]} tokens and --max-new-tokens {max_new_tokens} pass the {limit} tokens that "
+            "the model reads; shorten one of them"
+        )
+    model = load_model(source, where)
+    check_vocabulary(model, ids)
+    ids = ids.to(model.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling)  # type: ignore[operator]
-    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    emit({"prompt": prompt, "text": text}, json_, lambda: _out.print(prompt + text, markup=False))
+    text = words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    emit({"prompt": prompt, "text": text}, json_, lambda: _out.print(prompt + text, soft_wrap=True))
 
 
 @app.command()
@@ -365,7 +398,7 @@ def export(
     if to != "dense":
         raise UsageError(f"--to {to}: not supported; known: dense")
     facts = export_dense(resolve(folder), out, overwrite=overwrite)
-    emit(facts, json_, lambda: _out.print(f"written to {out}: {facts['numbers']:,} numbers", markup=False))
+    emit(facts, json_, lambda: _out.print(f"written to {out}: {facts['numbers']:,} numbers", soft_wrap=True))
 
 
 @app.command()

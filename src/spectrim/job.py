@@ -1,6 +1,6 @@
 """One run, from a request to a published folder.
 
-resolve and check the model -> preflight the output -> text -> compress in memory -> evaluate
+resolve and check the model -> preflight the output -> text -> load -> compress in memory -> evaluate
 -> write beside the target -> count what was written -> reload in a fresh process -> publish by one rename
 """
 
@@ -20,14 +20,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.data import Windows, calibration_windows, evaluation_windows, load_texts, load_tokenizer, sample_windows
+from spectrim.data import (
+    Texts,
+    Windows,
+    calibration_windows,
+    evaluation_windows,
+    load_texts,
+    load_tokenizer,
+    sample_windows,
+)
+from spectrim.engines.layerwise import weight_budget
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, check_keep, compress_model
-from spectrim.errors import InputError, NumericalError, UsageError
+from spectrim.engines.refit import RECOVERY
+from spectrim.errors import InputError, NumericalError, UsageError, did_you_mean
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import finalise, round_to, write_folder
 from spectrim.method import LayerMethod, LearnedMethod
-from spectrim.models.load import Source, load_dense, pick_device, pick_dtype, require_dense, resolve
+from spectrim.models.load import (
+    Source,
+    check_against_config,
+    check_vocabulary,
+    context_length,
+    load_dense,
+    meta_model,
+    pick_device,
+    pick_dtype,
+    require_dense,
+    resolve,
+)
+from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
 from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
@@ -35,6 +57,9 @@ from spectrim.store import open_checkpoint, preflight, staged, write_json, write
 
 LOGIT_TOLERANCE = 1e-3
 """Largest difference between the logits before saving and after reloading, relative to the largest logit."""
+
+MAX_CHARS = 50_000_000
+"""At most this much text is read; the report says so where it cuts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +87,16 @@ class Request:
     def check(self) -> LayerMethod:
         """Refuse what cannot work before anything is loaded; returns the configured method."""
         check_keep(self.keep)
-        for name in ("calib_windows", "calib_length", "train_windows", "eval_windows"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.gradient_windows is not None and self.gradient_windows < 1:
-            raise UsageError(f"gradient_windows must be at least 1, got {self.gradient_windows}")
+        least = {"calib_windows": 1, "calib_length": 2, "gradient_windows": 1, "train_windows": 1, "eval_windows": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UsageError(f"{name} must be at least {low}, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be in [0, 2**63), got {self.seed}")
+        for name in self.recover:
+            if name not in RECOVERY:
+                raise UsageError(f"unknown recovery step {name!r}{did_you_mean(name, RECOVERY)}")
         return make_method(self.method, self.preset, dict(self.options))
 
 
@@ -82,9 +112,11 @@ class Compressed:
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the folder atomically; it appears complete or not at all."""
         out = Path(folder)
-        preflight(out, source=self.source.folder if self.source else None, overwrite=overwrite, bytes_needed=0)
+        needed = sum(parameter.nbytes for parameter in self.model.parameters())
+        preflight(out, source=self.source.folder if self.source else None, overwrite=overwrite, bytes_needed=needed)
         with staged(out, overwrite=overwrite) as stage:
             _fill(stage, self)
+            _seal(stage, self)
         return out
 
 
@@ -93,9 +125,8 @@ def run(request: Request, out: Path, *, overwrite: bool = False, progress: Progr
     started = time.perf_counter()
     method = request.check()
     source = resolve(request.model)
-    require_dense(source)
+    foresee(request, source)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=source.checkpoint.nbytes)
-    pick_device(request.device)  # fail now rather than after tokenising
     compressed = compress_source(request, method, source, progress=progress)
     with staged(out, overwrite=overwrite) as stage:
         _say(progress, "write", 0, 1)
@@ -106,9 +137,18 @@ def run(request: Request, out: Path, *, overwrite: bool = False, progress: Progr
         compressed.report["seconds"]["total"] = time.perf_counter() - started
         compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
         _write_documents(stage, compressed.report)
-        write_manifest(stage, facts={"tool": "spectrim", "method": method.to_config(), "source": request.model})
+        _seal(stage, compressed)
     compressed.report["folder"] = str(out)
     return compressed
+
+
+def foresee(request: Request, source: Source) -> None:
+    """Refuse, from headers alone, what would otherwise fail after the weights are loaded."""
+    require_dense(source)
+    pick_device(request.device)
+    pick_dtype(request.dtype, source.dtype)
+    check_against_config(source)
+    weight_budget(find_layers(meta_model(source.config)), request.keep)
 
 
 def compress_source(
@@ -117,11 +157,12 @@ def compress_source(
     """Load, compress and evaluate; nothing is written."""
     device = pick_device(request.device)
     dtype = pick_dtype(request.dtype, source.dtype)
+    text = read_text(request, source)
     clock = time.perf_counter()
     _say(progress, "load", 0, 1)
     dense = load_dense(source, device)
     load_s = time.perf_counter() - clock
-    texts = read_windows(request, method, source, dense)
+    texts = cut_windows(request, method, dense, text)
     outcome = compress_model(
         dense,
         method,
@@ -144,7 +185,7 @@ def compress_source(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextsInUse:
+class WindowsInUse:
     """The windows of one run."""
 
     calibration: Windows
@@ -153,40 +194,58 @@ class TextsInUse:
     warnings: tuple[str, ...]
 
 
-def read_windows(request: Request, method: LayerMethod, source: Source, dense: PreTrainedModel) -> TextsInUse:
-    """Calibration, training and evaluation windows; only `self` and `none` work without a tokenizer."""
-    needs_tokenizer = request.calib != "self" or request.eval != "none"
-    tokenizer = (
-        load_tokenizer(Path(request.tokenizer) if request.tokenizer else source.folder) if needs_tokenizer else None
-    )
+@dataclass(frozen=True, kw_only=True)
+class TextRead:
+    """The text of one run, read before the model is; None where the run needs none."""
+
+    tokenizer: Any
+    calibration: Texts | None
+    evaluation: Texts | None
+
+
+def read_text(request: Request, source: Source) -> TextRead:
+    """Tokenizer and text; only `calib="self"` with `eval="none"` works without a tokenizer."""
+    calibration = evaluation = tokenizer = None
+    if request.calib != "self":
+        calibration = load_texts(request.calib, split="calibration", max_chars=MAX_CHARS)
+    if request.eval != "none":
+        evaluation = load_texts(request.eval, split="evaluation", max_chars=MAX_CHARS)
+    if calibration or evaluation:
+        try:
+            tokenizer = load_tokenizer(request.tokenizer or source.folder)
+        except InputError as error:
+            raise InputError(f"{error} --eval none") from error
+    return TextRead(tokenizer=tokenizer, calibration=calibration, evaluation=evaluation)
+
+
+def cut_windows(request: Request, method: LayerMethod, dense: PreTrainedModel, text: TextRead) -> WindowsInUse:
+    """Calibration, training and evaluation windows, and what there is to say about them."""
     learns = isinstance(method, LearnedMethod) and (method.steps > 0 or getattr(method, "distil_steps", 0) > 0)
-    limit = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or request.calib_length
-    length = min(request.calib_length, limit)
+    length = min(request.calib_length, context_length(dense.config) or request.calib_length)
     count = request.calib_windows
     wanted = max(count, request.train_windows) if learns else count
-    if request.calib == "self":
-        windows = sample_windows(dense, length=length, count=wanted if learns else count, seed=request.seed)
+    if text.calibration is None:
+        windows = sample_windows(dense, length=length, count=wanted, seed=request.seed)
     else:
-        texts = load_texts(request.calib, split="calibration", max_chars=50_000_000)
-        windows = calibration_windows(texts, tokenizer, length=length, count=wanted, seed=request.seed)
-    warnings = [] if learns else list(windows.warnings)
-    if learns and len(windows.ids) < count:
-        warnings = list(windows.warnings)
-    widest = max((p.shape[-1] for n, p in dense.named_parameters() if p.ndim == 2 and "embed" not in n), default=0)
-    tokens = windows.ids[:count].numel()
-    if tokens < widest:
-        warnings.append(
-            f"{tokens} calibration tokens for layers with up to {widest} inputs: the statistics are rank-deficient; "
-            "it works, but more text gives a better result"
-        )
+        windows = calibration_windows(text.calibration, text.tokenizer, length=length, count=wanted, seed=request.seed)
+    warnings = list(windows.warnings) if not learns or len(windows.ids) < count else []
     calibration = dataclasses.replace(windows, ids=windows.ids[:count])
+    widest = max(layer.inputs for layer in find_layers(dense).layers)
+    if method.needs and calibration.num_tokens < widest:
+        warnings.append(
+            f"{calibration.num_tokens} calibration tokens for layers with up to {widest} inputs: the statistics are "
+            "rank-deficient; it works, but more text gives a better result"
+        )
     evaluation = None
-    if request.eval != "none":
-        texts = load_texts(request.eval, split="evaluation", max_chars=50_000_000)
-        evaluation = evaluation_windows(texts, tokenizer, length=length, count=request.eval_windows)
+    if text.evaluation is not None:
+        evaluation = evaluation_windows(text.evaluation, text.tokenizer, length=length, count=request.eval_windows)
+        warnings += [f"evaluation: {warning}" for warning in evaluation.warnings]
         if request.eval == request.calib and not request.eval.startswith("builtin:"):
             warnings.append("calibrated and evaluated on the same text: the figures flatter the result")
-    return TextsInUse(
+    for cut in (windows, evaluation):
+        if cut is not None:
+            check_vocabulary(dense, cut.ids)
+    return WindowsInUse(
         calibration=calibration, training=windows if learns else None, evaluation=evaluation, warnings=tuple(warnings)
     )
 
@@ -220,9 +279,15 @@ def _fill(stage: Path, compressed: Compressed) -> None:
 
 def _write_documents(stage: Path, report: Mapping[str, Any]) -> None:
     write_json(stage / "report.json", report)
-    if "request" in report:
+    if "method" in report["request"]:  # a model that was given in memory cannot be found again
         write_json(stage / "recipe.json", report["request"])
     write_text(stage / "README.md", model_card(report))
+
+
+def _seal(stage: Path, compressed: Compressed) -> None:
+    """Checksums of everything; nothing is written after this."""
+    facts = {"method": compressed.outcome.method.to_config(), "source": compressed.report["source"]["name"]}
+    write_manifest(stage, facts={"tool": "spectrim", **facts})
 
 
 def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
@@ -264,8 +329,8 @@ def reload_difference(folder: Path, model: PreTrainedModel) -> float:
     there = _logits_elsewhere(folder, ids, model.device)
     if there.shape != here.shape or not bool(torch.isfinite(there).all()):
         raise NumericalError(f"{folder}: the reloaded model gives logits of shape {tuple(there.shape)} or not finite")
-    difference = float((here - there).abs().max() / here.abs().max())
-    if difference > LOGIT_TOLERANCE:
+    difference = float((here - there).abs().max() / here.abs().max().clamp(min=1e-30))
+    if not difference <= LOGIT_TOLERANCE:  # also where NaN came before saving
         raise NumericalError(
             f"the reloaded model's logits differ by {difference:.2e} (relative), allowed {LOGIT_TOLERANCE:.0e}; "
             "nothing was published. This is a bug of spectrim or of this transformers version, please report it"

@@ -271,7 +271,9 @@ def test_refit_with_fewer_tokens_than_the_rank_stays_finite_and_fits_the_tokens(
 def test_solve_symmetric_solves(seed, size):
     system, target = covariance(seed, size), normal(seed + 1, size, 3)
     expected = torch.linalg.solve(system, target)
-    torch.testing.assert_close(solve_symmetric(system, target), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        solve_symmetric(system, target), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())
+    )
 
 
 def test_solve_symmetric_of_a_singular_system_is_the_least_norm_answer():

@@ -104,7 +104,9 @@ def test_diagonal_root_is_the_root_of_the_diagonal():
     weights = torch.tensor([4.0, 9.0, 0.25], dtype=torch.float64)
     root, dual = diagonal_root(weights)
     assert torch.equal(root, torch.diag(torch.tensor([2.0, 3.0, 0.5], dtype=torch.float64)))
-    torch.testing.assert_close(dual, torch.diag(torch.tensor([1 / 2, 1 / 3, 2], dtype=torch.float64)), rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        dual, torch.diag(torch.tensor([1 / 2, 1 / 3, 2], dtype=torch.float64)), rtol=1e-15, atol=0
+    )
 
 
 def test_diagonal_root_agrees_with_root_of_the_diagonal_matrix():

@@ -130,11 +130,8 @@ def test_inputs_are_not_changed():
 def test_nan_does_not_come_out_as_a_number():
     left = normal(21, 9, 3)
     left[4, 1] = float("nan")
-    try:
-        dense = from_pivots(to_pivots(Factors(left, normal(22, 3, 5))))
-    except RuntimeError:
-        return
-    assert not bool(torch.isfinite(dense).all())
+    dense = from_pivots(to_pivots(Factors(left, normal(22, 3, 5))))
+    assert not bool(torch.isfinite(dense[4]).any())
 
 
 # ---------- mask

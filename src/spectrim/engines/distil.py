@@ -51,7 +51,8 @@ def distil(
                 loss = mean_kl(student(input_ids=batch, use_cache=False).logits, teacher_logits)
             if not bool(torch.isfinite(loss)):
                 raise NumericalError(
-                    f"distillation: the loss is {float(loss)} at step {step} of {steps}; lower its learning rate"
+                    f"distillation: the loss is {float(loss.detach())} at step {step} of {steps}; "
+                    "lower its learning rate"
                 )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)

@@ -6,6 +6,7 @@ The order of a whole run, with measuring and training around it, is in engines/p
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
 from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.method import Codec, LayerMethod, Replacement, Stats, Target, dense_replacement, encode
-from spectrim.models.walk import Layer, Walk, weight_of
+from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
 
 
@@ -35,7 +36,7 @@ class Plan:
 def check_weights(model: PreTrainedModel, walk: Walk) -> None:
     """Every target weight is finite, or the first that is not is named."""
     for layer in walk.layers:
-        weight = model.get_submodule(layer.name).weight
+        weight = linear_at(model, layer.name).weight
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
             raise NumericalError(
@@ -128,7 +129,8 @@ def _uniform_choice(
 def encode_layer(module: nn.Module, given: Spectrum | Factors, target: Target, *, learned: bool = False) -> Replacement:
     """One layer in its target codec, its bias carried over. `learned` factors replace the weight even when dense."""
     weight = weight_of(module).detach()
-    bias = None if module.bias is None else module.bias.detach()
+    bias = cast(nn.Linear, module).bias
+    bias = None if bias is None else bias.detach()
     error = float(given.energy[target.rank :].sum()) if isinstance(given, Spectrum) else 0.0
     factors = truncate(given, target.rank) if isinstance(given, Spectrum) else given
     wide = Factors(factors.left.double(), factors.right.double())

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
 from spectrim.method import Stat, Stats
-from spectrim.models.walk import Walk, shared_inputs
+from spectrim.models.walk import Walk, device_of, shared_inputs
 
 GRADIENT_CLIP = 10.0
 """Token gradients above this many times the root mean square are scaled down to it (specs: KFAC-SVD)."""
@@ -41,6 +41,12 @@ class _Sums:
             self.totals[stat] = torch.zeros(shape, dtype=dtype, device=device)
         return self.totals[stat]
 
+    def to_means(self) -> None:
+        """Divide the sums in place: layers that share an input then share the tensor, not three copies of it."""
+        counts = {Stat.OUTPUT_GRAD: self.gradient_tokens, Stat.FISHER: self.sequences}
+        for stat, total in self.totals.items():
+            total /= counts.get(stat, self.tokens)
+
 
 def measure(
     model: PreTrainedModel,
@@ -60,24 +66,31 @@ def measure(
     """
     if not needs:
         return {layer.name: Stats(tokens=int(ids.numel())) for layer in walk.layers}
-    groups = shared_inputs(model, walk.layers)
-    leader = {name: group[0] for group in groups for name in group}
-    sums = {layer.name: _Sums() for layer in walk.layers}
-    gradients = bool(needs & {Stat.OUTPUT_GRAD, Stat.FISHER})
-    device = model.get_input_embeddings().weight.device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    with hooks(model, walk, sums, leader, needs), frozen(model), autocast(device):
-        for start in range(0, len(ids), batch_size):
-            batch = ids[start : start + batch_size].to(device)
-            if gradients and (gradient_windows is None or start < gradient_windows):
-                _backward_from_sampled_labels(model, batch, generator)
-            else:
-                with torch.no_grad():
-                    model(input_ids=batch, use_cache=False)
-            _check_finite(walk, sums, start, needs)
-            if progress is not None:
-                progress("calibrate", min(start + batch_size, len(ids)), len(ids))
-    return {name: _finish(name, sums[name], sums[leader[name]], needs) for name in sums}
+    with frozen(model):  # before the groups are found: in training mode OPT drops whole layers at random
+        groups = shared_inputs(model, walk.layers)
+        leader = {name: group[0] for group in groups for name in group}
+        sums = {name: _Sums() for name in leader}  # in the order in which the model runs its layers
+        device = device_of(model)
+        generator = torch.Generator(device=device).manual_seed(seed)
+        # No batch lies across the border, so that the batch size does not decide how many windows give gradients.
+        border = 0
+        if needs & {Stat.OUTPUT_GRAD, Stat.FISHER}:
+            border = len(ids) if gradient_windows is None else min(gradient_windows, len(ids))
+        starts = [*range(0, border, batch_size), *range(border, len(ids), batch_size)]
+        with hooks(model, walk, sums, leader, needs), autocast(device):
+            for start, stop in zip(starts, [*starts[1:], len(ids)], strict=False):
+                batch = ids[start:stop].to(device)
+                if start < border:
+                    _backward_from_sampled_labels(model, batch, generator)
+                else:
+                    with torch.no_grad():
+                        model(input_ids=batch, use_cache=False)
+                _check_finite(sums, start)
+                if progress is not None:
+                    progress("calibrate", stop, len(ids))
+    for own in sums.values():
+        own.to_means()
+    return {la.name: _finish(la.name, sums[la.name], sums[leader[la.name]], needs) for la in walk.layers}
 
 
 def _backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
@@ -99,6 +112,7 @@ def hooks(
 ) -> Iterator[None]:
     """Forward hooks on every target layer that add to `sums`; gradients through a hook on each output."""
     gradients = needs & {Stat.OUTPUT_GRAD, Stat.FISHER}
+    windows = torch.Size((1, 1))  # (B, S) of the present batch
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -106,15 +120,18 @@ def hooks(
             if leader[name] == name:
                 _add_input(sums[name], x, needs)
             if gradients and output.requires_grad:
-                output.register_hook(lambda g: _add_gradient(sums[name], g, x, needs))
+                output.register_hook(lambda g, shape=windows: _add_gradient(sums[name], g, x, needs, shape))
 
         return hook
 
+    def begin(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal windows
+        windows = output.shape[:2]
+        output.requires_grad_(True)  # with all weights frozen the graph has to start somewhere
+
     handles = [model.get_submodule(la.name).register_forward_hook(note(la.name)) for la in walk.layers]
     if gradients:
-        # With all weights frozen the graph has to start somewhere: at the embeddings.
-        embed = model.get_input_embeddings()
-        handles.append(embed.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True)))
+        handles.append(model.get_input_embeddings().register_forward_hook(begin))
     try:
         yield
     finally:
@@ -133,8 +150,12 @@ def _add_input(sums: _Sums, x: Tensor, needs: frozenset[Stat]) -> None:
         sums.total(Stat.MEAN_ABS, (width,), x.device).add_(rows.double().abs().sum(0))
 
 
-def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat]) -> None:
-    """Add the rows of the gradient (B, S, O) at a layer's output; x (B, S, I) is the input of the same call."""
+def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat], windows: torch.Size) -> None:
+    """Add the rows of the gradient (..., O) at a layer's output; x (..., I) is the input of the same call.
+
+    `windows` is (B, S) of the batch. Some layers see its tokens flattened to (B S, I) (OPT's mlp): they are put back
+    into sequences, since FISHER squares the sum over one sequence.
+    """
     rows = gradient.detach().reshape(-1, gradient.shape[-1])
     sums.gradient_tokens += len(rows)
     if Stat.OUTPUT_GRAD in needs:
@@ -142,30 +163,29 @@ def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Sta
         clipped = clip_rows(rows, ratio=GRADIENT_CLIP)
         add_gram(sums.total(Stat.OUTPUT_GRAD, (width, width), x.device), clipped)
     if Stat.FISHER in needs:
-        batch = x.shape[0] if x.ndim == 3 else 1
+        batch = windows[0] if len(rows) == windows.numel() else 1  # routed tokens belong to no sequence
         g, rows_in = rows.view(batch, -1, rows.shape[1]), x.reshape(batch, -1, x.shape[-1])
         add_squares(sums.total(Stat.FISHER, (g.shape[-1], x.shape[-1]), x.device), g, rows_in)
         sums.sequences += batch
 
 
 def _finish(name: str, own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Stats:
-    """Means from sums."""
-    tokens = shared.tokens
-    if tokens == 0:
+    """What was asked for: input statistics from the layer that was measured for all that share it, the rest its own."""
+    if shared.tokens == 0:
         raise InputError(f"{name}: no calibration token reached this layer (an expert never routed to?)")
-    inputs = {s.value: shared.totals[s] / tokens for s in (Stat.GRAM, Stat.MEAN_ABS) if s in needs}
-    outputs = {}
-    if Stat.OUTPUT_GRAD in needs:
-        outputs["output_grad"] = own.totals[Stat.OUTPUT_GRAD] / own.gradient_tokens
-    if Stat.FISHER in needs:
-        outputs["fisher"] = own.totals[Stat.FISHER] / own.sequences
-    return Stats(tokens=tokens, **inputs, **outputs)
+    if needs & {Stat.OUTPUT_GRAD, Stat.FISHER} and own.gradient_tokens == 0:
+        raise InputError(
+            f"{name}: no gradient reached this layer; raise gradient_windows (an expert seldom routed to?)"
+        )
+    found = {s.value: (shared if s in (Stat.GRAM, Stat.MEAN_ABS) else own).totals[s] for s in needs}
+    return Stats(tokens=shared.tokens, **found)
 
 
-def _check_finite(walk: Walk, sums: dict[str, _Sums], start: int, needs: frozenset[Stat]) -> None:
-    """Stop at the first layer whose sums are not finite; later layers only inherit it."""
-    bad = [(layer.name, stat) for layer in walk.layers for stat, t in sums[layer.name].totals.items()
-           if not bool(torch.isfinite(t.diagonal() if t.ndim == 2 else t).all())]  # fmt: skip
+def _check_finite(sums: dict[str, _Sums], start: int) -> None:
+    """Stop at the first layer (sums are in running order) whose sums are not finite; later layers only inherit it."""
+    # The diagonal of a Gram matrix tells all; a Fisher matrix is not square and has to be looked at in full.
+    bad = [(name, stat) for name, own in sums.items() for stat, t in own.totals.items()
+           if not bool(torch.isfinite(t if stat in (Stat.MEAN_ABS, Stat.FISHER) else t.diagonal()).all())]  # fmt: skip
     if not bad:
         return
     # A gradient turns bad from the last layer backwards, an input from the first layer forwards.
@@ -183,14 +203,15 @@ def _check_finite(walk: Walk, sums: dict[str, _Sums], start: int, needs: frozens
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No weight collects gradients and dropout is off; both are put back afterwards."""
+    """No weight collects gradients and dropout is off; both are put back afterwards, module by module."""
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    training = model.training
+    training = {name: module.training for name, module in model.named_modules()}
     model.eval().requires_grad_(False)
     try:
         yield
     finally:
-        model.train(training)
+        for name, module in model.named_modules():
+            module.training = training.get(name, training[""])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted.get(name, False))
 

@@ -88,9 +88,10 @@ def compress_model(
         with timed(clock, name):
             RECOVERY[name](student, dense, walk, calibration, progress=progress)
     losses: list[float] = []
-    if getattr(method, "distil_steps", 0):
+    distil_steps = getattr(method, "distil_steps", 0)
+    if distil_steps:
         with timed(clock, "distil"):
-            losses = distil(student, dense, walk, training, steps=method.distil_steps, seed=seed, progress=progress)
+            losses = distil(student, dense, walk, training, steps=distil_steps, seed=seed, progress=progress)
     return Outcome(
         model=student.eval(),
         method=method,

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from spectrim.engines.layerwise import plan_ranks, weight_budget
 from spectrim.method import LayerMethod, LearnedMethod, Stat
@@ -34,7 +35,9 @@ def estimate(
     uniform = method.allocation == "uniform"
     layers = _layers(method, walk, keep, uniform)
     after = sum(row["numbers"] for row in layers) if uniform else budget + walk.numbers - sum_weights(walk)
-    rest = source.checkpoint.numel - walk.numbers
+    rest = untargeted_numbers(model, walk)
+    masks = sum((row["shape"][0] + 7) // 8 for row in layers if uniform and row["codec"] == "pivot")  # one byte each
+    bytes_after = (rest + after - masks) * dtype.itemsize + masks
     total = sum(p.numel() for p in model.parameters())
     memory = peak_bytes(walk, method, total, length)
     operations = count_operations(walk, method, total, windows, length)
@@ -48,8 +51,8 @@ def estimate(
         "untouched": [{"name": n, "numbers": k, "why": why} for n, k, why in walk.untouched],
         "linear_numbers": {"before": walk.numbers, "after": after},
         "model_numbers": {"before": source.checkpoint.numel, "after": rest + after},
-        "model_bytes": {"before": source.checkpoint.nbytes, "after": (rest + after) * dtype.itemsize},
-        "disk_bytes": int((rest + after) * dtype.itemsize * 1.1),
+        "model_bytes": {"before": source.checkpoint.nbytes, "after": bytes_after},
+        "disk_bytes": int(bytes_after * 1.1),
         "peak_memory_bytes": memory,
         "operations": operations,
         "matrix_rate_per_s": rate,
@@ -61,6 +64,12 @@ def estimate(
 def sum_weights(walk: Walk) -> int:
     """Numbers of all target weights, biases apart."""
     return sum(layer.weight_numbers for layer in walk.layers)
+
+
+def untargeted_numbers(model: PreTrainedModel, walk: Walk) -> int:
+    """Numbers that are stored beside the target layers, tied tensors once."""
+    tensors = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensors.values()) - walk.numbers
 
 
 def _layers(method: LayerMethod, walk: Walk, keep: float, uniform: bool) -> list[dict[str, Any]]:
@@ -120,10 +129,10 @@ def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, 
 def matrix_rate(device: torch.device) -> float:
     """Operations per second of float32 products of model-like shapes on this device."""
     a, b = torch.randn(2048, 1024, device=device), torch.randn(1024, 1024, device=device)
-    a @ b
+    torch.matmul(a, b)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < 0.5:
-        a @ b
+        torch.matmul(a, b)
         count += 1
         if device.type == "cuda":
             torch.cuda.synchronize()

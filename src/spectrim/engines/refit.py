@@ -22,7 +22,7 @@ from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.linalg.curvature import add_gram
 from spectrim.linalg.factor import Factors, refit_left
 from spectrim.method import Replacement, encode
-from spectrim.models.walk import Walk, shared_inputs, weight_of
+from spectrim.models.walk import Walk, device_of, shared_inputs, weight_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 
 
@@ -53,10 +53,10 @@ def refit(
     progress: Progress | None = None,
 ) -> None:
     """Refit every low-rank layer of `student` in place; the teacher is the dense model."""
-    device = teacher.get_input_embeddings().weight.device
-    groups = shared_inputs(teacher, walk.layers)
+    device = device_of(teacher)
     block_of = {layer.name: layer.block for layer in walk.layers}
     with frozen(student), frozen(teacher), autocast(device):
+        groups = shared_inputs(teacher, walk.layers)  # in running order, so that what feeds a group is refitted first
         dense = _start(teacher, walk, ids, batch_size)
         small = _start(student, walk, ids, batch_size)
         for block in range(len(walk.block_names)):
@@ -92,7 +92,7 @@ def _start(model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> 
     try:
         for batch in ids.split(batch_size):
             calls.clear()
-            model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+            model(input_ids=batch.to(device_of(model)), use_cache=False)
             stream.arguments.append(list(calls))
     finally:
         for handle in handles:
@@ -104,9 +104,7 @@ def _moments(dense: _Stream, small: _Stream, block: int, name: str) -> tuple[Ten
     """E[x x'^T] and E[x' x'^T] at the input of layer `name`, from both models' present hidden states."""
     seen: dict[str, Tensor] = {}
     handles = [
-        stream.model.get_submodule(name).register_forward_pre_hook(
-            lambda _m, inputs, key=key: seen.__setitem__(key, inputs[0])
-        )
+        stream.model.get_submodule(name).register_forward_pre_hook(_store(seen, key))
         for key, stream in (("dense", dense), ("small", small))
     ]
     cross = gram = None
@@ -128,6 +126,15 @@ def _moments(dense: _Stream, small: _Stream, block: int, name: str) -> tuple[Ten
     assert cross is not None, "no calibration window"
     assert gram is not None
     return cross / tokens, gram / tokens
+
+
+def _store(seen: dict[str, Tensor], key: str) -> Callable[..., None]:
+    """A hook that puts a layer's input into `seen[key]`."""
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[key] = inputs[0]
+
+    return hook
 
 
 def _refit_layer(student: PreTrainedModel, teacher: PreTrainedModel, name: str, cross: Tensor, gram: Tensor) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.measure import autocast, frozen
 from spectrim.errors import NumericalError
+from spectrim.models.walk import device_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ def evaluate(
     model: PreTrainedModel, ids: Tensor, *, dense: PreTrainedModel | None = None, batch_size: int = 16
 ) -> Quality:
     """Quality over `ids` (windows, length); `dense` is the model before compression."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     loss = divergence = 0.0
     same = count = 0
     with frozen(model), autocast(device):

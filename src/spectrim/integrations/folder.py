@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from spectrim import version
 from spectrim.engines.pipeline import Outcome
+from spectrim.errors import NumericalError
 from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, attach
 from spectrim.models.load import no_progress_bars
 from spectrim.nn.linears import LowRankLinear, PivotLinear
@@ -33,11 +34,24 @@ COMPANIONS = (
 
 @torch.no_grad()
 def round_to(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the low-rank layers to what will be stored, still held in their dtype: figures are then about the file."""
-    for module in model.modules():
-        if isinstance(module, LowRankLinear | PivotLinear):
-            for parameter in module.parameters():
-                parameter.copy_(parameter.to(dtype))
+    """Round all weights to what will be stored, still held in their dtype: figures are then about the file.
+
+    Weights that the dense model shares are replaced rather than changed; tied ones stay tied.
+    """
+    rounded: dict[nn.Parameter, nn.Parameter] = {}
+    for path, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter not in rounded:
+            stored = parameter.to(dtype).to(parameter.dtype)
+            if not bool(torch.isfinite(stored).all()):
+                raise NumericalError(
+                    f"{path}: its largest value, {float(parameter.abs().max()):.4g}, is Inf or NaN in "
+                    f"{str(dtype).removeprefix('torch.')}, which holds up to {torch.finfo(dtype).max:.4g}; "
+                    "use --dtype bfloat16 or float32"
+                )
+            same = torch.equal(stored, parameter)
+            rounded[parameter] = parameter if same else nn.Parameter(stored, parameter.requires_grad)
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, rounded[parameter])
 
 
 def finalise(outcome: Outcome, dtype: torch.dtype, *, base_model: str | None) -> PreTrainedModel:

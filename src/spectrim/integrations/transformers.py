@@ -5,22 +5,25 @@ transformers asks the registered quantizer to put the right modules in place whi
 then loads the tensors into them as into any other model.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.errors import InputError
 from spectrim.models.walk import is_linear, weight_of
 from spectrim.nn.linears import LINEARS, LowRankLinear, PivotLinear
+from spectrim.store import read_header
 
 QUANT_METHOD = "spectrim"
 FORMAT_VERSION = 1
@@ -41,13 +44,23 @@ class SpectrimConfig(QuantizationConfigMixin):
     ) -> None:
         information.pop("quant_method", None)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers types it as its own enum
-        self.modules = modules or {}
+        self.modules = {} if modules is None else modules
         self.format_version = format_version
         self.information = information
+        if type(format_version) is not int or format_version < 1:
+            raise InputError(
+                f"config.json: quantization_config.format_version is {format_version!r}; expected a whole number from "
+                f"1 to {FORMAT_VERSION}"
+            )
         if format_version > FORMAT_VERSION:
             raise InputError(
-                f"this folder has spectrim format version {format_version}, this installation reads up to "
-                f"{FORMAT_VERSION}; upgrade spectrim"
+                f"config.json: quantization_config.format_version is {format_version}, this installation of spectrim "
+                f"reads up to {FORMAT_VERSION}; upgrade spectrim"
+            )
+        if not isinstance(self.modules, dict):
+            raise InputError(
+                f"config.json: quantization_config.modules is a {type(self.modules).__name__}; "
+                "expected module path -> codec, rank and bias"
             )
         for path, entry in self.modules.items():
             _check_entry(path, entry)
@@ -66,7 +79,8 @@ def _check_entry(path: str, entry: Any) -> None:
     """One line of `modules`; the file is not trusted."""
     ok = (
         isinstance(entry, dict)
-        and entry.get("codec") in LINEARS
+        and isinstance(entry.get("codec"), str)
+        and entry["codec"] in LINEARS
         and type(entry.get("rank")) is int
         and entry["rank"] >= 1
         and isinstance(entry.get("bias"), bool)
@@ -84,8 +98,8 @@ class SpectrimHfQuantizer(HfQuantizer):
     requires_calibration = True  # refuses quantization_config= on a dense checkpoint
     quantization_config: SpectrimConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        install_modules(model, self.quantization_config)
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        install_modules(model, self.quantization_config, kwargs.get("checkpoint_files"))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -113,9 +127,13 @@ class SpectrimHfQuantizer(HfQuantizer):
         return True
 
 
-def install_modules(model: PreTrainedModel, config: SpectrimConfig) -> None:
-    """Replace each listed linear layer by an empty module of its codec and rank, on the layer's device and dtype."""
+def install_modules(model: PreTrainedModel, config: SpectrimConfig, files: Iterable[str | Path] | None = None) -> None:
+    """Replace each listed linear layer by an empty module of its codec and rank, on the layer's device and dtype.
+
+    `files` are the checkpoint's files; where they are safetensors, each layer's tensors are checked before loading.
+    """
     present = dict(model.named_modules())
+    stored = stored_shapes(config, files or ())
     prefix = model.base_model_prefix + "."
     found = 0
     for path, entry in config.modules.items():
@@ -134,12 +152,51 @@ def install_modules(model: PreTrainedModel, config: SpectrimConfig) -> None:
             )
         kwargs = {"device": module.weight.device, "dtype": module.weight.dtype}
         cls = LINEARS[entry["codec"]]
-        model.set_submodule(name, cls(inputs, outputs, entry["rank"], bias=entry["bias"], **kwargs))
+        replacement = cls(inputs, outputs, entry["rank"], bias=entry["bias"], **kwargs)
+        if stored:
+            check_stored(path, entry, replacement, stored.get(path, {}))
+        model.set_submodule(name, replacement)
         found += 1
     if config.modules and not found:
         raise InputError(
             f"none of the {len(config.modules)} compressed layers that config.json lists exists in "
             f"{type(model).__name__} (first: {next(iter(config.modules))}); the folder and the class do not match"
+        )
+
+
+def stored_shapes(config: SpectrimConfig, files: Iterable[str | Path]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes in the checkpoint by listed module and key; empty where the files name their tensors otherwise.
+
+    Otherwise: not safetensors, or saved from another class (a headless model has no `model.` level in its names).
+    """
+    stored: dict[str, dict[str, tuple[int, ...]]] = {}
+    for file in files:
+        if Path(file).suffix != ".safetensors":
+            continue
+        for name, info in read_header(Path(file)).items():
+            parts = name.split(".")
+            for i in range(1, len(parts)):
+                owner = ".".join(parts[:i])
+                if owner in config.modules:
+                    stored.setdefault(owner, {})[".".join(parts[i:])] = info.shape
+    return stored
+
+
+def check_stored(path: str, entry: dict[str, Any], module: nn.Module, found: dict[str, tuple[int, ...]]) -> None:
+    """What the files hold of one layer against what `config.json` makes of it.
+
+    transformers fills a tensor that is in no file with random numbers (a bias: with whatever the memory held), skips
+    one that no module wants, and mentions both only in a table.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key) == found.get(key):
+            continue
+        holds = f"hold shape {list(found[key])}" if key in found else "do not hold it"
+        makes = f"has shape {list(expected[key])}" if key in expected else "does not exist"
+        raise InputError(
+            f"{path}.{key}: the files {holds}; by config.json ({entry['codec']}, rank {entry['rank']}, "
+            f"bias {str(entry['bias']).lower()}) it {makes}. The folder is damaged or was edited"
         )
 
 
@@ -169,6 +226,10 @@ def check_installed(model: nn.Module) -> None:
                     f"which makes {shape}; the folder is damaged or was edited"
                 )
         if isinstance(module, PivotLinear):
+            if module.mask.is_meta:  # the order of the outputs follows from it and would be left as found in memory
+                raise InputError(
+                    f"{name}: its pivot mask was offloaded before it could be read; load without offload_buffers=True"
+                )
             try:
                 module.refresh_order()
             except ValueError as error:
@@ -176,7 +237,7 @@ def check_installed(model: nn.Module) -> None:
 
 
 def make_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Multiply every low-rank layer back into an `nn.Linear`, in place; the config forgets the compression."""
+    """Multiply every low-rank layer back into a dense one, in place; the config forgets the compression."""
     from transformers.pytorch_utils import Conv1D
 
     conv = model.config.model_type in CONV1D_MODELS
@@ -192,7 +253,8 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
             weight_of(dense).copy_(weight)
             if module.bias is not None:
                 dense.bias.copy_(module.bias)
-        model.set_submodule(name, dense)
+        model.set_submodule(name, dense.train(module.training))
+    detach(model)
     return model
 
 
@@ -210,12 +272,12 @@ def register() -> None:
 def attach(model: PreTrainedModel, config: SpectrimConfig) -> None:
     """Let the ordinary `save_pretrained` write the format."""
     model.config.quantization_config = config
-    model.hf_quantizer = SpectrimHfQuantizer(config)
+    setattr(model, "hf_quantizer", SpectrimHfQuantizer(config))  # noqa: B010  typed as a tensor
 
 
 def detach(model: PreTrainedModel) -> None:
     """The opposite of `attach`: the model is an ordinary dense one again."""
-    model.hf_quantizer = None
+    setattr(model, "hf_quantizer", None)  # noqa: B010
     for key in ("quantization_config",):
         if hasattr(model.config, key):
             delattr(model.config, key)

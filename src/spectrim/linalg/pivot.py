@@ -30,13 +30,15 @@ class Pivots(NamedTuple):
 def to_pivots(factors: Factors, *, bound: float = 1.2) -> Pivots:
     """Exact pivot storage of `left @ right`. Needs rank <= outputs; compute in float64.
 
-    A rank-deficient left factor (fewer independent rows than R) is padded: its missing directions get coefficient 0.
+    Works for rank-deficient factors too (a layer of zeros, pruned rows): coefficients come from a basis that has R
+    independent rows even where `left` has not.
     """
     left, right = factors
     outputs, rank = left.shape
-    index = _starting_rows(left)
+    basis = _generic_basis(left)
+    index = _starting_rows(basis)
     chosen, others = index[:rank], index[rank:]
-    coefficients = _solve_right(left[others], left[chosen])
+    coefficients = torch.linalg.solve(basis[chosen], basis[others], left=False)
     chosen, others, coefficients = _swap_until_bounded(chosen, others, coefficients, bound)
     by_pivot, by_other = chosen.argsort(), others.argsort()
     mask = torch.zeros(outputs, dtype=torch.bool, device=left.device)
@@ -66,26 +68,25 @@ def unpack_mask(packed: Tensor, count: int) -> Tensor:
     return bits.flatten()[:count].bool()
 
 
-def _starting_rows(left: Tensor) -> Tensor:
-    """Row order (O,) of LU with partial pivoting of `left` (O, R): the first R rows are the starting pivots."""
-    # Not lu_factor: it raises on an exact zero pivot (pruned rows, a layer of zeros); here that is only low rank.
-    swaps = torch.linalg.lu_factor_ex(left).pivots
-    index = torch.arange(left.shape[0], device=left.device)
+def _generic_basis(left: Tensor) -> Tensor:
+    """Orthonormal columns (O, R) that span those of `left`: what combines its rows combines those of `left` alike.
+
+    Turned by a fixed random rotation, since partial pivoting depends on the columns it is given: on some (lower
+    triangles of -1) it leaves coefficients that grow like 2^R, on random ones it does not.
+    """
+    rank = left.shape[1]
+    seeded = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.linalg.qr(left).Q @ torch.linalg.qr(seeded.to(left)).Q
+
+
+def _starting_rows(basis: Tensor) -> Tensor:
+    """Row order (O,) of LU with partial pivoting of `basis` (O, R): the first R rows are the starting pivots."""
+    _, swaps = torch.linalg.lu_factor(basis)
+    index = torch.arange(basis.shape[0], device=basis.device)
     for row, other in enumerate((swaps - 1).tolist()):
         if row != other:
             index[[row, other]] = index[[other, row]]
     return index
-
-
-def _solve_right(others: Tensor, chosen: Tensor) -> Tensor:
-    """`others @ pinv(chosen)`; the pseudo-inverse only matters for rank-deficient factors."""
-    solution, info = torch.linalg.solve_ex(chosen, others, left=False)
-    scale = others.abs().max() if others.numel() else others.new_zeros(())
-    if int(info) == 0 and bool(torch.isfinite(solution).all()):
-        residual = (solution @ chosen - others).abs().max() if others.numel() else scale
-        if residual <= 1e-9 * scale + torch.finfo(others.dtype).tiny:
-            return solution
-    return others @ torch.linalg.pinv(chosen)
 
 
 def _swap_until_bounded(

@@ -3,6 +3,8 @@
 Everything is checked from headers before any tensor is read; pickles and remote code are never loaded.
 """
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from spectrim.errors import InputError, ResourceError, UsageError, did_you_mean
+from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean
+from spectrim.models.walk import find_layers, weight_of
 from spectrim.store import Checkpoint, open_checkpoint
 
 BUILTIN = {"builtin:tiny": "tiny"}
@@ -52,13 +56,33 @@ def resolve(name: str) -> Source:
     checkpoint = open_checkpoint(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        kind = checkpoint.config.get("model_type")
+    except Exception as error:  # every model type checks its own fields and raises what it likes
+        kind = checkpoint.config["model_type"]
         raise InputError(
-            f"{folder}: this transformers does not know the model type {kind!r} ({error}). "
-            "Models that need remote code are not supported; for a new type upgrade transformers"
+            f"{folder}: transformers accepts no config.json with the model type {kind!r} and these values "
+            f"({one_line(error)}). Models that need remote code are not supported; for a new type upgrade transformers"
         ) from error
     return Source(name=name, folder=folder, checkpoint=checkpoint, config=config, dtype=_main_dtype(checkpoint))
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The most tokens the model reads at once, where its config says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
+    """Every token id has a row in the embedding."""
+    rows = len(weight_of(model.get_input_embeddings()))
+    if ids.numel() and int(ids.max()) >= rows:
+        raise InputError(
+            f"the tokenizer gives token {int(ids.max())}, the model knows 0 to {rows - 1}: it belongs to another "
+            "model; pass the right one as --tokenizer"
+        )
+
+
+def one_line(error: Exception) -> str:
+    """What another library said, short enough for a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _folder_of(name: str) -> Path:
@@ -66,11 +90,11 @@ def _folder_of(name: str) -> Path:
         if name not in BUILTIN:
             raise UsageError(f"unknown built-in model {name!r}{did_you_mean(name, BUILTIN)}")
         return Path(str(files("spectrim") / "assets" / BUILTIN[name]))
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return Path(path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"{name}: no such folder, and not a hub id (owner/name)")
+        raise InputError(f"{name}: no such folder, and not a hub id (owner/name); give a model folder or builtin:tiny")
     return _download(name)
 
 
@@ -82,7 +106,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub's client raises its own, requests' and plain OS errors
         raise InputError(
-            f"{name}: no such folder here, and the hub gave {type(error).__name__}: {error}. "
+            f"{name}: no such folder here, and the hub gave {one_line(error)}. "
             "Check the id, the network and your token, or pass a local folder"
         ) from error
 
@@ -118,15 +142,18 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # values that no model can have show in as many ways as there are models
             raise InputError(
-                f"config.json: transformers cannot build a causal language model from it ({error})"
+                f"config.json: transformers cannot build a causal language model from it ({one_line(error)}); "
+                "use the config.json that belongs to the weights"
             ) from error
 
 
 def check_against_config(source: Source) -> None:
-    """Shapes in the files against the shapes config.json asks for, for every name both have."""
-    expected = {name: tuple(t.shape) for name, t in meta_model(source.config).state_dict().items()}
+    """Blocks and (of a dense model) shapes in the files against what config.json asks for, wherever names agree."""
+    model = meta_model(source.config)
+    _check_blocks(source, model)
+    expected = {} if source.is_compressed else {name: tuple(t.shape) for name, t in model.state_dict().items()}
     wrong = [
         f"{name}: file {list(info.shape)}, config {list(expected[name])}"
         for name, info in source.checkpoint.tensors.items()
@@ -136,6 +163,22 @@ def check_against_config(source: Source) -> None:
         raise InputError(
             f"{source.folder}: config.json disagrees with the tensors in {len(wrong)} places, e.g. "
             f"{'; '.join(wrong[:3])}. One of the two belongs to another model"
+        )
+
+
+def _check_blocks(source: Source, model: PreTrainedModel) -> None:
+    """transformers leaves out blocks that config.json does not count, with no more than a log line."""
+    names = find_layers(model).block_names
+    decoder = names[0].rpartition(".")[0]
+    # The files of a headless model lack the first level of the path.
+    paths = "|".join(map(re.escape, (decoder, decoder.removeprefix(model.base_model_prefix + "."))))
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    tensors = [name for name in source.checkpoint.tensors if not any(re.search(p, name) for p in ignored)]
+    found = {int(match[1]) for name in tensors if (match := re.match(rf"(?:{paths})\.(\d+)\.", name))}
+    if found and found != set(range(len(names))):
+        raise InputError(
+            f"{source.folder}: config.json asks for {len(names)} blocks ({decoder}.0 to {len(names) - 1}), the files "
+            f"hold {len(found)} (up to {max(found)}). One of the two belongs to another model"
         )
 
 
@@ -150,14 +193,29 @@ def load_dense(source: Source, device: torch.device) -> PreTrainedModel:
             f"{source.folder}: {len(missing)} tensors that the model needs are in no file, e.g. "
             f"{', '.join(missing[:3])}; config.json and the files disagree, or the download is incomplete"
         )
+    _check_finite(source, model)
     return model.to(device).eval()
+
+
+def _check_finite(source: Source, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        bad = parameter.numel() - int(torch.isfinite(parameter).sum())
+        if bad:
+            raise NumericalError(
+                f"{source.folder}: {name}: {bad} of {parameter.numel():,} values are NaN or Inf; none is allowed. "
+                "The checkpoint is damaged or overflowed; download it again"
+            )
 
 
 def load_model(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A dense or compressed model as it is stored, for evaluation and generation."""
+    check_against_config(source)
     model, info = _from_pretrained(source, dtype=dtype or source.dtype)
     if info["missing_keys"]:
-        raise InputError(f"{source.folder}: tensors are missing, e.g. {sorted(info['missing_keys'])[0]}")
+        raise InputError(
+            f"{source.folder}: {len(info['missing_keys'])} tensors that the model needs are in no file, e.g. "
+            f"{min(info['missing_keys'])}; copy or download the folder again"
+        )
     return model.to(device).eval()
 
 
@@ -185,7 +243,7 @@ def _from_pretrained(source: Source, dtype: torch.dtype) -> tuple[PreTrainedMode
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{source.folder}: transformers cannot load it ({type(error).__name__}: {error})") from error
+        raise InputError(f"{source.folder}: transformers cannot load it ({one_line(error)})") from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -194,8 +252,12 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {name}: not a device that computes; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ResourceError(f"--device {name}: this machine has no Apple GPU that torch can use; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     return device

@@ -8,7 +8,7 @@ inputs are the same object: their statistics are then measured once.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,30 @@ class Walk:
         return sum(layer.numbers for layer in self.layers)
 
 
+LINEAR_IN_ALL_BUT_NAME = frozenset({"FalconLinear"})
+"""Subclasses of `nn.Linear` with a `forward` of their own that computes `x W^T + b` all the same."""
+
+
 def is_linear(module: nn.Module) -> bool:
     """A plain linear layer whose weight can be replaced."""
-    return type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and module.weight.ndim == 2)
+    if isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear) or module.weight.ndim != 2:
+        return False
+    # Routers of experts derive from nn.Linear and return choices (Llama 4, Phi-MoE): an overridden `forward` would be
+    # lost with the module.
+    kind = type(module)
+    return kind.forward is nn.Linear.forward or kind.__name__ in LINEAR_IN_ALL_BUT_NAME
+
+
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer (or Conv1D, or low-rank layer, which have the same attributes) at a module path."""
+    return cast(nn.Linear, model.get_submodule(name))
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model reads its tokens."""
+    return cast(nn.Embedding, model.get_input_embeddings()).weight.device
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -99,7 +120,7 @@ def _decoder(model: nn.Module) -> tuple[str, nn.ModuleList]:
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            weights = sum(m.weight.numel() for m in module.modules() if is_linear(m))  # type: ignore[union-attr]  # is_linear checked it
+            weights = sum(weight_of(m).numel() for m in module.modules() if is_linear(m))
             if weights and (best is None or weights > best[0]):
                 best = (weights, name, module)
     if best is None:
@@ -128,7 +149,11 @@ def _untouched(model: nn.Module, decoder: str, targets: set[str]) -> Iterator[tu
 
 
 def shared_inputs(model: PreTrainedModel, layers: tuple[Layer, ...]) -> list[list[str]]:
-    """Names of layers grouped by the input tensor they read, found by running eight tokens through the model."""
+    """Names of layers grouped by the input tensor they read, found by running eight tokens through the model.
+
+    Groups come in the order in which the model runs them, which is not always the one in which it defines them (Phi-3
+    has o_proj before qkv_proj); layers that did not run come last, one by one.
+    """
     reads: dict[str, tuple[Any, ...]] = {}
     alive: list[Tensor] = []  # an address is only an identity while the tensor lives
 
@@ -142,12 +167,12 @@ def shared_inputs(model: PreTrainedModel, layers: tuple[Layer, ...]) -> list[lis
     handles = [model.get_submodule(la.name).register_forward_pre_hook(note(la.name)) for la in layers]
     try:
         with torch.no_grad():
-            ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None]
+            ids = torch.arange(8, device=device_of(model))[None]
             model(input_ids=ids % model.config.get_text_config().vocab_size, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {key: [] for key in reads.values()}
     for layer in layers:
         groups.setdefault(reads.get(layer.name, (layer.name,)), []).append(layer.name)
     return list(groups.values())

@@ -5,6 +5,8 @@ Both hold real `nn.Linear` children, so that PEFT, torchao and exporters find th
 otherwise fill the layer with random numbers and go on.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,8 @@ from spectrim.linalg.pivot import unpack_mask
 class LowRankLinear(nn.Module):
     """`y = U (V x) + bias`. Stored: `V.weight` (R, I), `U.weight` (O, R), `U.bias` (O,) if any."""
 
-    codec = "factor"
+    codec: Literal["factor"] = "factor"
+    weight: Tensor
 
     def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool, device=None, dtype=None) -> None:
         super().__init__()
@@ -48,7 +51,10 @@ class PivotLinear(nn.Module):
     `rest.weight` (O - R, R), `mask` (ceil(O / 8),) uint8, `bias` (O,) if any: R (O + I - R) numbers and the mask.
     """
 
-    codec = "pivot"
+    codec: Literal["pivot"] = "pivot"
+    weight: Tensor
+    mask: Tensor
+    order: Tensor
 
     def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool, device=None, dtype=None) -> None:
         super().__init__()

@@ -17,6 +17,11 @@ from spectrim.linalg.factor import Factors, Spectrum
 class ScoredLinear(nn.Module):
     """A linear layer whose singular components carry learnable scores and a 0/1 mask."""
 
+    left: Tensor
+    right: Tensor
+    energy: Tensor
+    mask: Tensor
+
     def __init__(self, spectrum: Spectrum, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = spectrum.left.shape[0], spectrum.right.shape[1]

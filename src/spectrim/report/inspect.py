@@ -5,15 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.models.load import Source, load_model, quantization_of
-from spectrim.models.walk import find_layers, is_linear, weight_of
+from spectrim.models.load import Source, load_model, meta_model, quantization_of
+from spectrim.models.walk import find_layers, weight_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 
 
 def inspect_folder(source: Source, *, spectrum: bool = True) -> dict[str, Any]:
     """Facts about a dense or compressed folder."""
     model = load_model(source, torch.device("cpu"), torch.float32)
-    rows = [describe_layer(name, module, spectrum) for name, module in _linears(model)]
+    layers = find_layers(meta_model(source.config)).layers  # of the dense architecture, whatever is stored now
+    rows = [describe_layer(layer.name, model.get_submodule(layer.name), spectrum) for layer in layers]
     format_ = quantization_of(source.config)
     return {
         "folder": str(source.folder),
@@ -25,24 +26,9 @@ def inspect_folder(source: Source, *, spectrum: bool = True) -> dict[str, Any]:
         "numbers": source.checkpoint.numel,
         "bytes": source.checkpoint.nbytes,
         "linear_numbers": sum(r["numbers"] for r in rows),
-        "linear_numbers_dense": sum(r["shape"][0] * r["shape"][1] for r in rows),
+        "linear_numbers_dense": sum(layer.numbers for layer in layers),
         "layers": rows,
     }
-
-
-def _linears(model: Any) -> list[tuple[str, nn.Module]]:
-    """Low-rank and dense linear layers of the decoder, in order."""
-    blocks = {name.rsplit(".", 2)[0] for name, m in model.named_modules() if isinstance(m, LowRankLinear | PivotLinear)}
-    if not blocks:
-        return [(layer.name, model.get_submodule(layer.name)) for layer in find_layers(model).layers]
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(block + ".") for block in blocks)
-        if not inside or any(name.startswith(other + ".") for other, m in found if not is_linear(m)):
-            continue
-        if isinstance(module, LowRankLinear | PivotLinear) or is_linear(module):
-            found.append((name, module))
-    return found
 
 
 def describe_layer(name: str, module: nn.Module, spectrum: bool) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""The command line called inside the test's own process, and small model folders to call it on."""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spectrim
+from spectrim import cli
+
+TINY = Path(spectrim.__file__).parent / "assets" / "tiny"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+QUICK = ("--calib-windows", "8", "--calib-length", "64", "--eval-windows", "2")
+"""Options of `compress` that keep a run short."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def message(self) -> str:
+        """The error without the frame that typer draws and without line breaks."""
+        return " ".join("".join(c for c in self.err if c not in "│╭╮╰╯─").split())
+
+
+def call(*arguments: object) -> Answer:
+    """`spectrim ARGUMENTS` through the entry point itself, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = ["spectrim", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def small_model(folder: Path, *, tokenizer: bool = True, seed: int = 0, **config: Any) -> Path:
+    """A random Llama of two blocks, 32 wide, with the embedded model's tokenizer: compressed in a second."""
+    values = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 128, "tie_word_embeddings": True,
+        "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**{**values, **config})).save_pretrained(folder)
+    if tokenizer:
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(TINY / name, folder / name)
+    return folder
+
+
+def change_weight(folder: Path, name: str, change: Callable[[torch.Tensor], object]) -> Path:
+    """Apply `change` in place to one tensor of the single weights file in `folder`."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def change_config(folder: Path, **values: Any) -> Path:
+    """Overwrite fields of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
