@@ -65,7 +65,8 @@ def main() -> None:
     last = reports[ROWS[-1][0]]
     evaluation = last["text"]["evaluation"]
     console.print(
-        f"evaluation: {evaluation['windows']} windows of {evaluation['length']} tokens, no overlap; {evaluation['note']}"
+        f"evaluation: {evaluation['windows']} windows of {evaluation['length']} tokens, no overlap; "
+        f"{evaluation['note']}"
     )
     fresh = reload(Path(last["folder"]))
     console.print(

@@ -70,10 +70,13 @@ def small_model(folder: Path, *, tokenizer: bool = True, seed: int = 0, **config
     return folder
 
 
-def change_weight(folder: Path, name: str, change: Callable[[torch.Tensor], object]) -> Path:
-    """Apply `change` in place to one tensor of the single weights file in `folder`."""
+def change_weights(folder: Path, prefix: str, change: Callable[[torch.Tensor], object]) -> Path:
+    """Apply `change` in place to the tensors of the single weights file in `folder` whose names start so."""
     tensors = load_file(folder / "model.safetensors")
-    change(tensors[name])
+    chosen = [name for name in tensors if name.startswith(prefix)]
+    assert chosen, prefix
+    for name in chosen:
+        change(tensors[name])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -89,10 +89,10 @@ def stoppable() -> Iterator[None]:
     before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except _Stop as stop:
-        name, again = signal.Signals(stop.signal_number).name, shlex.join(["spectrim", *sys.argv[1:]])
+    except _Stop as caught:
+        name, again = signal.Signals(caught.signal_number).name, shlex.join(["spectrim", *sys.argv[1:]])
         raise Interrupted(
-            f"stopped by {name}; nothing was published. To start again: {again}", stop.signal_number
+            f"stopped by {name}; nothing was published. To start again: {again}", caught.signal_number
         ) from None
     finally:
         for number, handler in before.items():
@@ -165,7 +165,9 @@ def compress(
     calib: Calib = "builtin:stdlib",
     calib_windows: Annotated[int, typer.Option(help="windows that feed the statistics")] = 256,
     calib_length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
-    gradient_windows: Annotated[int | None, typer.Option(help="windows that give gradients (default: all)")] = None,
+    gradient_windows: Annotated[
+        int | None, typer.Option(help="windows that give gradients (default: all on a GPU, a quarter on a CPU)")
+    ] = None,
     train_windows: Annotated[int, typer.Option(help="windows for learned steps, at most")] = 4096,
     eval_: Annotated[str, typer.Option("--eval", help="evaluation text, as for --calib, or none")] = "builtin:stdlib",
     eval_windows: Annotated[int, typer.Option(help="evaluation windows")] = 40,
@@ -331,7 +333,7 @@ def eval_(
         facts[name] = dataclasses.asdict(quality)
     if speed:
         for name, model in models.items():
-            facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model.to(sources[name].dtype))
+            facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(torch.nn.Module.to(model, sources[name].dtype))
 
     def show() -> None:
         keys = ["perplexity", "kl", "agreement", "decode_tokens_per_s"]
@@ -379,7 +381,7 @@ def generate(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling)  # type: ignore[operator]
-    text = words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    text = str(words.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
     emit({"prompt": prompt, "text": text}, json_, lambda: _out.print(prompt + text, soft_wrap=True))
 
 

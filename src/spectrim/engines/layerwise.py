@@ -52,7 +52,13 @@ def decompose_all(
     spectra = {}
     for layer in walk.layers:
         weight = weight_of(model.get_submodule(layer.name)).detach().double()
-        spectrum = method.decompose(weight, stats[layer.name])
+        try:
+            spectrum = method.decompose(weight, stats[layer.name])
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  (public, not re-exported)
+            raise NumericalError(
+                f"{layer.name}: the solver failed on its {layer.outputs} x {layer.inputs} weight "
+                f"({method.info.name}): {error}. Try --device cpu, or more calibration text"
+            ) from error
         if not all(bool(torch.isfinite(t).all()) for t in spectrum):
             raise NumericalError(
                 f"{layer.name}: the decomposition of its {layer.outputs} x {layer.inputs} weight is not finite "

@@ -26,10 +26,10 @@ from spectrim.engines.refit import RECOVERY
 from spectrim.errors import UsageError, did_you_mean
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LayerMethod, LearnedMethod, Replacement, Stats
-from spectrim.models.walk import Walk, find_layers
+from spectrim.models.walk import Walk, device_of, find_layers
 
-ROUND_WINDOWS = 256
-"""Windows used when statistics are measured again in the compressed model."""
+CPU_BATCH, GPU_BATCH = 4, 32
+"""Windows in one calibration batch."""
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,7 @@ class Outcome:
     learned: Learned | None = None
     distil_losses: tuple[float, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    gradient_windows: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -62,7 +63,7 @@ def compress_model(
     """Compress `dense` (weights in float32) to `keep` of the stored numbers of its decoder linears.
 
     `calibration` (windows, length) feeds the statistics, `training` the learned steps (None: the same windows).
-    `gradient_windows` limits how many windows give gradients (None: all).
+    `gradient_windows` says how many of the calibration windows give gradients, see `default_gradient_windows`.
     """
     check_keep(keep)
     for name in recovery:
@@ -71,6 +72,8 @@ def compress_model(
     walk = find_layers(dense)
     check_weights(dense, walk)
     clock: dict[str, float] = {}
+    if gradient_windows is None:
+        gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
     run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows)
     spectra, plan = run.closed_form(calibration)
     training = calibration if training is None else training
@@ -101,6 +104,7 @@ def compress_model(
         learned=learned,
         distil_losses=tuple(losses),
         seconds=clock,
+        gradient_windows=gradient_windows,
         warnings=list(learned.warnings if learned else ()),
     )
 
@@ -116,7 +120,7 @@ class _Run:
     seed: int
     progress: Progress | None
     clock: dict[str, float]
-    gradient_windows: int | None
+    gradient_windows: int
 
     def closed_form(self, ids: Tensor) -> tuple[dict[str, Spectrum], Plan]:
         """Steps 2 to 4: spectra of the original weights in the final metric, and the ranks under the budget."""
@@ -130,8 +134,8 @@ class _Run:
         return spectra, plan
 
     def round_windows(self, ids: Tensor) -> Tensor:
-        """The windows of a later round: as many as give gradients."""
-        return ids[: self.gradient_windows or ROUND_WINDOWS]
+        """The windows of a later round: those that give gradients."""
+        return ids[: self.gradient_windows]
 
     def statistics(self, model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Stats]:
         with timed(self.clock, "calibrate"):
@@ -140,7 +144,7 @@ class _Run:
                 self.walk,
                 ids,
                 self.method.needs,
-                batch_size=4 if ids.device.type == "cpu" and not torch.cuda.is_available() else 32,
+                batch_size=CPU_BATCH if device_of(model).type == "cpu" else GPU_BATCH,
                 gradient_windows=self.gradient_windows,
                 seed=seed,
                 progress=self.progress,
@@ -152,6 +156,11 @@ class _Run:
         with timed(self.clock, "allocate"):
             energies = {name: s.energy for name, s in spectra.items()}
             return spectra, plan_ranks(self.method, self.walk, energies, self.keep)
+
+
+def default_gradient_windows(windows: int, device: torch.device) -> int:
+    """All on a GPU; a quarter on a CPU, where gradients are most of the time and the rest of them gains little."""
+    return max(1, windows // 4) if device.type == "cpu" else windows
 
 
 def check_keep(keep: float) -> None:

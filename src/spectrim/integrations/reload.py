@@ -18,7 +18,7 @@ import spectrim  # noqa: F401  registers the format
 def main() -> None:
     """Read `in.safetensors` (ids), write `out.safetensors` (logits, float32)."""
     folder, scratch, device = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, device_map=device).eval()
     ids = load_file(scratch / "in.safetensors")["ids"].to(device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits.float().cpu()

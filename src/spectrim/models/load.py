@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -194,7 +195,8 @@ def load_dense(source: Source, device: torch.device) -> PreTrainedModel:
             f"{', '.join(missing[:3])}; config.json and the files disagree, or the download is incomplete"
         )
     _check_finite(source, model)
-    return model.to(device).eval()
+    nn.Module.to(model, device)  # transformers wraps its own `.to` in a way no type checker reads
+    return model.eval()
 
 
 def _check_finite(source: Source, model: PreTrainedModel) -> None:
@@ -216,7 +218,8 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype | None =
             f"{source.folder}: {len(info['missing_keys'])} tensors that the model needs are in no file, e.g. "
             f"{min(info['missing_keys'])}; copy or download the folder again"
         )
-    return model.to(device).eval()
+    nn.Module.to(model, device)  # transformers wraps its own `.to` in a way no type checker reads
+    return model.eval()
 
 
 @contextmanager
@@ -234,7 +237,7 @@ def no_progress_bars() -> Iterator[None]:
 def _from_pretrained(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         with no_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=dtype,
                 local_files_only=True,
@@ -242,6 +245,7 @@ def _from_pretrained(source: Source, dtype: torch.dtype) -> tuple[PreTrainedMode
                 use_safetensors=True,
                 output_loading_info=True,
             )
+        return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{source.folder}: transformers cannot load it ({one_line(error)})") from error
 

@@ -130,14 +130,14 @@ def _decoder(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best[1], best[2]
 
 
-def _untouched(model: nn.Module, decoder: str, targets: set[str]) -> Iterator[tuple[str, int, str]]:
+def _untouched(model: PreTrainedModel, decoder: str, targets: set[str]) -> Iterator[tuple[str, int, str]]:
     """Matrices that stay as they are, with the reason. Vectors (norms, biases) are not worth a line."""
-    tied = {id(p) for p in (model.get_input_embeddings().weight,)} if hasattr(model, "get_input_embeddings") else set()
+    embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
     for path, parameter in model.named_parameters():
         owner = path.rpartition(".")[0]
         if parameter.ndim < 2 or owner in targets:
             continue
-        if id(parameter) in tied:
+        if parameter is embedding:
             why = "input embedding"
         elif not path.startswith(decoder + "."):
             why = "outside the decoder blocks"

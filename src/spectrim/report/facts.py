@@ -32,6 +32,7 @@ def build_report(
             "training": None if texts.training is None else describe_windows(texts.training),
             "evaluation": None if texts.evaluation is None else describe_windows(texts.evaluation),
         },
+        "gradient_windows": outcome.gradient_windows,
         "layers": [
             {
                 "name": layer.name,

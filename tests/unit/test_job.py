@@ -1,0 +1,250 @@
+"""One run, from request to published folder: what is refused when, what is rounded, what a failure leaves."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from command_line import TINY, change_weights, hashes, small_model
+from spectrim import job
+from spectrim.data import evaluation_windows, load_texts, load_tokenizer
+from spectrim.engines.learned import skeleton
+from spectrim.errors import InputError, NumericalError, SpectrimError, UsageError
+from spectrim.evaluate.language import evaluate
+from spectrim.integrations.folder import round_to
+from spectrim.job import Request, run
+from spectrim.store import verify_manifest
+
+
+def request(model: Path | str, **fields: Any) -> Request:
+    quick = {"keep": 0.8, "method": "svd", "calib_windows": 4, "calib_length": 32, "eval": "none"}
+    return Request(model=str(model), **{**quick, **fields})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return small_model(tmp_path / "model")
+
+
+@pytest.fixture
+def quick_reload() -> Iterator[None]:
+    with mock.patch.object(job, "reload_difference", return_value=0.0):
+        yield
+
+
+# ---- the request
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"keep": 0}, "keep must be in (0, 1], got 0"),
+        ({"keep": 20}, "did you mean 0.2?"),
+        ({"calib_windows": 0}, "calib_windows must be at least 1, got 0"),
+        ({"calib_length": 1}, "calib_length must be at least 2, got 1"),
+        ({"gradient_windows": 0}, "gradient_windows must be at least 1, got 0"),
+        ({"train_windows": -1}, "train_windows must be at least 1, got -1"),
+        ({"eval_windows": 0}, "eval_windows must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be in [0, 2**63), got -1"),
+        ({"seed": 2**63}, "seed must be in [0, 2**63)"),
+        ({"recover": ("refti",)}, "unknown recovery step 'refti'; did you mean 'refit'?"),
+        ({"method": "svdllm"}, "unknown method 'svdllm'; did you mean 'svd-llm'?"),
+        ({"method": "soco", "preset": "bset"}, "method soco: unknown preset 'bset'; did you mean 'best'?"),
+        ({"method": "soco", "options": {"step": 3}}, "method soco: unknown option 'step'; did you mean 'steps'?"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_read(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        request("nowhere", **fields).check()
+    assert says in str(caught.value)
+
+
+def test_a_request_is_the_same_after_json() -> None:
+    asked = request("builtin:tiny", recover=("refit",), options={"rounds": 0}, gradient_windows=3)
+    again = Request(**json.loads(json.dumps(dataclasses.asdict(asked))))
+    assert dataclasses.replace(again, recover=tuple(again.recover)) == asked
+    assert again.check() == asked.check()
+
+
+# ---- order: cheap refusals first
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"calib": "missing.txt"}, InputError),
+        ({"eval": "missing.txt"}, InputError),
+        ({"tokenizer": "nowhere"}, InputError),
+        ({"dtype": "float64"}, UsageError),
+        ({"device": "tpu"}, UsageError),
+        ({"keep": 0.001}, UsageError),
+    ],
+)
+def test_refused_before_the_weights_are_loaded(
+    model: Path, tmp_path: Path, fields: dict[str, Any], kind: type[SpectrimError]
+) -> None:
+    loaded = AssertionError("loaded the weights")
+    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", side_effect=loaded), pytest.raises(kind):
+        run(request(model, **fields), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_refused_input_creates_no_parent_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        run(request(tmp_path), tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- after writing
+
+
+def spoil(folder: Path, _ids: torch.Tensor, _device: torch.device) -> torch.Tensor:
+    """What a faulty save would do: one factor is off when the folder is loaded again."""
+    name = "model.layers.1.mlp.up_proj.U.weight"
+    change_weights(folder, name, lambda tensor: tensor.mul_(1.05))
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(input_ids=_ids).logits.float()
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "says"),
+    [
+        (spoil, "nothing was published"),
+        (lambda _f, ids, _d: torch.full((1, ids.shape[1], 8192), torch.nan), "not finite"),
+        (lambda _f, ids, _d: torch.zeros(1, ids.shape[1], 10), "gives logits of shape (1, 16, 10)"),
+    ],
+)
+@pytest.mark.parametrize("occupied", [False, True])
+def test_a_reload_that_differs_publishes_nothing(
+    model: Path, tmp_path: Path, elsewhere: Callable[..., torch.Tensor], says: str, occupied: bool
+) -> None:
+    out = tmp_path / "out"
+    if occupied:
+        small_model(out, seed=1)
+    before = {folder: hashes(folder) for folder in (model, out) if folder.exists()}
+    asked = request(model, options={}, keep=0.9)
+    with mock.patch.object(job, "_logits_elsewhere", elsewhere), pytest.raises(NumericalError) as caught:
+        run(asked, out, overwrite=True)
+    assert says in str(caught.value)
+    assert {folder: hashes(folder) for folder in (model, out) if folder.exists()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in before}
+
+
+def test_logits_that_were_nan_before_saving_are_not_taken_for_equal(model: Path, tmp_path: Path) -> None:
+    change_weights(model, "model.layers.0.input_layernorm.weight", lambda tensor: tensor.fill_(3e38))
+    finite = torch.zeros(1, 16, 8192)
+    with mock.patch.object(job, "_logits_elsewhere", return_value=finite), pytest.raises(NumericalError, match="nan"):
+        run(request(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_numbers_than_asked_for_are_never_published(model: Path, tmp_path: Path) -> None:
+    def spend(compressed: Any) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            result = compressed(*arguments, **options)
+            result.report["request"]["keep"] = 0.5
+            return result
+
+        return wrapped
+
+    with (
+        mock.patch.object(job, "compress_source", spend(job.compress_source)),
+        pytest.raises(NumericalError, match=r"more than keep 0\.5 of 15,360 allows"),
+    ):
+        run(request(model, keep=0.8), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# ---- dtypes
+
+
+def test_figures_are_about_the_rounded_weights(tmp_path: Path, quick_reload: None) -> None:
+    model = small_model(tmp_path / "model", initializer_range=0.2)
+    asked = request(model, dtype="bfloat16", keep=1.0, eval="builtin:stdlib", eval_windows=2, method="svd")
+    report = run(asked, tmp_path / "out").report
+    assert report["stored"]["dtype"] == "bfloat16"
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    texts = load_texts("builtin:stdlib", split="evaluation")
+    ids = evaluation_windows(texts, load_tokenizer(TINY), length=32, count=2).ids
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert report["quality"]["compressed"]["perplexity"] == pytest.approx(evaluate(stored, ids).perplexity, rel=1e-6)
+    assert report["quality"]["compressed"]["kl"] > 0
+
+
+def test_rounding_leaves_the_dense_model_alone_and_tied_weights_tied(model: Path) -> None:
+    dense: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model)
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    student = skeleton(dense)
+    round_to(student, torch.bfloat16)
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, before[name].bfloat16().float()), name
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+
+
+def test_a_value_that_the_stored_dtype_cannot_hold_is_refused(model: Path, tmp_path: Path) -> None:
+    change_weights(model, "model.norm.weight", lambda tensor: tensor.mul_(1e5))
+    with pytest.raises(NumericalError, match=r"model\.norm\.weight: its largest value, 1e\+05, .* float16"):
+        run(request(model, dtype="float16"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with mock.patch.object(job, "reload_difference", return_value=0.0):
+        run(request(model, dtype="bfloat16"), tmp_path / "out")
+    verify_manifest(tmp_path / "out")
+
+
+# ---- text
+
+
+def test_calibrating_and_evaluating_on_one_text_is_told(model: Path, tmp_path: Path, quick_reload: None) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 200)
+    report = run(request(model, calib=str(text), eval=str(text), eval_windows=2), tmp_path / "out").report
+    assert report["warnings"] == ["calibrated and evaluated on the same text: the figures flatter the result"]
+    assert report["warnings"][0] in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_evaluation_text_shorter_than_asked_is_told(model: Path, tmp_path: Path, quick_reload: None) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 10)
+    report = run(request(model, eval=str(text), eval_windows=40), tmp_path / "out").report
+    windows = report["text"]["evaluation"]["windows"]
+    assert windows < 40
+    assert report["warnings"] == [f"evaluation: asked for 40 windows of 32 tokens, the text holds {windows}"]
+
+
+def test_windows_are_no_longer_than_the_context(tmp_path: Path, quick_reload: None) -> None:
+    model = small_model(tmp_path / "model", max_position_embeddings=16)
+    report = run(request(model, calib="self", calib_length=512), tmp_path / "out").report
+    assert report["text"]["calibration"]["length"] == 16
+    assert report["text"]["calibration"]["source"] == "self"
+
+
+# ---- a learned method
+
+
+def test_a_learned_method_reports_what_it_did(model: Path, tmp_path: Path, quick_reload: None) -> None:
+    stages: list[str] = []
+    report = run(
+        request(model, method="soco", options={"steps": 20, "batch_size": 2, "distil_steps": 2}, train_windows=8,
+                eval="builtin:stdlib", eval_windows=2),
+        tmp_path / "out",
+        progress=lambda stage, _done, _total: stages.append(stage),
+    ).report  # fmt: skip
+    assert len(report["learning"]["losses"]) == 20
+    assert len(report["learning"]["distil_losses"]) == 2
+    assert report["learning"]["keeps"][0] > report["learning"]["keeps"][-1]
+    assert report["text"]["training"]["windows"] == 8
+    assert report["text"]["calibration"]["windows"] == 4
+    assert report["method"]["steps"] == 20
+    assert report["stored"]["keep"] <= 0.8
+    assert {"load", "calibrate", "learn", "distil"} <= report["seconds"].keys()
+    assert stages[0] == "load"
+    assert stages[-2:] == ["write", "reload in a fresh process"]
+    verify_manifest(tmp_path / "out")
