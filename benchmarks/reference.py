@@ -49,6 +49,9 @@ ROWS: list[tuple[str, str, str | None, dict[str, Any], int]] = [
     ("svd, pivot storage", "svd", None, {"storage": "pivot"}, 0),
     ("svd-llm, pivot storage", "svd-llm", None, {"storage": "pivot"}, 0),
     ("two-sided, pivot, global, 0 rounds", "two-sided", None, {"rounds": 0}, 0),
+    ("soco balanced, phase 3 only", "soco", "balanced", {"explore": 0.0, "refine": 0.0}, 0),
+    ("soco balanced, phases 1 and 3", "soco", "balanced", {"explore": 0.3, "refine": 0.0}, 0),
+    ("soco balanced, phases 2 and 3", "soco", "balanced", {"explore": 0.0, "refine": 0.6}, 0),
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Self, final
 import torch
 from torch import Tensor
 
-from spectrim.errors import UsageError, did_you_mean
+from spectrim.errors import NumericalError, UsageError, did_you_mean
 from spectrim.linalg.allocate import factor_cost, pivot_cost
 from spectrim.linalg.factor import Factors, Spectrum, balance, truncate
 from spectrim.linalg.pivot import Pivots, from_pivots, pack_mask, to_pivots, unpack_mask
@@ -64,6 +64,11 @@ class Stats:
             output_grad=mean(self.output_grad, other.output_grad),
             fisher=mean(self.fisher, other.fisher),
         )
+
+    def is_finite(self) -> bool:
+        """No NaN or Inf in anything that was measured."""
+        measured = (self.gram, self.mean_abs, self.output_grad, self.fisher)
+        return all(bool(torch.isfinite(m).all()) for m in measured if m is not None)
 
     def get(self, stat: Stat) -> Tensor:
         """The statistic; asking for one that was not declared in `needs` is a programming error."""
@@ -195,6 +200,10 @@ class LayerMethod(ABC):
         if target.codec == "dense":
             return dense_replacement(weight)
         spectrum = self.decompose(weight.double(), stats)
+        if not stats.is_finite() or not all(bool(torch.isfinite(part).all()) for part in spectrum):
+            raise NumericalError(
+                f"{self.info.name}: the weight or its statistics hold NaN or Inf; measure again on other text"
+            )
         error = float(spectrum.energy[target.rank :].sum())
         return encode(truncate(spectrum, target.rank), target.codec, like=weight, error=error)
 

@@ -115,6 +115,15 @@ def test_nothing_is_shared_with_the_source(case):
     assert mine.isdisjoint(p.data_ptr() for p in case.dense.parameters())
 
 
+def test_the_working_copy_shares_what_is_not_compressed(case):
+    """A run must not hold the embeddings twice."""
+    layers = {la.name for la in find_layers(case.dense).layers}
+    ours = dict(case.small.outcome.model.named_parameters())
+    rest = [(n, p) for n, p in case.dense.named_parameters() if n.rpartition(".")[0] not in layers]
+    assert rest
+    assert all(ours[name] is parameter for name, parameter in rest)
+
+
 def test_plain_from_pretrained_gives_the_same_logits(case):
     assert type(case.loaded) is type(case.dense)
     torch.testing.assert_close(logits_of(case.loaded, case.ids), case.small_logits, atol=1e-5, rtol=0)

@@ -327,6 +327,17 @@ def test_device_maps(folder, small, device_map):
     assert torch.equal(logits_of(loaded, IDS), logits_of(small.model, IDS))
 
 
+def test_the_hub_caches_links_are_followed(folder, small, tmp_path):
+    """A snapshot in the hub's cache is links to files with other names."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        blob = tmp_path / "blobs" / f"{number:040x}"
+        shutil.copyfile(file, blob)
+        (tmp_path / "snapshot" / file.name).symlink_to(blob)
+    assert torch.equal(logits_of(load(tmp_path / "snapshot"), IDS), logits_of(small.model, IDS))
+
+
 DISK = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
 DISK |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
 
@@ -361,6 +372,16 @@ def test_a_headless_save_loads_with_and_without_a_head(folder, small, tmp_path):
     with torch.no_grad():
         again = AutoModel.from_pretrained(tmp_path)(IDS, use_cache=False).last_hidden_state
         assert torch.equal(again, small.model.model(IDS, use_cache=False).last_hidden_state)
+
+
+def test_a_list_written_from_a_headless_model_loads_with_and_without_a_head(folder, small, tmp_path):
+    """Paths in the list then lack the first level, as the tensors do."""
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda q: q.update(modules={k.removeprefix("model."): v for k, v in q["modules"].items()}))
+    assert torch.equal(logits_of(load(tmp_path), IDS), logits_of(small.model, IDS))
+    with torch.no_grad():
+        headless = AutoModel.from_pretrained(tmp_path)(IDS, use_cache=False).last_hidden_state
+        assert torch.equal(headless, small.model.model(IDS, use_cache=False).last_hidden_state)
 
 
 def test_another_head_loads(folder, small):

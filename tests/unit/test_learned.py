@@ -200,7 +200,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(model, walk
     assert first.losses != other.losses
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(monkeypatch, model, walk, spectra, ids):
     real, calls = SoCo.loss, []
 

@@ -225,3 +225,9 @@ def test_fill_uniform_continues_from_the_start():
     assert fill_uniform(costs, [1, 1], 36) == [1, 2]
     assert fill_uniform(costs, [1, 1], 34) == [1, 1]
     assert fill_uniform(costs, [1, 1], 45) == [2, 2]
+
+
+def test_fill_uniform_serves_the_layer_with_the_smallest_share_of_its_ranks_first():
+    long, short = 10 * torch.arange(1, 11), 10 * torch.arange(1, 5)
+    assert fill_uniform([long, short], [5, 1], 60 + 20 + 10) == [5, 2]  # 5 of 10 against 1 of 4
+    assert fill_uniform([short, long], [2, 3], 30 + 40 + 10) == [2, 4]  # 2 of 4 against 3 of 10

@@ -67,14 +67,19 @@ def train_scores(
     losses: list[Tensor] = []
     keeps: list[float] = []
     returned = 0
-    plan, _ = project(method, scored, walk, gradients, method.keep_at(0.0, keep) or keep, first=True)
+    budget = method.keep_at(0.0, keep) or keep
+    plan, _ = project(method, scored, walk, gradients, budget, first=True)
     with frozen(student), frozen(teacher):
         for layer in scored.values():
             layer.scores.requires_grad_(True)
         for step in range(method.steps):
             if step and step % method.project_every == 0:
-                budget = method.keep_at(step / method.steps, keep)
-                if budget is not None:
+                wanted = method.keep_at(step / method.steps, keep)
+                # The support stays from the first step on which the schedule asks for nothing at the request.
+                if wanted is None and budget != keep:
+                    wanted = keep
+                if wanted is not None:
+                    budget = wanted
                     plan, back = project(method, scored, walk, gradients, budget)
                     returned += back
             keeps.append(plan.keep)
@@ -89,8 +94,9 @@ def train_scores(
             losses.append(loss.detach())
             if progress is not None:
                 progress("learn scores", step + 1, method.steps)
-        if abs(plan.keep - keep) > 1e-12:  # the schedule ended before the last projection reached the request
+        if budget != keep:  # too few steps for the schedule to come down to the request
             plan, _ = project(method, scored, walk, gradients, keep)
+    require_finite_scores(scored, method)
     return Learned(
         factors={name: layer.kept() for name, layer in scored.items()},
         plan=plan,
@@ -171,11 +177,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
 
 def require_finite(loss: Tensor, step: int, method: LearnedMethod) -> None:
     """Stop before a bad gradient reaches the scores."""
-    if not bool(torch.isfinite(loss)):
+    value = float(loss.detach())
+    if not math.isfinite(value):
         raise NumericalError(
-            f"{method.info.name}: the loss is {float(loss)} at step {step} of {method.steps}; nothing was changed. "
+            f"{method.info.name}: the loss is {value} at step {step} of {method.steps}; nothing was changed. "
             f"Lower the learning rate (--set learning_rate={method.learning_rate / 3:.2g}) or use --dtype float32"
         )
+
+
+def require_finite_scores(scored: Mapping[str, ScoredLinear], method: LearnedMethod) -> None:
+    """A gradient can be NaN while the loss is not; its layer is named before anything is built from it."""
+    for name, layer in scored.items():
+        if not bool(torch.isfinite(layer.scores).all()):
+            raise NumericalError(
+                f"{method.info.name}: the scores of {name} are not finite after {method.steps} steps; "
+                f"lower the learning rate (--set learning_rate={method.learning_rate / 3:.2g})"
+            )
 
 
 def collapsed(scored: Mapping[str, ScoredLinear]) -> list[str]:
