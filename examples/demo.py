@@ -7,6 +7,7 @@ result is written as a folder, loaded in a fresh process by plain transformers, 
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,12 @@ from spectrim.job import Request, compress_source, run
 from spectrim.models.load import resolve
 
 # Few, short windows: this runs on two slow cores. Real runs use the defaults.
-TEXT = {"calib_windows": 96, "calib_length": 128, "gradient_windows": 64, "train_windows": 1600, "eval_windows": 40}
+TEXT = {"calib_windows": 96, "calib_length": 128, "gradient_windows": 40, "train_windows": 1600, "eval_windows": 40}
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("plain SVD", "svd", {}),
     ("SVD-LLM", "svd-llm", {}),
     ("two-sided closed form", "two-sided", {}),
-    ("SoCo", "soco", {"steps": 60, "batch_size": 8, "learning_rate": 0.01, "project_every": 4}),
+    ("SoCo", "soco", {"steps": 48, "batch_size": 8, "learning_rate": 0.01, "project_every": 4}),
 ]
 
 FRESH = """
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
     args = parser.parse_args()
-    torch.set_num_threads(1)  # two threads on two busy cores can be ten times slower than one
+    torch.set_num_threads(idle_cores())
     console = Console(width=None if sys.stdout.isatty() else 140)
     started = time.perf_counter()
     reports: dict[str, dict[str, Any]] = {}
@@ -78,6 +79,11 @@ def main() -> None:
         f"\nThe SoCo folder is {last['folder']} (all took {time.perf_counter() - started:.0f} s). Load it with\n"
     )
     print(load_lines(Path(last["folder"])))
+
+
+def idle_cores() -> int:
+    """Threads to use, at least one: more threads than idle cores can be ten times slower than one."""
+    return max(1, round((os.cpu_count() or 1) - os.getloadavg()[0]))
 
 
 def in_short(request: Request, folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ TINY = Path(spectrim.__file__).parent / "assets" / "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 QUICK = ("--calib-windows", "8", "--calib-length", "64", "--eval-windows", "2")
 """Options of `compress` that keep a run short."""
+PLAIN = (*QUICK, "--eval", "none")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ def small_model(folder: Path, *, tokenizer: bool = True, seed: int = 0, **config
         for name in TOKENIZER_FILES:
             shutil.copyfile(TINY / name, folder / name)
     return folder
+
+
+def small_text(path: Path) -> Path:
+    """A text of some 7,000 tokens; the built-in one takes a second to tokenise."""
+    path.write_text(Path(json.__file__).read_text() + Path(json.__file__).with_name("decoder.py").read_text())
+    return path
 
 
 def change_weights(folder: Path, prefix: str, change: Callable[[torch.Tensor], object]) -> Path:

@@ -2,26 +2,17 @@
 
 import json
 import logging
-import shlex
-import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from spectrim.errors import Interrupted, ResourceError, SpectrimError, UsageError
+from spectrim.errors import UsageError
+from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stderr, stdout, stoppable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-# Text is shown as it is: `[x]` in a path is no markup and `:b:` in generated code no emoji.
-_errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-_out = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
 
 ModelArg = Annotated[str, typer.Argument(help="hub id, local folder, or builtin:tiny")]
 Keep = Annotated[float, typer.Option(help="share of the decoder linears' stored numbers that remains, in (0, 1]")]
@@ -40,63 +31,10 @@ Json = Annotated[bool, typer.Option("--json", help="machine-readable result on s
 
 def main() -> None:
     """Entry point: exit codes as in docs/errors.md, a traceback only with SPECTRIM_DEBUG=1."""
-    import os
-
-    import torch
-
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        with stoppable():
-            app()
-    except SpectrimError as error:
-        if os.environ.get("SPECTRIM_DEBUG"):
-            raise
-        _fail(str(error), error.exit_code)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        if os.environ.get("SPECTRIM_DEBUG"):
-            raise
-        _fail(f"out of memory ({error}); take fewer or shorter windows, or --device cpu", ResourceError.exit_code)
-    except Exception as error:
-        if os.environ.get("SPECTRIM_DEBUG"):
-            raise
-        _errors.print(f"internal error: {type(error).__name__}: {error}")
-        _errors.print("this is a bug of spectrim; run again with SPECTRIM_DEBUG=1 and report the traceback")
-        sys.exit(6)
-
-
-def _fail(message: str, exit_code: int) -> NoReturn:
-    _errors.print("error: ", style="bold red", end="")
-    _errors.print(message)
-    sys.exit(exit_code)
-
-
-class _Stop(BaseException):
-    """A signal on its way up. Not an `Exception`: libraries that catch everything must let it through."""
-
-    def __init__(self, signal_number: int) -> None:
-        self.signal_number = signal_number
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM become `Interrupted`: what is being written is removed, the target is untouched."""
-
-    def stop(number: int, _frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends at once
-        raise _Stop(number)
-
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except _Stop as caught:
-        name, again = signal.Signals(caught.signal_number).name, shlex.join(["spectrim", *sys.argv[1:]])
-        raise Interrupted(
-            f"stopped by {name}; nothing was published. To start again: {again}", caught.signal_number
-        ) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with exit_codes(), stoppable():
+        app()
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
@@ -111,46 +49,6 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name.replace("-", "_")] = value
     return options
-
-
-def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:
-    """Stage lines on stderr: a live line on a terminal, one line a stage (and every quarter) when piped."""
-    if quiet:
-        return None
-    started = time.monotonic()
-    last = {"stage": "", "quarter": -1}
-
-    def show(stage: str, done: int, total: int) -> None:
-        elapsed = time.monotonic() - started
-        count = f" {done}/{total}" if total > 1 else ""
-        line = f"[{elapsed:6.1f} s] {stage}{count}"
-        if _errors.is_terminal:
-            _errors.print(line, end="\n" if done >= total else "\r")
-            return
-        quarter = 4 * done // max(total, 1)
-        if stage != last["stage"] or quarter != last["quarter"]:
-            last.update(stage=stage, quarter=quarter)
-            _errors.print(line)
-
-    return show
-
-
-def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """JSON on stdout, or the human view."""
-    if as_json:
-        sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
-    else:
-        show()
-
-
-def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A table of text cells, the first column left-aligned."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    _out.print(table)
 
 
 @app.command()
@@ -197,9 +95,9 @@ def compress(
             [list(row) for row in table(report)],
         )
         for warning in report["warnings"]:
-            _errors.print(f"warning: {warning}")
-        _out.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)
-        _out.print(load_lines(out), soft_wrap=True)
+            stderr.print(f"warning: {warning}")
+        stdout.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)
+        stdout.print(load_lines(out), soft_wrap=True)
 
     emit(report, json_, show)
 
@@ -237,7 +135,7 @@ def plan(
     )  # fmt: skip
     configured = request.check()
     source = resolve(model)
-    foresee(request, source)
+    foresee(request, configured, source)
     facts = estimate(
         source, configured, keep, windows=calib_windows, length=calib_length,
         dtype=pick_dtype(dtype, source.dtype), device=pick_device(device),
@@ -256,12 +154,12 @@ def plan(
         ]
         print_table(f"{model}, {method}, keep {keep}", ["layer", "shape", "codec", "rank", "dense numbers"], rows)
         for part in ("linear_numbers", "model_numbers", "model_bytes"):
-            _out.print(f"{part:18} {facts[part]['before']:>16,} -> {facts[part]['after']:,}")
-        _out.print(f"{'peak memory':18} about {facts['peak_memory_bytes'] / 2**30:.2f} GiB")
-        _out.print(f"{'disk':18} {facts['disk_bytes'] / 2**20:.1f} MiB")
-        _out.print(f"{'time':18} about {facts['seconds']:.0f} s on {facts['device']}")
+            stdout.print(f"{part:18} {facts[part]['before']:>16,} -> {facts[part]['after']:,}")
+        stdout.print(f"{'peak memory':18} about {facts['peak_memory_bytes'] / 2**30:.2f} GiB")
+        stdout.print(f"{'disk':18} {facts['disk_bytes'] / 2**20:.1f} MiB")
+        stdout.print(f"{'time':18} about {facts['seconds']:.0f} s on {facts['device']}")
         for row in facts["untouched"]:
-            _out.print(f"untouched: {row['name']} ({row['numbers']:,} numbers): {row['why']}")
+            stdout.print(f"untouched: {row['name']} ({row['numbers']:,} numbers): {row['why']}")
 
     emit(facts, json_, show)
 
@@ -288,7 +186,7 @@ def inspect(
         header = ["layer", "shape", "codec", "rank", "numbers", "largest s", "smallest s", "stable rank"]
         print_table(f"{folder}: {facts['format']}, {facts['dtype']}", header, rows)
         share = facts["linear_numbers"] / facts["linear_numbers_dense"]
-        _out.print(
+        stdout.print(
             f"decoder linears {facts['linear_numbers']:,} numbers (keep {share:.4f}); "
             f"whole model {facts['numbers']:,} numbers, {facts['bytes']:,} bytes",
             markup=False,
@@ -333,7 +231,8 @@ def eval_(
         facts[name] = dataclasses.asdict(quality)
     if speed:
         for name, model in models.items():
-            facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(torch.nn.Module.to(model, sources[name].dtype))
+            torch.nn.Module.to(model, sources[name].dtype)  # in place; transformers' own `to` has no usable type
+            facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model)
 
     def show() -> None:
         keys = ["perplexity", "kl", "agreement", "decode_tokens_per_s"]
@@ -382,7 +281,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling)  # type: ignore[operator]
     text = str(words.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    emit({"prompt": prompt, "text": text}, json_, lambda: _out.print(prompt + text, soft_wrap=True))
+    emit({"prompt": prompt, "text": text}, json_, lambda: stdout.print(prompt + text, soft_wrap=True))
 
 
 @app.command()
@@ -400,7 +299,7 @@ def export(
     if to != "dense":
         raise UsageError(f"--to {to}: not supported; known: dense")
     facts = export_dense(resolve(folder), out, overwrite=overwrite)
-    emit(facts, json_, lambda: _out.print(f"written to {out}: {facts['numbers']:,} numbers", soft_wrap=True))
+    emit(facts, json_, lambda: stdout.print(f"written to {out}: {facts['numbers']:,} numbers", soft_wrap=True))
 
 
 @app.command()

@@ -4,6 +4,7 @@ After every one: the exit code of its kind, a message that says what, where, wha
 folder, no partial one, and the source byte for byte what it was.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -22,8 +23,18 @@ from unittest import mock
 import pytest
 import torch
 
-from command_line import QUICK, TINY, TOKENIZER_FILES, call, change_config, change_weights, hashes, small_model
-from spectrim import cli, job
+from command_line import (
+    PLAIN,
+    TINY,
+    TOKENIZER_FILES,
+    call,
+    change_config,
+    change_weights,
+    hashes,
+    small_model,
+    small_text,
+)
+from spectrim import job, terminal
 from spectrim.errors import Interrupted
 from spectrim.store import target
 
@@ -46,7 +57,7 @@ def model(tmp_path: Path) -> Path:
 def refused(code: int, model: Path | str, *options: object, out: Path | None = None, where: Path) -> str:
     """The message of a `compress` that must fail with `code` and leave everything in `where` as it was."""
     before, names = hashes(where), sorted(where.iterdir())
-    answer = call("compress", model, "--out", out or where / "out", *QUICK, "--method", "svd", *options)
+    answer = call("compress", model, "--out", out or where / "out", *PLAIN, "--method", "svd", *options)
     assert answer.code == code, answer.err
     assert answer.out == ""
     assert "Traceback" not in answer.err
@@ -57,7 +68,7 @@ def refused(code: int, model: Path | str, *options: object, out: Path | None = N
 
 
 def accepted(model: Path | str, *options: object, where: Path) -> dict:
-    answer = call("compress", model, "--out", where / "out", *QUICK, "--method", "svd", "--json", *options)
+    answer = call("compress", model, "--out", where / "out", *PLAIN, "--method", "svd", "--json", *options)
     assert answer.code == 0, answer.err
     return answer.json
 
@@ -74,7 +85,7 @@ def accepted(model: Path | str, *options: object, where: Path) -> dict:
         ("20", "keep must be in (0, 1], got 20: the share of stored numbers that remains; did you mean 0.2?"),
         ("nan", "keep must be in (0, 1], got nan"),
         ("inf", "keep must be in (0, 1], got inf"),
-        ("half", "'half' is not a valid float"),
+        ("half", "Invalid value for '--keep'"),
     ],
 )
 def test_keep(keep: str, says: str, model: Path, tmp_path: Path) -> None:
@@ -128,7 +139,6 @@ def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path:
         (("--method", "soco", "--set", "learning_rate=NaN"), "learning_rate must be in [1e-09, 10.0], got nan"),
         (("--set", "storage=dense"), "method svd: storage must be one of factor, pivot, got 'dense'"),
         (("--recover", "refti"), "unknown recovery step 'refti'; did you mean 'refit'?"),
-        (("--metod", "svd"), "No such option: --metod Did you mean --method?"),
         (("--calib-windows", "0"), "calib_windows must be at least 1, got 0"),
         (("--calib-length", "1"), "calib_length must be at least 2, got 1"),
         (("--eval-windows", "-3"), "eval_windows must be at least 1, got -3"),
@@ -143,6 +153,12 @@ def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path:
 )
 def test_options(options: tuple[str, ...], says: str, model: Path, tmp_path: Path) -> None:
     assert says in refused(USAGE, model, *options, where=tmp_path)
+
+
+def test_unknown_flag(model: Path, tmp_path: Path) -> None:
+    message = refused(USAGE, model, "--metod", "svd", where=tmp_path)
+    assert "No such option: --metod" in message
+    assert re.search(r"(Possible options:|Did you mean) .*--method", message)  # typer's words for one or several
 
 
 def test_unknown_command() -> None:
@@ -314,7 +330,13 @@ def test_a_compressed_folder_that_was_edited(rank: object, says: str, model: Pat
     config = json.loads(path.read_text())
     config["quantization_config"]["modules"]["model.layers.1.mlp.up_proj"]["rank"] = rank
     path.write_text(json.dumps(config))
-    for command in (("eval", "--no-speed"), ("inspect",), ("generate", "--prompt", "x"), ("export", "--out", "OUT")):
+    text = str(small_text(tmp_path / "text.txt"))
+    for command in (
+        ("eval", "--no-speed", "--text", text),
+        ("inspect",),
+        ("generate", "--prompt", "x"),
+        ("export", "--out", "OUT"),
+    ):
         name, *rest = [str(tmp_path / "dense") if part == "OUT" else part for part in command]
         answer = call(name, tmp_path / "out", *rest)
         assert answer.code == INPUT, answer.err
@@ -326,7 +348,7 @@ def test_a_compressed_folder_that_was_edited(rank: object, says: str, model: Pat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("options", [(), ("--eval", "none"), ("--method", "two-sided")], ids=" ".join)
+@pytest.mark.parametrize("options", [(), ("--method", "two-sided")], ids=" ".join)
 def test_a_weight_that_is_not_finite(value: float, options: tuple[str, ...], model: Path, tmp_path: Path) -> None:
     change_weights(model, "model.layers.1.", lambda tensor: tensor.view(-1)[5:7].fill_(value))
     message = refused(NUMERICAL, model, *options, where=tmp_path)
@@ -338,7 +360,7 @@ def test_a_weight_that_is_not_finite(value: float, options: tuple[str, ...], mod
 def test_a_tensor_that_is_not_compressed_must_be_finite_too(name: str, model: Path, tmp_path: Path) -> None:
     """An Inf in the row of a rare token would be met by no calibration text."""
     change_weights(model, name, lambda tensor: tensor[-1:].fill_(torch.inf))
-    message = refused(NUMERICAL, model, "--eval", "none", where=tmp_path)
+    message = refused(NUMERICAL, model, where=tmp_path)
     assert f"{name}: " in message
     assert "NaN or Inf; none is allowed" in message
 
@@ -351,7 +373,8 @@ def test_activations_that_overflow_name_the_first_layer(model: Path, tmp_path: P
 
 def test_activations_that_overflow_without_statistics(model: Path, tmp_path: Path) -> None:
     change_weights(model, "model.norm.weight", lambda tensor: tensor.fill_(3e38))
-    assert "logits are not finite" in refused(NUMERICAL, model, where=tmp_path)
+    text = small_text(tmp_path / "text.txt")
+    assert "logits are not finite" in refused(NUMERICAL, model, "--eval", text, where=tmp_path)
 
 
 # ---- tokenizer and text
@@ -359,11 +382,11 @@ def test_activations_that_overflow_without_statistics(model: Path, tmp_path: Pat
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:
     model = small_model(tmp_path / "model", tokenizer=False)
-    for options in ((), ("--calib", "self"), ("--eval", "none")):
+    for options in ((), ("--calib", "self", "--eval", "builtin:stdlib")):
         message = refused(INPUT, model, *options, where=tmp_path)
         assert f"no tokenizer in {model}" in message
         assert message.endswith("pass --tokenizer or --calib self --eval none")
-    report = accepted(model, "--calib", "self", "--eval", "none", where=tmp_path)
+    report = accepted(model, "--calib", "self", where=tmp_path)
     assert report["text"]["calibration"]["source"] == "self"
     assert report["quality"] is None
     shutil.rmtree(tmp_path / "out")
@@ -371,9 +394,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     words.mkdir()
     for name in TOKENIZER_FILES:
         shutil.copyfile(TINY / name, words / name)
-    assert (
-        accepted(model, "--tokenizer", words, "--eval", "none", where=tmp_path)["text"]["calibration"]["windows"] == 8
-    )
+    assert accepted(model, "--tokenizer", words, where=tmp_path)["text"]["calibration"]["windows"] == 8
     assert call("generate", model, "--tokenizer", words, "--prompt", "x", "--max-new-tokens", "1").code == 0
 
 
@@ -381,7 +402,8 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     model = small_model(tmp_path / "model", vocab_size=100)
     says = "the model knows 0 to 99: it belongs to another model; pass the right one as --tokenizer"
     assert says in refused(INPUT, model, where=tmp_path)
-    for command in (("eval", model), ("generate", model, "--prompt", "hello world")):
+    text = small_text(tmp_path / "text.txt")
+    for command in (("eval", model, "--text", text), ("generate", model, "--prompt", "hello world")):
         answer = call(*command)
         assert answer.code == INPUT, answer.err
         assert says in answer.message
@@ -416,7 +438,7 @@ def test_missing_text(name: str, model: Path, tmp_path: Path) -> None:
 def test_a_text_shorter_than_a_layer_is_wide_works_and_says_so(method: str, model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("def double(x): return 2 * x")
-    answer = call("compress", model, "--out", tmp_path / "out", *QUICK, "--method", method, "--calib", text)
+    answer = call("compress", model, "--out", tmp_path / "out", *PLAIN, "--method", method, "--calib", text)
     assert answer.code == 0, answer.err
     warnings = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
     assert re.fullmatch(r"asked for 8 windows of 64 tokens, the text holds one shorter window of \d+", warnings[0])
@@ -504,7 +526,7 @@ def test_out_of_memory_is_no_bug_of_ours(model: Path, tmp_path: Path) -> None:
 
 def test_a_bug_of_ours_says_so_and_publishes_nothing(model: Path, tmp_path: Path) -> None:
     with mock.patch.object(job, "model_card", side_effect=KeyError("perplexity")):
-        answer = call("compress", model, "--out", tmp_path / "out", *QUICK, "--method", "svd", "--eval", "none")
+        answer = call("compress", model, "--out", tmp_path / "out", *PLAIN, "--method", "svd")
     assert answer.code == INTERNAL
     assert "internal error: KeyError: 'perplexity'" in answer.err
     assert "run again with SPECTRIM_DEBUG=1 and report the traceback" in answer.err
@@ -564,6 +586,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stopped]:
         err = wait_for(stage, child.stderr)
         child.send_signal(number)
         err += child.communicate(timeout=60)[1]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # a killed parent leaves its own child behind
         names = sorted(path.name for path in where.iterdir())
         results[name] = Stopped(child.returncode, err, command, names, hashes(where / "model") == before)
     return results
@@ -593,10 +617,8 @@ def test_sigkill(stopped: dict[str, Stopped]) -> None:
 
 def test_a_library_that_catches_everything_does_not_catch_a_signal() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted) as caught, cli.stoppable():
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except Exception:  # as the tokenizer and the hub client are guarded
-            pytest.fail("the signal was swallowed")
+    # As the tokenizer and the hub client are guarded:
+    with pytest.raises(Interrupted) as caught, terminal.stoppable(), contextlib.suppress(Exception):
+        signal.raise_signal(signal.SIGTERM)
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import spectrim
-from command_line import QUICK, TINY, Answer, call, hashes, small_model
+from command_line import QUICK, TINY, Answer, call, hashes, small_model, small_text
 from spectrim import job
 from spectrim.job import Request
 from spectrim.registry import METHODS
@@ -48,11 +48,29 @@ def compress(model: Path | str, out: Path, *options: object) -> Answer:
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The embedded model, plain SVD, with the real reload in a fresh process."""
+    """The embedded model, plain SVD, by `python -m spectrim` with its real stdout and the real reload."""
     out = tmp_path_factory.mktemp("embedded") / "out"
-    answer = compress("builtin:tiny", out, "--method", "svd")
-    assert answer.code == 0, answer.err
-    return Run(TINY, "builtin:tiny", answer, out)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "spectrim",
+            "compress",
+            "builtin:tiny",
+            "--out",
+            out,
+            *QUICK,
+            "--method",
+            "svd",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return Run(TINY, "builtin:tiny", Answer(done.returncode, done.stdout, done.stderr), out)
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +201,9 @@ def test_the_reloaded_model_was_compared_with_the_one_in_memory(embedded: Run) -
 
 
 def test_people_see_stages_warnings_table_and_how_to_load(tmp_path: Path, quick_reload: None) -> None:
-    model, out = small_model(tmp_path / "model"), tmp_path / "[red]:b:"
+    model, out, text = small_model(tmp_path / "model"), tmp_path / "[red]:b:", small_text(tmp_path / "text.txt")
     answer = call("compress", model, "--out", out, *QUICK, "--method", "svd-llm", "--calib-windows", "1",
-                  "--calib-length", "16")  # fmt: skip
+                  "--calib-length", "16", "--eval", text)  # fmt: skip
     assert answer.code == 0
     stages = [line.partition(" s] ")[2] for line in answer.err.splitlines() if line.startswith("[")]
     assert stages == ["load", "calibrate", "evaluate", "write", "reload in a fresh process"]
@@ -216,7 +234,7 @@ def test_overwrite_replaces_and_leaves_nothing_of_the_old(tmp_path: Path, quick_
 
 def test_keep_one_stores_every_layer_as_it_is(tmp_path: Path, quick_reload: None) -> None:
     model, out = small_model(tmp_path / "model"), tmp_path / "out"
-    report = compress(model, out, "--method", "two-sided", "--keep", "1").json
+    report = compress(model, out, "--method", "two-sided", "--keep", "1", "--eval", small_text(tmp_path / "t.txt")).json
     assert report["stored"]["keep"] == 1
     assert {row["codec"] for row in report["layers"]} == {"dense"}
     assert report["quality"]["compressed"]["kl"] == 0
@@ -237,8 +255,8 @@ def test_eval_gives_the_figures_of_the_report(run: Run) -> None:
     assert facts["dense"]["perplexity"] == pytest.approx(quality["dense"]["perplexity"], rel=1e-6)
 
 
-def test_eval_shows_speed_and_shortens_windows_to_the_context(pivoted: Run) -> None:
-    answer = call("eval", pivoted.folder, "--windows", "1")
+def test_eval_shows_speed_and_shortens_windows_to_the_context(pivoted: Run, tmp_path: Path) -> None:
+    answer = call("eval", pivoted.folder, "--windows", "1", "--text", small_text(tmp_path / "text.txt"))
     assert answer.code == 0, answer.err
     assert "1 windows of 128 tokens" in answer.out
     row = next(line for line in answer.out.splitlines() if "│ model" in line)
@@ -323,7 +341,7 @@ def test_every_command_gives_json_alone_on_stdout(pivoted: Run, tmp_path: Path, 
         "compress": (pivoted.model, "--out", tmp_path / "a", "--method", "svd", *QUICK, "--eval", "none"),
         "plan": (pivoted.model, "--method", "svd"),
         "inspect": (pivoted.folder,),
-        "eval": (pivoted.folder, "--windows", "1", "--no-speed"),
+        "eval": (pivoted.folder, "--windows", "1", "--no-speed", "--text", small_text(tmp_path / "text.txt")),
         "generate": (pivoted.folder, "--prompt", "x", "--max-new-tokens", "1"),
         "export": (pivoted.folder, "--to", "dense", "--out", tmp_path / "b"),
         "methods": (),
@@ -334,16 +352,6 @@ def test_every_command_gives_json_alone_on_stdout(pivoted: Run, tmp_path: Path, 
         answer = call(name, *arguments, "--json")
         assert answer.code == 0, (name, answer.err)
         assert json.loads(answer.out), name
-        # A child's or a C library's output would bypass sys.stdout; test_python_dash_m covers that once.
-
-
-def test_python_dash_m_with_json_on_the_real_stdout(pivoted: Run) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "spectrim", "inspect", pivoted.folder, "--json"],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["format"] == "spectrim"
 
 
 def test_without_a_command_help_is_shown() -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from command_line import TINY, change_weights, hashes, small_model
+from command_line import TINY, change_weights, hashes, small_model, small_text
 from spectrim import job
 from spectrim.data import evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.learned import skeleton
@@ -167,11 +167,13 @@ def test_more_numbers_than_asked_for_are_never_published(model: Path, tmp_path: 
 
 def test_figures_are_about_the_rounded_weights(tmp_path: Path, quick_reload: None) -> None:
     model = small_model(tmp_path / "model", initializer_range=0.2)
-    asked = request(model, dtype="bfloat16", keep=1.0, eval="builtin:stdlib", eval_windows=2, method="svd")
+    asked = request(
+        model, dtype="bfloat16", keep=1.0, eval=str(small_text(tmp_path / "text.txt")), eval_windows=2, method="svd"
+    )
     report = run(asked, tmp_path / "out").report
     assert report["stored"]["dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
-    texts = load_texts("builtin:stdlib", split="evaluation")
+    texts = load_texts(str(tmp_path / "text.txt"), split="evaluation")
     ids = evaluation_windows(texts, load_tokenizer(TINY), length=32, count=2).ids
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert report["quality"]["compressed"]["perplexity"] == pytest.approx(evaluate(stored, ids).perplexity, rel=1e-6)
@@ -233,7 +235,7 @@ def test_a_learned_method_reports_what_it_did(model: Path, tmp_path: Path, quick
     stages: list[str] = []
     report = run(
         request(model, method="soco", options={"steps": 20, "batch_size": 2, "distil_steps": 2}, train_windows=8,
-                eval="builtin:stdlib", eval_windows=2),
+                eval=str(small_text(tmp_path / "text.txt")), eval_windows=2),
         tmp_path / "out",
         progress=lambda stage, _done, _total: stages.append(stage),
     ).report  # fmt: skip

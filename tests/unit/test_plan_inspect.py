@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from command_line import QUICK, TINY, call, change_config, change_weights, small_model
+from command_line import PLAIN, TINY, call, change_config, change_weights, small_model
 from spectrim import job
 from spectrim.engines import plan as plan_module
-
-PLAIN = (*QUICK, "--eval", "none")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,6 +4,7 @@ The order of a whole run, with measuring and training around it, is in engines/p
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
 from spectrim.linalg.factor import Factors, Spectrum, truncate
-from spectrim.method import Codec, LayerMethod, Replacement, Stats, Target, dense_replacement, encode
+from spectrim.method import Codec, LayerMethod, Replacement, Stats, Storage, Target, dense_replacement, encode
 from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
 
@@ -68,15 +69,18 @@ def decompose_all(
     return spectra
 
 
-def weight_budget(walk: Walk, keep: float) -> int:
+def weight_budget(walk: Walk, keep: float, storage: Storage) -> int:
     """Numbers that all weights may take, so that weights and biases together stay within `keep` of the dense."""
     biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
     budget = int(keep * walk.numbers) - biases
-    least = sum(layer.outputs + layer.inputs for layer in walk.layers)
+    cost = factor_cost if storage == "factor" else pivot_cost
+    rank_one = torch.tensor(1)
+    least = sum(min(int(cost(la.outputs, la.inputs, rank_one)), la.weight_numbers) for la in walk.layers)
     if budget < least:
+        smallest = math.ceil(10_000 * (least + biases) / walk.numbers) / 10_000
         raise UsageError(
-            f"keep {keep} leaves {max(budget, 0):,} numbers for {len(walk.layers)} weights; rank 1 everywhere takes "
-            f"{least:,}. The smallest reachable keep is {(least + biases) / walk.numbers:.4f}"
+            f"keep {keep:g} leaves {max(budget, 0):,} numbers for {len(walk.layers)} weights; rank 1 everywhere takes "
+            f"{least:,}. The smallest reachable keep is {smallest:.4f}"
         )
     return budget
 
@@ -101,7 +105,7 @@ def options_of(layer: Layer, storage: Codec, energy: Tensor) -> tuple[Options, l
 
 def plan_ranks(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor], keep: float) -> Plan:
     """A target for every layer, meeting the budget. `energies[name]` (K,) is what losing each component costs."""
-    budget = weight_budget(walk, keep)
+    budget = weight_budget(walk, keep, method.storage)
     menu = [options_of(layer, method.storage, energies[layer.name]) for layer in walk.layers]
     if method.allocation == "global":
         choice = allocate([options for options, _ in menu], budget)
@@ -125,10 +129,7 @@ def _uniform_choice(
         max(0, int((c <= share * layer.weight_numbers).sum()) - 1) for c, layer in zip(costs, walk.layers, strict=True)
     ]
     if sum(int(c[k]) for c, k in zip(costs, start, strict=True)) > budget:
-        raise UsageError(
-            f"keep {keep} is too small for uniform ranks: a layer would have rank 0; raise keep or use "
-            f"allocation=global"
-        )
+        start = [0] * len(costs)  # near rank 1 equal shares do not fit: small layers take more than theirs
     return fill_uniform(costs, start, budget)
 
 

@@ -31,7 +31,7 @@ def estimate(
     """The plan as a dict; `rank` is None where it depends on what calibration will measure."""
     model = meta_model(source.config)
     walk = find_layers(model)
-    budget = weight_budget(walk, keep)
+    budget = weight_budget(walk, keep, method.storage)
     uniform = method.allocation == "uniform"
     layers = _layers(method, walk, keep, uniform)
     after = sum(row["numbers"] for row in layers) if uniform else budget + walk.numbers - sum_weights(walk)

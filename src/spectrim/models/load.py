@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 

@@ -7,7 +7,8 @@
        compressed part of the model produces
 
 The paper takes S from a Cholesky factorisation, which fails on singular Gram matrices; the eigen root gives the same
-W' and never fails. On small calibration sets step 4 can hurt: 16 windows made one reference model worse.
+W' and never fails. Step 4 helps a little at mild compression and can hurt at strong: keep 0.5 of the 24 M reference
+model goes from 94.5 to 101.8 (benchmarks).
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,108 @@
+"""What all commands share: exit codes, signals, progress, and results for people or for programs."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from spectrim.errors import Interrupted, ResourceError, SpectrimError
+
+# Text is shown as it is: `[x]` in a path is no markup and `:b:` in generated code no emoji.
+stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+stdout = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Errors for people become a message and their exit code; anything else is a bug of ours and exits with 6."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("SPECTRIM_DEBUG"):
+            raise
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            error = ResourceError(f"out of memory ({error}); take fewer or shorter windows, or --device cpu")
+        if isinstance(error, SpectrimError):
+            stderr.print("error: ", style="bold red", end="")
+            stderr.print(str(error))
+            sys.exit(error.exit_code)
+        stderr.print(f"internal error: {type(error).__name__}: {error}")
+        stderr.print("this is a bug of spectrim; run again with SPECTRIM_DEBUG=1 and report the traceback")
+        sys.exit(SpectrimError.exit_code)
+
+
+class _Stop(BaseException):
+    """A signal on its way up. Not an `Exception`: libraries that catch everything must let it through."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM become `Interrupted`: what is being written is removed, the target is untouched."""
+
+    def stop(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends at once
+        raise _Stop(number)
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except _Stop as caught:
+        name, again = signal.Signals(caught.signal_number).name, shlex.join(["spectrim", *sys.argv[1:]])
+        raise Interrupted(
+            f"stopped by {name}; nothing was published. To start again: {again}", caught.signal_number
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:
+    """Stage lines on stderr: a live line on a terminal, one line a stage (and every quarter) when piped."""
+    if quiet:
+        return None
+    started = time.monotonic()
+    last = {"stage": "", "quarter": -1}
+
+    def show(stage: str, done: int, total: int) -> None:
+        elapsed = time.monotonic() - started
+        count = f" {done}/{total}" if total > 1 else ""
+        line = f"[{elapsed:6.1f} s] {stage}{count}"
+        if stderr.is_terminal:
+            stderr.print(line, end="\n" if done >= total else "\r")
+            return
+        quarter = 4 * done // max(total, 1)
+        if stage != last["stage"] or quarter != last["quarter"]:
+            last.update(stage=stage, quarter=quarter)
+            stderr.print(line)
+
+    return show
+
+
+def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """JSON on stdout, or the human view."""
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    else:
+        show()
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A table of text cells, the first column left-aligned."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    stdout.print(table)
