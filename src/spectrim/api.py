@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.pipeline import compress_model
+from spectrim.errors import UsageError, did_you_mean
 from spectrim.evaluate.language import Quality
 from spectrim.evaluate.language import evaluate as evaluate_windows
 from spectrim.integrations.folder import finalise, round_to
@@ -40,11 +41,22 @@ def compress(
     0.8
     """
     if isinstance(model, str):
+        if calibration is not None:
+            raise UsageError("calibration= takes token ids for a model in memory; for a model by name use calib=")
+        unknown = [name for name in request if name not in Request.__dataclass_fields__]
+        if unknown:
+            raise UsageError(f"compress(): unknown keyword {unknown[0]!r}{did_you_mean(unknown[0], _keywords())}")
         asked = Request(
             model=model, keep=keep, method=method, preset=preset, options=options or {}, seed=seed, **request
         )
         return compress_source(asked, asked.check(), resolve(model))
+    if request:
+        raise UsageError(f"compress(): {', '.join(request)} only apply to a model given by name, not in memory")
     return _compress_in_memory(model, keep, make_method(method, preset, options), calibration, seed)
+
+
+def _keywords() -> list[str]:
+    return [*Request.__dataclass_fields__, "calibration"]
 
 
 def _compress_in_memory(

@@ -1,6 +1,5 @@
 """What a run is asked for, and the text it then reads."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,7 +110,7 @@ def cut_windows(request: Request, method: LayerMethod, dense: PreTrainedModel, t
     else:
         windows = calibration_windows(text.calibration, text.tokenizer, length=length, count=wanted, seed=request.seed)
     warnings = list(windows.warnings) if not learns or len(windows.ids) < count else []
-    calibration = dataclasses.replace(windows, ids=windows.ids[:count])
+    calibration = windows.first(count)
     widest = max(layer.inputs for layer in find_layers(dense).layers)
     if method.needs and calibration.num_tokens < widest:
         warnings.append(

@@ -103,9 +103,6 @@ def test_keep_too_small_names_the_smallest(method: str, model: Path, tmp_path: P
     assert call("plan", model, "--method", method, "--keep", "0.01").message == message
 
 
-@pytest.mark.xfail(
-    strict=True, reason="engines/layerwise.py weight_budget: rounds the figure down, and knows factors only"
-)
 @pytest.mark.parametrize("method", ["svd", "two-sided"])
 def test_the_smallest_keep_that_is_named_can_be_reached(method: str, model: Path, tmp_path: Path) -> None:
     message = refused(USAGE, model, "--method", method, "--keep", "0.01", where=tmp_path)
@@ -114,9 +111,6 @@ def test_the_smallest_keep_that_is_named_can_be_reached(method: str, model: Path
     accepted(model, "--method", method, "--keep", smallest[1], where=tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="engines/layerwise.py weight_budget counts factor storage: allocate gives exit 6"
-)
 def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path: Path) -> None:
     refused(USAGE, model, "--method", "two-sided", "--keep", "0.061", where=tmp_path)
 

@@ -5,7 +5,7 @@ Letters in tensor names: N windows, B windows in a batch, L tokens in a window, 
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,10 @@ class Windows:
     @property
     def num_tokens(self) -> int:
         return self.ids.numel()
+
+    def first(self, count: int) -> "Windows":
+        """The first `count` windows, with a hash of their own."""
+        return replace(self, ids=self.ids[:count], sha256=hash_ids(self.ids[:count]))
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -184,9 +188,14 @@ def _cut(ids: Tensor, *, length: int, count: int | None, source: str) -> tuple[T
 
 def _windows(ids_NL: Tensor, *, source: str, note: str, warnings: tuple[str, ...]) -> Windows:
     ids_NL = ids_NL.contiguous()
+    return Windows(ids=ids_NL, source=source, sha256=hash_ids(ids_NL), note=note, warnings=warnings)
+
+
+def hash_ids(ids_NL: Tensor) -> str:
+    """sha256 of the ids, little-endian, and of the window length."""
     digest = hashlib.sha256(ids_NL.numpy().astype("<i8").tobytes())
     digest.update(str(ids_NL.shape[1]).encode())
-    return Windows(ids=ids_NL, source=source, sha256=digest.hexdigest(), note=note, warnings=warnings)
+    return digest.hexdigest()
 
 
 def _start_tokens(config: Any, *, count: int, generator: torch.Generator) -> tuple[Tensor, str]:
@@ -215,7 +224,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, *, step: int) -> Tensor:
     if not torch.isfinite(logits_BV).any(dim=1).all() or torch.isnan(logits_BV).any():
         raise NumericalError(
             f"sampling from the model: logits of token {step} are not finite; "
-            "the model is damaged or its dtype too narrow: try --dtype float32 or --calib with a text"
+            "the model is damaged: check its weights, or give a text with --calib"
         )
     total_BV = logits_BV.softmax(dim=1).double().cumsum(dim=1)
     threshold_B1 = (uniform_B * total_BV[:, -1])[:, None]

@@ -181,7 +181,7 @@ def require_finite(loss: Tensor, step: int, method: LearnedMethod) -> None:
     if not math.isfinite(value):
         raise NumericalError(
             f"{method.info.name}: the loss is {value} at step {step} of {method.steps}; nothing was changed. "
-            f"Lower the learning rate (--set learning_rate={method.learning_rate / 3:.2g}) or use --dtype float32"
+            f"Lower the learning rate (--set learning_rate={method.learning_rate / 3:.2g})"
         )
 
 
