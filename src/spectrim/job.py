@@ -175,10 +175,7 @@ def _seal(stage: Path, compressed: Compressed) -> None:
 def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
     """Numbers and bytes of the decoder linears and of the whole model, counted from the written headers."""
     names = {layer.name for layer in compressed.outcome.walk.layers}
-    linear = [
-        info for name, info in checkpoint.tensors.items()
-        if any(name.startswith(target + ".") for target in _owners(name, names))
-    ]  # fmt: skip
+    linear = [info for name, info in checkpoint.tensors.items() if _is_inside(name, names)]
     after = sum(info.numel for info in linear)
     before = compressed.outcome.plan.numbers_before
     if after > before * compressed.report["request"]["keep"] + 1e-6:
@@ -195,11 +192,10 @@ def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
     }
 
 
-def _owners(tensor: str, names: set[str]) -> list[str]:
-    """The target layers a tensor's path passes through: at most one."""
+def _is_inside(tensor: str, names: set[str]) -> bool:
+    """Whether a tensor belongs to one of the named modules."""
     parts = tensor.split(".")
-    prefixes = (".".join(parts[:i]) for i in range(1, len(parts)))
-    return [p for p in prefixes if p in names]
+    return any(".".join(parts[:i]) in names for i in range(1, len(parts)))
 
 
 def reload_difference(folder: Path, model: PreTrainedModel) -> float:

@@ -69,16 +69,23 @@ def stoppable() -> Iterator[None]:
 
 
 def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:
-    """Stage lines on stderr: a live line on a terminal, one line a stage (and every quarter) when piped."""
+    """Stage, count and time left on stderr: live on a terminal, one line a stage (and every quarter) when piped."""
     if quiet:
         return None
     started = time.monotonic()
     last = {"stage": "", "quarter": -1}
+    began: dict[str, tuple[float, int]] = {}  # when each stage was first heard of, and how far it was then
 
     def show(stage: str, done: int, total: int) -> None:
-        elapsed = time.monotonic() - started
-        count = f" {done}/{total}" if total > 1 else ""
-        line = f"[{elapsed:6.1f} s] {stage}{count}"
+        now = time.monotonic()
+        first, before = began.setdefault(stage, (now, done))
+        if done <= before:  # the same stage again, as in a second round of statistics
+            first, before = began[stage] = now, done
+        line = f"[{now - started:6.1f} s] {stage}"
+        if total > 1:
+            line += f" {done}/{total}"
+        if before < done < total:
+            line += f", about {(now - first) / (done - before) * (total - done):.0f} s left"
         if stderr.is_terminal:
             stderr.print(line, end="\n" if done >= total else "\r")
             return
