@@ -75,7 +75,7 @@ def train_scores(
         for step in range(method.steps):
             if step and step % method.project_every == 0:
                 wanted = method.keep_at(step / method.steps, keep)
-                # The support stays from the first step on which the schedule asks for nothing at the request.
+                # When the schedule falls silent above the request, one last projection brings the masks down to it.
                 if wanted is None and budget != keep:
                     wanted = keep
                 if wanted is not None:
