@@ -160,7 +160,8 @@ class _Loop:
         loss = own.loss(self.windows[pick].to(self.device))
         loss.backward()
         norm = self.gradient_norm()
-        if not bool(torch.isfinite(torch.stack([loss.detach().float(), norm.float()])).all()):  # one wait for the GPU
+        told = torch.stack([loss.detach().to(self.device, torch.float32), norm.float()])
+        if not bool(torch.isfinite(told).all()):  # the one wait for the device in a step
             raise NotFinite(self.what_is_not_finite(loss))
         if own.after_backward is not None:
             own.after_backward(step)
