@@ -221,7 +221,7 @@ def _gold(row: dict[str, Any], num_choices: int, where: str) -> int:
     gold = row["gold"]
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < num_choices:
         raise InputError(
-            f"{where}: 'gold' is {shown(str(gold))}; it must be a whole number from 0 to {num_choices - 1}"
+            f"{where}: 'gold' is {ascii(gold)[:80]}; it must be a whole number from 0 to {num_choices - 1}"
         )
     return gold
 

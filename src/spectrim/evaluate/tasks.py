@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrim.data.tasks import Item, Task, load_tasks
@@ -89,18 +90,24 @@ def evaluate_tasks(
         assert isinstance(task, Task)
         limits = [context_length(m.config) for m in (model, dense) if m is not None]
         encoded = encode_task(tokenizer, task, limit=min((n for n in limits if n is not None), default=None))
-        sides = {f"{task.name}": model} | ({f"{task.name} (dense)": dense} if dense is not None else {})
-        scored = [_score_items(m, encoded, batch_tokens, name, progress) for name, m in sides.items()]
-        truncated = sum(any(one.truncated for one in item) for item in encoded)
-        results.append(summarise(task, scored[0], scored[1] if dense is not None else None, truncated=truncated))
+        found = score_items(model, encoded, batch_tokens=batch_tokens, name=task.name, progress=progress)
+        found_dense = None
+        if dense is not None:
+            name = f"{task.name} (dense)"
+            found_dense = score_items(dense, encoded, batch_tokens=batch_tokens, name=name, progress=progress)
+        results.append(summarise(task, encoded, found, found_dense))
     return results
 
 
-def _score_items(
-    model: PreTrainedModel, encoded: list[list[Encoded]], batch_tokens: int, name: str, progress: Progress | None
+def score_items(
+    model: PreTrainedModel,
+    encoded: list[list[Encoded]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    name: str = "",
+    progress: Progress | None = None,
 ) -> list[list[Score]]:
-    import torch
-
+    """A list of scores for each item, in the shape of `encoded`; progress is told as stage `name`."""
     flat = [one for item in encoded for one in item]
     check_vocabulary(model, torch.tensor([max(max(one.ids) for one in flat)]))
     report = None if progress is None else lambda done, total: progress(name, done, total)
@@ -109,9 +116,9 @@ def _score_items(
 
 
 def summarise(
-    task: Task, scored: list[list[Score]], dense: list[list[Score]] | None, *, truncated: int = 0
+    task: Task, encoded: list[list[Encoded]], scored: list[list[Score]], dense: list[list[Score]] | None
 ) -> TaskResult:
-    """Scores (one list for each item, one score for each of its queries) to figures."""
+    """Scores of a model, and of the dense one, on the same encoded items, to figures."""
     word = task.format == "lambada"
     choose = {"lambada": _greedy_tokens, "blimp": _strictly_better}.get(task.format, _likeliest)
     normed = task.format == "choice"
@@ -126,7 +133,7 @@ def summarise(
         seed=task.seed,
         groups=len({item.group for item in task.items}),
         chance=None if word else sum(1 / n for n in num_choices) / len(num_choices),
-        truncated=truncated,
+        truncated=sum(any(one.truncated for one in item) for item in encoded),
         acc=accuracy(task, scored, dense, choose),
         acc_norm=accuracy(task, scored, dense, _likeliest_by_character) if normed else None,
         target_perplexity=_perplexity(scored) if word else None,
