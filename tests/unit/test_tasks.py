@@ -301,6 +301,13 @@ def test_the_paired_interval_covers_the_truth(p_won: float, p_lost: float) -> No
     assert 0.935 < covered < 0.985
 
 
+def test_the_paired_interval_at_its_ends() -> None:
+    assert list(paired(0, 0, 98)) == pytest.approx([-1.959963984540054 / 100, 1.959963984540054 / 100])
+    assert list(paired(0.3, 0.1, 50)) == pytest.approx([-end for end in paired(0.1, 0.3, 50)][::-1])
+    low, high = paired(1, 0, 20)
+    assert 0 < low < 1 == high
+
+
 def test_groups_weigh_the_same() -> None:
     assert grouped_mean([1, 0, 0, 0, 1], ["a", "b", "b", "b", "b"]) == pytest.approx((1 + 0.25) / 2)
     assert effective_items(["a"] * 5 + ["b"] * 5) == pytest.approx(10)
