@@ -3,7 +3,8 @@
     python benchmarks/prepare_reference.py --shared ../shared --out .carry
 
 Writes `model.tar.xz` (the model's folder), `training.npy` (the first 4,352 windows of 512 tokens of the training text,
-in order: 256 for statistics, 4,096 for learning) and `<name>.npy` (the first 300 windows of each held-out file).
+in order: 256 for statistics, 4,096 for learning), `<name>.npy` (the first 300 windows of each held-out file) and
+`tasks/<name>.jsonl.xz` (whole task files, for benchmarks/tasks.py).
 """
 
 import argparse
@@ -21,6 +22,16 @@ WINDOW = 512
 TRAINING_WINDOWS = 256 + 4096
 EVALUATION_WINDOWS = 300
 EVALUATION = {"wikitext2": "wikitext2.test.raw.txt", "valid.wiki": "valid.wiki.txt", "novels": "valid.novels.txt"}
+TASKS = ("blimp", "lambada", "piqa", "sciq", "arc_easy")
+
+
+def pack_tasks(source: Path, out: Path) -> None:
+    """Each of TASKS as .jsonl.xz in `out`, line by line what it is in `source` (.jsonl or .jsonl.xz)."""
+    out.mkdir(exist_ok=True)
+    for name in TASKS:
+        packed = source / f"{name}.jsonl.xz"
+        raw = lzma.decompress(packed.read_bytes()) if packed.exists() else (source / f"{name}.jsonl").read_bytes()
+        (out / packed.name).write_bytes(lzma.compress(raw))
 
 
 def windows_of(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> np.ndarray:
@@ -40,8 +51,12 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--model", default="ref-llama-24m")
     parser.add_argument("--out", type=Path, default=Path(".carry"))
+    parser.add_argument("--only-tasks", action="store_true", help="add the task files to an OUT that has the rest")
     args = parser.parse_args()
     args.out.mkdir(exist_ok=True)
+    pack_tasks(args.shared / "data/tasks", args.out / "tasks")
+    if args.only_tasks:
+        return
     folder = args.shared / "models" / args.model
     tokenizer = load_tokenizer(folder)
     with tarfile.open(args.out / "model.tar.xz", "w:xz", preset=1) as tar:
@@ -52,7 +67,7 @@ def main() -> None:
     for name, file_name in EVALUATION.items():
         text = (args.shared / "data/text" / file_name).read_text(encoding="utf-8")
         np.save(args.out / f"{name}.npy", windows_of(tokenizer, text, EVALUATION_WINDOWS))
-    for path in sorted(args.out.iterdir()):
+    for path in sorted(path for path in args.out.rglob("*") if path.is_file()):
         print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
 
 

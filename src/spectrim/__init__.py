@@ -9,9 +9,10 @@ Importing spectrim registers its format with transformers; nothing else happens 
 """
 
 from spectrim.api import compress, evaluate, load
+from spectrim.evaluate.tasks import evaluate_tasks
 from spectrim.integrations.transformers import register
 from spectrim.version import __version__
 
 register()
 
-__all__ = ["__version__", "compress", "evaluate", "load"]
+__all__ = ["__version__", "compress", "evaluate", "evaluate_tasks", "load"]

@@ -207,20 +207,28 @@ def eval_(
     windows: Annotated[int, typer.Option(help="how many windows, at most", min=1)] = 40,
     length: Annotated[int, typer.Option(help="tokens in a window; stride is the same", min=2)] = 512,
     speed: Annotated[bool, typer.Option(help="also measure tokens per second, in the stored dtype")] = True,
+    tasks: Annotated[list[str], typer.Option(help="task file or folder, see docs/tasks.md; may be repeated")] = [],  # noqa: B006
+    task_limit: Annotated[int | None, typer.Option(help="items of each task, at most, drawn by --seed", min=1)] = None,
     tokenizer: Tokenizer = None,
     device: Device = "auto",
+    seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Perplexity, and KL and agreement to the dense model, of a folder; computed in float32, as `compress` does."""
+    """Perplexity, KL and agreement to the dense model, and accuracy on tasks; in float32, as `compress` does."""
     import dataclasses
 
     import torch
 
-    from spectrim.data import evaluation_windows, load_texts, load_tokenizer
+    from spectrim.data import evaluation_windows, load_tasks, load_texts, load_tokenizer
     from spectrim.evaluate.language import evaluate
     from spectrim.evaluate.speed import decode_tokens_per_s
+    from spectrim.evaluate.tasks import evaluate_tasks
     from spectrim.models.load import check_vocabulary, context_length, load_model, pick_device, resolve
+    from spectrim.report import tasks as task_table
 
+    if task_limit is not None and not tasks:
+        raise UsageError("--task-limit applies to --tasks, which is not given")
+    asked = load_tasks(tasks, limit=task_limit, seed=seed) if tasks else None
     where, sources = pick_device(device), {"model": resolve(folder)}
     if against is not None:
         sources["dense"] = resolve(against)
@@ -233,6 +241,11 @@ def eval_(
         check_vocabulary(model, tokens.ids)
         quality = evaluate(model, tokens.ids, dense=models.get("dense") if name == "model" else None)
         facts[name] = dataclasses.asdict(quality)
+    results = []
+    if asked is not None:
+        progress = progress_printer(json_)
+        results = evaluate_tasks(models["model"], words, asked.tasks, dense=models.get("dense"), progress=progress)
+        facts |= {"tasks": [task_table.facts(result) for result in results], "tasks_skipped": asked.skipped}
     if speed:
         for name, model in models.items():
             torch.nn.Module.to(model, sources[name].dtype)  # in place; transformers' own `to` has no usable type
@@ -246,6 +259,8 @@ def eval_(
             ["", "perplexity", "KL (nats)", "agreement", "decode tokens/s"],
             rows,
         )
+        if asked is not None:
+            task_table.show(results, asked.skipped)
 
     emit(facts, json_, show)
 

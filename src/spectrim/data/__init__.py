@@ -1,6 +1,7 @@
 """Text to seeded, hashed token windows."""
 
 from spectrim.data.sources import Texts, load_texts
+from spectrim.data.tasks import load_tasks
 from spectrim.data.windows import (
     Windows,
     calibration_windows,
@@ -14,6 +15,7 @@ __all__ = [
     "Windows",
     "calibration_windows",
     "evaluation_windows",
+    "load_tasks",
     "load_texts",
     "load_tokenizer",
     "sample_windows",
