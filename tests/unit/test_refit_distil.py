@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.engines import distil as distil_engine
@@ -230,7 +230,7 @@ def kl(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
 def test_distillation_lowers_the_divergence(architecture, storage):
     teacher, student, walk = compressed(architecture, storage=storage)
     before = kl(student, teacher)
-    losses = distil(student, teacher, walk, IDS, steps=30, batch_size=8, learning_rate=3e-3)
+    losses = distil(student, teacher, walk, IDS, steps=30, batch_size=8, learning_rate=0.03)
     assert len(losses) == 30
     assert kl(student, teacher) < 0.8 * before
     assert losses[-1] < losses[0]
@@ -238,20 +238,26 @@ def test_distillation_lowers_the_divergence(architecture, storage):
 
 def test_the_loss_is_the_divergence_on_the_batch():
     teacher, student, walk = compressed("llama")
-    before = kl(student, teacher)
-    (loss,) = distil(student, teacher, walk, IDS, steps=1, batch_size=len(IDS))
-    assert loss == pytest.approx(before, rel=1e-5)
+    with torch.no_grad():
+        log_q = student(input_ids=IDS).logits[:, :-1].log_softmax(-1)
+        log_p = teacher(input_ids=IDS).logits[:, :-1].log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    labels = -log_q.gather(-1, IDS[:, 1:, None]).mean()
+    (loss,) = distil(student, teacher, walk, IDS, steps=1, batch_size=len(IDS), label_share=0.25)
+    assert loss == pytest.approx(float(0.75 * divergence + 0.25 * labels), rel=1e-5)
 
 
 def test_only_the_factors_change():
     teacher, student, walk = compressed("llama-gqa-bias")
     student.model.layers[1].mlp.up_proj = copy.deepcopy(teacher.model.layers[1].mlp.up_proj)  # a layer left dense
+    # Its rows of pivots may be others afterwards, and with them mask and order.
     own = {f"{n}.{p}" for n, m in low_rank(student).items() for p, _ in m.named_parameters()}
+    place = {f"{n}.{p}" for n in low_rank(student) for p in ("mask", "order")}
     before, teacher_before = state_of(student), state_of(teacher)
     distil(student, teacher, walk, IDS, steps=3, batch_size=4)
     after = state_of(student)
     changed = {n for n, t in before["tensors"].items() if not torch.equal(t, after["tensors"][n])}
-    assert changed == own
+    assert own <= changed <= own | place
     assert len(own) == 13 * 3
     for key in before.keys() - {"tensors"}:  # flags, hooks, no gradients left
         assert after[key] == before[key], key
@@ -305,15 +311,15 @@ def test_progress_counts_steps():
 
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights():
     teacher, student, walk = compressed("llama")
-    poisoned = IDS.clone()
-    poisoned[poisoned == 63] = 0
+    poisoned = IDS
     with torch.no_grad():
-        teacher.model.embed_tokens.weight[63] = torch.nan  # shared with the student and, tied, with both heads
+        teacher.lm_head.weight = nn.Parameter(teacher.lm_head.weight.clone())  # no longer shared with the student
+        teacher.lm_head.weight[63] = torch.nan
     before = state_of(student)["tensors"]
     flags = state_of(student)["requires_grad"], state_of(teacher)["requires_grad"]
     with pytest.raises(NumericalError, match=r"distillation: the loss is nan at step 0 of 5.*learning rate"):
         distil(student, teacher, walk, poisoned, steps=5, batch_size=4)
     after = state_of(student)["tensors"]
-    assert all(torch.equal(t, after[n]) for n, t in before.items() if not n.startswith("model.embed"))
+    assert all(torch.equal(t, after[n]) for n, t in before.items())
     assert flags == (state_of(student)["requires_grad"], state_of(teacher)["requires_grad"])
     assert all(p.grad is None for p in student.parameters())

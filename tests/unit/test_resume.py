@@ -78,7 +78,7 @@ def test_a_finished_run_is_restored_without_training(monkeypatch, whole, name):
     assert checkpoint.log[0][0] == "closed form"
     log = list(checkpoint.log)
     monkeypatch.setattr(SoCo, "loss", lambda *_a: pytest.fail("trained again"))
-    monkeypatch.setattr(distil_engine, "mean_kl", lambda *_a: pytest.fail("trained again"))
+    monkeypatch.setattr(distil_engine, "distillation_loss", lambda *_a: pytest.fail("trained again"))
     assert_same(run(name, checkpoint=checkpoint), whole[name])
     assert checkpoint.log == log
 

@@ -22,11 +22,11 @@ from spectrim.models.walk import Walk, weight_of
 STAGE = "closed form"
 
 
-class AfterClosedForm:
-    """A checkpoint that keeps the closed form before the first state of any other stage."""
+class SavedFirst:
+    """A checkpoint that keeps one stage (what later ones stand on) just before the first state of any other."""
 
-    def __init__(self, inner: Checkpoint, closed_form: Callable[[], Saved], *, kept: bool) -> None:
-        self.inner, self.closed_form, self.kept = inner, closed_form, kept
+    def __init__(self, inner: Checkpoint, stage: str, make: Callable[[], Saved], *, kept: bool) -> None:
+        self.inner, self.stage, self.make, self.kept = inner, stage, make, kept
 
     def load(self, stage: str) -> Saved | None:
         """As it is."""
@@ -37,9 +37,9 @@ class AfterClosedForm:
         return self.inner.due()
 
     def save(self, stage: str, saved: Saved) -> None:
-        """The closed form first: a state that cannot be gone on from is worth nothing."""
+        """What it stands on first: a state that cannot be gone on from is worth nothing."""
         if not self.kept:
-            self.inner.save(STAGE, self.closed_form())
+            self.inner.save(self.stage, self.make())
             self.kept = True
         self.inner.save(stage, saved)
 

@@ -7,6 +7,7 @@ distribution (the true Fisher, not the empirical one): they need no reference te
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,11 @@ def measure(
     gradient_windows: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    unreached: Literal["refuse", "leave out"] = "refuse",
 ) -> dict[str, Stats]:
     """Statistics of every target layer over `ids` (windows, length); the model's weights are not touched.
+
+    `unreached` says what becomes of an expert that no token, or no gradient, came to.
 
     Gradients cost twice what inputs do and need fewer tokens: they come from the first `gradient_windows` only
     (None: all). The layers of `model` may be dense or already compressed; only their inputs and outputs are seen.
@@ -90,7 +94,11 @@ def measure(
                     progress("calibrate", stop, len(ids))
     for own in sums.values():
         own.to_means()
-    return {la.name: _finish(la.name, sums[la.name], sums[leader[la.name]], needs) for la in walk.layers}
+    layers = [la.name for la in walk.layers]
+    if unreached == "leave out":
+        gradients = bool(needs & {Stat.OUTPUT_GRAD, Stat.FISHER})
+        layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not gradients)]
+    return {name: _finish(name, sums[name], sums[leader[name]], needs) for name in layers}
 
 
 def _backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:

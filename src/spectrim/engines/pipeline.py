@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.closed_form import STAGE as CLOSED_FORM
-from spectrim.engines.closed_form import AfterClosedForm, identity, pack_closed_form, unpack_closed_form
+from spectrim.engines.closed_form import SavedFirst, identity, pack_closed_form, unpack_closed_form
 from spectrim.engines.layerwise import Plan, apply_plan, check_weights, decompose_all, plan_ranks
 from spectrim.engines.learned import Learned, skeleton, train_scores
 from spectrim.engines.loop import Checkpoint
@@ -142,8 +142,11 @@ class _Run:
             spectra, plan = self.closed_form(ids)
         else:
             spectra, plan = unpack_closed_form(saved, self.dense, self.walk, run)
-        keeper = AfterClosedForm(
-            checkpoint, lambda: pack_closed_form(spectra, plan, run, learned=learned), kept=saved is not None
+        keeper = SavedFirst(
+            checkpoint,
+            CLOSED_FORM,
+            lambda: pack_closed_form(spectra, plan, run, learned=learned),
+            kept=saved is not None,
         )
         return spectra, plan, keeper
 
