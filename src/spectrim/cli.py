@@ -70,7 +70,9 @@ def compress(
     gradient_windows: Annotated[
         int | None, typer.Option(help="windows that give gradients (default: all on a GPU, a quarter on a CPU)")
     ] = None,
-    train_windows: Annotated[int, typer.Option(help="windows for learned steps, at most")] = 4096,
+    train_windows: Annotated[
+        int | None, typer.Option(help="windows for learned steps, at most (default: as many as the steps go through)")
+    ] = None,
     eval_: Annotated[str, typer.Option("--eval", help="evaluation text, as for --calib, or none")] = "builtin:stdlib",
     eval_windows: Annotated[int, typer.Option(help="evaluation windows")] = 40,
     tokenizer: Tokenizer = None,

@@ -16,15 +16,17 @@ from spectrim.data import (
     sample_windows,
 )
 from spectrim.engines.pipeline import check_keep
-from spectrim.engines.recovery import recovery_of
+from spectrim.engines.recovery import RECOVERY_BATCH, recovery_of
 from spectrim.errors import InputError, UsageError
 from spectrim.method import LayerMethod, LearnedMethod
 from spectrim.models.load import Source, check_vocabulary, context_length
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
 
-MAX_CHARS = 50_000_000
+MAX_CHARS = 100_000_000
 """At most this much text is read; the report says so where it cuts."""
+MOST_SAMPLED = 4096
+"""Windows sampled from the model itself for learning (`calib="self"`), which is slow; they are then used again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Request:
     calib_windows: int = 256
     calib_length: int = 512
     gradient_windows: int | None = None
-    train_windows: int = 4096
+    train_windows: int | None = None
     eval: str = "builtin:stdlib"
     eval_windows: int = 40
     tokenizer: str | None = None
@@ -98,6 +100,15 @@ def read_text(request: Request, source: Source) -> TextRead:
     return TextRead(tokenizer=tokenizer, calibration=calibration, evaluation=evaluation)
 
 
+def training_windows(request: Request, method: LayerMethod) -> int:
+    """How many windows learning may use: those asked for, else as many as the longest trained stage goes through."""
+    if request.train_windows is not None:
+        return request.train_windows
+    own = method.steps * method.batch_size if isinstance(method, LearnedMethod) else 0
+    most = max([own, *((step.steps or 0) * RECOVERY_BATCH for step in recovery_of(method, request.recover))])
+    return min(most, MOST_SAMPLED) if request.calib == "self" else most
+
+
 def cut_windows(request: Request, method: LayerMethod, dense: PreTrainedModel, text: TextRead) -> WindowsInUse:
     """Calibration, training and evaluation windows, and what there is to say about them."""
     learns = (isinstance(method, LearnedMethod) and method.steps > 0) or any(
@@ -105,7 +116,7 @@ def cut_windows(request: Request, method: LayerMethod, dense: PreTrainedModel, t
     )
     length = min(request.calib_length, context_length(dense.config) or request.calib_length)
     count = request.calib_windows
-    wanted = max(count, request.train_windows) if learns else count
+    wanted = max(count, training_windows(request, method)) if learns else count
     if text.calibration is None:
         windows = sample_windows(dense, length=length, count=wanted, seed=request.seed)
     else:

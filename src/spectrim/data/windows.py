@@ -21,6 +21,8 @@ EVALUATION_PIECE_CHARS = 200_000  # part of the definition of every published fi
 CALIBRATION_PIECE_CHARS = 20_000
 CALIBRATION_EXCESS = 4  # tokens looked at for each token used
 PIECES_AT_ONCE = 4
+CPU_SAMPLING_BATCH, LARGEST_SAMPLING_BATCH = 16, 512
+SAMPLING_CACHE_BYTES = 2**33
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -99,10 +101,13 @@ def evaluation_windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, *, leng
     return _windows(ids_NL[:count], source=texts.source, note=note, warnings=warnings)
 
 
-def sample_windows(model: PreTrainedModel, *, length: int, count: int, seed: int, batch_size: int = 16) -> Windows:
+def sample_windows(
+    model: PreTrainedModel, *, length: int, count: int, seed: int, batch_size: int | None = None
+) -> Windows:
     """Text drawn from the model's own distribution at temperature 1; the starting token is left out."""
-    _check_sizes(length=length, count=count, batch_size=batch_size)
+    _check_sizes(length=length, count=count, batch_size=1 if batch_size is None else batch_size)
     config = model.config.get_text_config()
+    batch_size = batch_size or sampling_batch(model, length)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UsageError(
@@ -117,13 +122,23 @@ def sample_windows(model: PreTrainedModel, *, length: int, count: int, seed: int
     model.eval()
     try:
         rows = [
-            _sample_batch(model, start_B, uniform_BL)
+            _sample_batch(model, start_B.to(model.device), uniform_BL.to(model.device))
             for start_B, uniform_BL in zip(start_N.split(batch_size), uniform_NL.split(batch_size), strict=True)
         ]
     finally:
         model.train(was_training)
     note = f"sampled from the model at temperature 1, seed {seed}, starting from {started} (not in the windows)"
     return _windows(torch.cat(rows), source="self", note=note, warnings=())
+
+
+def sampling_batch(model: PreTrainedModel, length: int) -> int:
+    """Windows sampled at a time: 16 on a CPU; on a GPU as many as have a key/value cache of SAMPLING_CACHE_BYTES."""
+    if model.device.type == "cpu":
+        return CPU_SAMPLING_BATCH
+    config = model.config.get_text_config()
+    # Grouped-query attention needs less than this: an upper bound that every architecture has.
+    token_bytes = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    return max(1, min(LARGEST_SAMPLING_BATCH, SAMPLING_CACHE_BYTES // (token_bytes * length)))
 
 
 def spread_pieces(texts: Texts, *, size: int) -> list[str]:
@@ -212,11 +227,11 @@ def _start_tokens(config: Any, *, count: int, generator: torch.Generator) -> tup
 def _sample_batch(model: PreTrainedModel, start_B: Tensor, uniform_BL: Tensor) -> Tensor:
     token_B, cache, sampled = start_B, None, []
     for step, uniform_B in enumerate(uniform_BL.unbind(1)):
-        output = model(token_B[:, None].to(model.device), past_key_values=cache, use_cache=True)
+        output = model(token_B[:, None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        token_B = draw(output.logits[:, -1].float().cpu(), uniform_B, step=step)
+        token_B = draw(output.logits[:, -1].float(), uniform_B, step=step)
         sampled.append(token_B)
-    return torch.stack(sampled, dim=1)
+    return torch.stack(sampled, dim=1).cpu()
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, *, step: int) -> Tensor:

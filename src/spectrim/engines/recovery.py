@@ -26,6 +26,8 @@ from spectrim.models.walk import Walk
 from spectrim.nn.linears import PivotLinear
 
 MOST_STEPS = 1_000_000
+RECOVERY_BATCH = 32
+"""Windows in a step of distillation."""
 DEFAULT_STEPS: Mapping[str, int | None] = {"refit": None, "block": 100, "kl": 300}
 """Recovery steps by name, with how many optimizer steps they take when nothing is said; None: it does not train."""
 
@@ -107,7 +109,7 @@ def recover(
                 losses = refine_blocks(student, teacher, walk, training, **common)
         else:
             with timed("distil"):
-                losses = [distil(student, teacher, walk, training, **common)]
+                losses = [distil(student, teacher, walk, training, batch_size=RECOVERY_BATCH, **common)]
         done.append(Recovered(step=step, losses=tuple(tuple(found) for found in losses)))
     return done
 

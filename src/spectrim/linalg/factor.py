@@ -93,6 +93,15 @@ def balance(factors: Factors) -> Factors:
     return Factors(q_left @ (u * half), (half[:, None] * vt) @ q_right.mT)
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in the dtype they have, also under autocast.
+
+    Components of a metric are far from orthogonal: their sum cancels, and factors rounded to bf16 do not give it.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def randomised_factors(
     weight: Tensor,
     rank: int,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.linalg.factor import Factors, Spectrum
+from spectrim.linalg.factor import Factors, Spectrum, wide_product
 
 
 class ScoredLinear(nn.Module):
@@ -39,7 +39,7 @@ class ScoredLinear(nn.Module):
 
     def weight_now(self) -> Tensor:
         """The weight (O, I) at the present scores."""
-        return (self.left * self.effective_scores()) @ self.right
+        return wide_product(self.left * self.effective_scores(), self.right)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""

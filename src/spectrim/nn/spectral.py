@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.linalg.factor import Factors, balance
+from spectrim.linalg.factor import Factors, balance, wide_product
 from spectrim.linalg.metric import Root
 
 ALIGNED = 16
@@ -61,9 +61,9 @@ class SpectralLinear(nn.Module):
         """left (O, R') and right (R', I) of the weight, R' the padded rank."""
         left, right = self.U * self.left_scale, self.V * self.right_scale
         if self.from_left is not None:
-            left = _full_precision(self.from_left, left)
+            left = wide_product(self.from_left, left)
         if self.from_right is not None:
-            right = _full_precision(right, self.from_right)
+            right = wide_product(right, self.from_right)
         return left, right
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,9 +87,3 @@ def _root_mean_square(x: Tensor, *, of_zero: float = 1.0) -> float:
     """`of_zero` for a tensor of zeros; the scale of an all-zero factor does not matter."""
     value = float(x.square().mean().sqrt())
     return value if value > 0 else of_zero
-
-
-def _full_precision(a: Tensor, b: Tensor) -> Tensor:
-    """A float32 product also under autocast: the metric's roots spread over orders of magnitude."""
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b

@@ -60,8 +60,8 @@ class SoCo(LearnedMethod):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {
             "fast": {"steps": 0, "distil_steps": 0},
-            "balanced": {"steps": 300, "distil_steps": 0},
-            "best": {"steps": 300, "distil_steps": 600},
+            "balanced": {"steps": 400, "distil_steps": 0},
+            "best": {"steps": 0, "distil_steps": 1000},
         }
     )
     default_preset: ClassVar = "balanced"
