@@ -9,11 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim import version
+from spectrim.engines.any_size import AnySize
+from spectrim.engines.learned import skeleton
 from spectrim.engines.pipeline import Outcome
 from spectrim.errors import NumericalError
+from spectrim.integrations.any_size import NESTED
 from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, attach
 from spectrim.models.load import no_progress_bars
 from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.nested import NestedLinear
 
 MAX_SHARD_SIZE = "5GB"
 COMPANIONS = (
@@ -95,3 +99,33 @@ def write_folder(stage: Path, model: PreTrainedModel, source: Path | None) -> No
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, stage / name)
+
+
+def write_nested(
+    stage: Path, sizes: AnySize, dtype: torch.dtype, size_ratio: float, source: Path | None, base_model: str | None
+) -> None:
+    """One folder that holds every size; `size_ratio` is the one that a load without that argument gives."""
+    model = skeleton(sizes.dense)
+    cast: dict[nn.Parameter, nn.Parameter] = {}
+    for name, nested in sizes.layers.items():
+        parts = (nested.left, nested.right, nested.scores, nested.levels, nested.bias)
+        model.set_submodule(name, NestedLinear(*(None if part is None else part.cpu() for part in parts)))
+    for path, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter not in cast:
+            cast[parameter] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+        owner, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, cast[parameter])
+    model.config.dtype = dtype
+    model.config.size_ratio = size_ratio
+    config = SpectrimConfig(
+        modules={
+            name: {"codec": NESTED, "rank": len(nested.left), "bias": nested.bias is not None}
+            for name, nested in sizes.layers.items()
+        },
+        any_size={"storage": sizes.storage, "anchors": list(sizes.anchors)},
+        tool_version=version.__version__,
+        base_model=base_model,
+        method=sizes.method.to_config(),
+    )
+    attach(model, config)
+    write_folder(stage, model, source)
