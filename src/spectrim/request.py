@@ -15,6 +15,8 @@ from spectrim.data import (
     load_tokenizer,
     sample_windows,
 )
+from spectrim.engines.any_size import ANCHORS, check_anchors, check_method
+from spectrim.engines.descent import STEPS
 from spectrim.engines.pipeline import check_keep
 from spectrim.engines.refit import RECOVERY
 from spectrim.errors import InputError, UsageError, did_you_mean
@@ -48,6 +50,9 @@ class Request:
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
+    any_size: bool = False
+    anchors: tuple[float, ...] = ANCHORS
+    any_size_steps: int = STEPS
 
     def check(self) -> LayerMethod:
         """Refuse what cannot work before anything is loaded; returns the configured method."""
@@ -62,7 +67,23 @@ class Request:
         for name in self.recover:
             if name not in RECOVERY:
                 raise UsageError(f"unknown recovery step {name!r}{did_you_mean(name, RECOVERY)}")
-        return make_method(self.method, self.preset, dict(self.options))
+        method = make_method(self.method, self.preset, dict(self.options))
+        if self.any_size:
+            self._check_any_size(method)
+        return method
+
+    def _check_any_size(self, method: LayerMethod) -> None:
+        check_anchors(self.anchors)
+        check_method(method, self.recover)
+        if not self.anchors[-1] <= self.keep <= 1:
+            raise UsageError(
+                f"keep {self.keep:g} is to be the default size, but the sizes go from {self.anchors[-1]:g} to 1; "
+                "add a smaller anchor (--anchors) or leave --keep out"
+            )
+        if isinstance(method, LearnedMethod) and method.steps > 0 and self.any_size_steps < len(self.anchors):
+            raise UsageError(
+                f"any_size_steps must be at least the number of anchors, {len(self.anchors)}, got {self.any_size_steps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ without reading. Afterwards each layer's first rows are read and written into it
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -48,7 +49,7 @@ class AnySizeFormat:
             and isinstance(anchors, list)
             and all(type(a) in (int, float) and 0 < a <= 1 for a in anchors)
             and anchors[:1] == [1.0]
-            and all(a > b for a, b in zip(anchors, anchors[1:], strict=False))
+            and all(a > b for a, b in pairwise(anchors))
         )
         if not ok:
             raise InputError(

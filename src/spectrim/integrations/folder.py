@@ -60,17 +60,22 @@ def round_to(model: nn.Module, dtype: torch.dtype) -> None:
 
 def finalise(outcome: Outcome, dtype: torch.dtype, *, base_model: str | None) -> PreTrainedModel:
     """A model of its own (nothing shared with the dense one) in the stored dtype, ready for `save_pretrained`."""
-    model = copy.deepcopy(outcome.model)
+    model = copy_in(outcome.model, dtype)
+    attach(model, format_config(outcome, base_model))
+    return model
+
+
+def copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy that shares nothing, its parameters in `dtype`; buffers of the architecture keep theirs, as in loading."""
+    model = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, LowRankLinear | PivotLinear):
             module.weight = module.weight.to(dtype)
-            assert name in outcome.placed
     model.config.dtype = dtype
-    attach(model, format_config(outcome, base_model))
     return model.eval()
 
 
@@ -122,7 +127,7 @@ def write_nested(
             name: {"codec": NESTED, "rank": len(nested.left), "bias": nested.bias is not None}
             for name, nested in sizes.layers.items()
         },
-        any_size={"storage": sizes.storage, "anchors": list(sizes.anchors)},
+        any_size={"storage": sizes.method.storage, "anchors": list(sizes.anchors)},
         tool_version=version.__version__,
         base_model=base_model,
         method=sizes.method.to_config(),

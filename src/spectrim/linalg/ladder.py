@@ -28,7 +28,7 @@ def ladder_costs(outputs: int, inputs: int, storage: Literal["factor", "pivot"])
 
 
 def ladder_errors(energy: Tensor, options: int) -> Tensor:
-    """Error (options,) of the options of a ladder: what `energy` (K,), strongest first, loses at each; dense nothing."""
+    """Error (options,) of the options of a ladder: what each loses of `energy` (K,), strongest first; the last none."""
     tail = energy.double().flip(0).cumsum(0).flip(0)
     return torch.cat([tail[1:options], tail.new_zeros(1)])
 
