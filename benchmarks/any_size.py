@@ -4,9 +4,9 @@
     python benchmarks/any_size.py --data .carry --out results --device cuda
 
 The texts and windows are those of reference.py. For each preset, `--any-size` runs once and is measured at every anchor
-and every asked size; then one run is made for each asked size. *excess* is perplexity above the dense model's; the ratio
-is that of the any-size model over that of the run made for the size. Weights are rounded as stored (bf16). The JSON is
-rewritten after every row, so that a run that is cut short keeps what it has.
+and every asked size; then one run is made for each asked size. Excess is perplexity above that of the dense model; the
+last column is the excess of the any-size model over that of the run made for the size. Weights are rounded as stored
+(bf16). The JSON is rewritten after every row, so that a run that is cut short keeps what it has.
 """
 
 import argparse

@@ -57,7 +57,8 @@ def test_slopes_are_those_of_the_hull(steps):
     errors = torch.tensor([*itertools.accumulate((s[1] for s in reversed(steps)), initial=0)], dtype=torch.float64)
     errors = errors.flip(0)
     hull = [hull_at(costs, errors, k) for k in range(len(costs))]
-    expected = [(a - b) / int(d - c) for (a, b), (c, d) in zip(itertools.pairwise(hull), itertools.pairwise(costs))]
+    widths = (costs[1:] - costs[:-1]).tolist()
+    expected = [(a - b) / width for (a, b), width in zip(itertools.pairwise(hull), widths, strict=True)]
     found = hull_slopes(costs, errors)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     assert bool((found[1:] <= found[:-1]).all())

@@ -113,8 +113,8 @@ def write_nested(
     model = skeleton(sizes.dense)
     cast: dict[nn.Parameter, nn.Parameter] = {}
     for name, nested in sizes.layers.items():
-        parts = (nested.left, nested.right, nested.scores, nested.levels, nested.bias)
-        model.set_submodule(name, NestedLinear(*(None if part is None else part.cpu() for part in parts)))
+        parts = (nested.left.cpu(), nested.right.cpu(), nested.scores.cpu(), nested.levels.cpu())
+        model.set_submodule(name, NestedLinear(*parts, None if nested.bias is None else nested.bias.cpu()))
     for path, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter not in cast:
             cast[parameter] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)

@@ -120,7 +120,7 @@ class SpectrimHfQuantizer(HfQuantizer):
             information = {**self.quantization_config.information, "size_ratio": self.slices.size}
             self.quantization_config = SpectrimConfig(modules=self.slices.modules_now(), **information)
             self.slices = None
-            del model.config.size_ratio
+            delattr(model.config, "size_ratio")
             model.config.quantization_config = self.quantization_config
         check_installed(model)
         # The tensors are ordinary floats: .half(), .float() and Trainer may treat the model as any other.
