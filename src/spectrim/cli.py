@@ -10,6 +10,9 @@ import typer
 
 from spectrim.cli_options import (
     ANCHORS,
+    Anchors,
+    AnySize,
+    AnySizeSteps,
     Calib,
     Device,
     Dtype,
@@ -23,12 +26,12 @@ from spectrim.cli_options import (
     Set,
     Size,
     Tokenizer,
-    load_lines,
     parse_anchors,
     parse_options,
+    say_written,
 )
 from spectrim.errors import UsageError
-from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stderr, stdout, stoppable
+from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -46,11 +49,9 @@ def compress(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
     keep: KeepOrNone = None,
-    any_size: Annotated[
-        bool, typer.Option("--any-size", help="one folder for all sizes; --keep is then the default one")
-    ] = False,
-    anchors: Annotated[str, typer.Option(help="sizes at which --any-size learns and measures, descending")] = ANCHORS,
-    any_size_steps: Annotated[int, typer.Option(help="training steps of all anchors together")] = 800,
+    any_size: AnySize = False,
+    anchors: Anchors = ANCHORS,
+    any_size_steps: AnySizeSteps = 800,
     method: Method = "soco",
     preset: Preset = None,
     set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
@@ -95,10 +96,7 @@ def compress(
             ["", "dense", "compressed"],
             [list(row) for row in table(report)],
         )
-        for warning in report["warnings"]:
-            stderr.print(f"warning: {warning}")
-        stdout.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)
-        stdout.print(load_lines(out), soft_wrap=True)
+        say_written(out, report)
 
     emit(report, json_, show)
 
@@ -111,10 +109,7 @@ def _compress_any_size(request: Any, out: Path, overwrite: bool, json_: bool) ->
 
     def show() -> None:
         print_table(f"{request.model}, {report['method']['method']}", size_header(report), size_table(report))
-        for warning in report["warnings"]:
-            stderr.print(f"warning: {warning}")
-        stdout.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load any size with\n", soft_wrap=True)
-        stdout.print(load_lines(out, f", size_ratio={request.keep:g}"), soft_wrap=True)
+        say_written(out, report, f", size_ratio={request.keep:g}")
 
     emit(report, json_, show)
 

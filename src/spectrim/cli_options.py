@@ -1,12 +1,14 @@
 """Options that several commands share, and what their text means."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from spectrim.errors import UsageError
+from spectrim.terminal import stderr, stdout
 
 ANCHORS = "0.95,0.9,0.8,0.7,0.6,0.5,0.4,0.35"
 
@@ -17,6 +19,9 @@ KeepOrNone = Annotated[
     typer.Option(help="share of the decoder linears' stored numbers that remains, in (0, 1]; default 0.8"),
 ]
 Size = Annotated[float | None, typer.Option(help="the size to take from a folder that holds all sizes")]
+AnySize = Annotated[bool, typer.Option("--any-size", help="one folder for all sizes; --keep is then the default one")]
+Anchors = Annotated[str, typer.Option(help="sizes at which --any-size learns and measures, descending")]
+AnySizeSteps = Annotated[int, typer.Option(help="training steps of all anchors together")]
 Method = Annotated[str, typer.Option(help="see `spectrim methods`")]
 Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, for methods that train")]
 Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of the method; may be repeated")]
@@ -52,6 +57,14 @@ def parse_anchors(text: str) -> tuple[float, ...]:
         raise UsageError(
             f"--anchors {text}: expected sizes with commas between them, e.g. --anchors 0.9,0.6,0.4"
         ) from error
+
+
+def say_written(out: Path, report: Mapping[str, Any], options: str = "") -> None:
+    """Warnings, where the result is, and the three lines of Python that load it."""
+    for warning in report["warnings"]:
+        stderr.print(f"warning: {warning}")
+    stdout.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)
+    stdout.print(load_lines(out, options), soft_wrap=True)
 
 
 def load_lines(folder: Path, options: str = "") -> str:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+import spectrim
 from command_line import PLAIN, QUICK, call, small_model, small_text
 from spectrim.engines import descent
 from spectrim.engines.any_size import AnySize, build, compress_any_size
@@ -400,6 +401,11 @@ def test_bad_anchors_are_refused(anchors):
 def test_an_anchor_below_rank_one_is_refused():
     with pytest.raises(UsageError, match="smallest reachable keep"):
         compress_any_size(tiny("llama"), make_method("svd"), token_ids(2), anchors=(0.5, 0.01))
+
+
+def test_a_run_for_one_size_does_not_ignore_any_size():
+    with pytest.raises(UsageError, match="run_any_size"):
+        spectrim.compress("builtin:tiny", keep=0.8, method="svd", eval="none", any_size=True)
 
 
 # Learning the order
