@@ -255,6 +255,13 @@ def test_device_maps(folder, device_map):
     same(load(folder, 0.5, device_map=device_map), load(folder, 0.5))
 
 
+def test_offloaded_layers_are_refused_with_the_way_out(folder, tmp_path):
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    with pytest.raises(InputError, match=r"export --keep 0\.5"):
+        load(folder, 0.5, device_map=device_map, offload_folder=tmp_path / "offloaded")
+
+
 def test_a_headless_load_gives_the_same_layers(folder):
     headless, whole = AutoModel.from_pretrained(folder, size_ratio=0.5), load(folder, 0.5)
     same(headless, whole.model)

@@ -30,6 +30,8 @@ from spectrim.store import TensorInfo, read_header
 
 NESTED = "nested"
 """The codec of a layer that holds all of its components."""
+IGNORED = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
+"""Where a model keeps the names that transformers is not to complain about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class Slices:
         self.model, self.modules, self.stored = model, modules, stored
         self.size = stored.check_size(getattr(model.config, "size_ratio", None))
         self.where, self.shapes = locate(files)
+        self.ignored: dict[str, Any] = {}
         present = dict(model.named_modules())
         self.names = {path: self._name(path, present) for path in modules}
         with torch.device("cpu"):  # transformers builds models under the meta device; ranks are worked out for real
@@ -172,13 +175,16 @@ class Slices:
             self.model.set_submodule(name, new)
         prefix = self.model.base_model_prefix + "."
         patterns = [rf"(^|\.){re.escape(path.removeprefix(prefix))}\." for path in self.names]
-        for attribute in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
+        for attribute in IGNORED:
             known = getattr(self.model, attribute, None) or set()
+            self.ignored[attribute] = known
             setattr(self.model, attribute, type(known)([*known, *patterns]))
 
     @torch.no_grad()
     def fill(self) -> None:
         """Read each layer's slice, bring it into its storage, write it where the layer stands."""
+        for attribute, known in self.ignored.items():
+            setattr(self.model, attribute, known)
         for path, name in self.names.items():
             module, target = self.model.get_submodule(name), self.targets[path]
             tensors = [*module.parameters(), *module.buffers()]
