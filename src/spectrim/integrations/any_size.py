@@ -30,6 +30,9 @@ from spectrim.store import TensorInfo, read_header
 
 NESTED = "nested"
 """The codec of a layer that holds all of its components."""
+FLOATS = ("F32", "BF16", "F16")
+DTYPES = {"levels": ("I32",), "scores": ("F32",)}
+"""What tensors may be that are not in the model's dtype."""
 IGNORED = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
 """Where a model keeps the names that transformers is not to complain about."""
 
@@ -108,7 +111,9 @@ class Slices:
     def _plan(self, present: Mapping[str, nn.Module]) -> Mapping[str, Target]:
         """What each layer is at the size."""
         layers = tuple(self._layer(path, present[name]) for path, name in self.names.items())
-        self.levels = {layer.name: self._levels(layer) for layer in layers}
+        if not layers:
+            raise InputError("config.json: quantization_config.modules is empty in a folder that is to hold all sizes")
+        self.levels = {layer.name: self._read(layer.name, "levels") for layer in layers}
         if not are_levels(list(self.levels.values())):
             raise InputError(
                 "the steps of all layers (`levels`) do not make one order, each place once: the files are damaged"
@@ -145,14 +150,11 @@ class Slices:
                 f"{path}: the files hold {_shown(found)} and config.json gives rank {entry['rank']}; a layer of "
                 f"{outputs} x {inputs} in all sizes holds {_shown(expected)}. The folder is damaged or was edited"
             )
+        for key, info in self.shapes[path].items():
+            allowed = DTYPES.get(key, FLOATS)
+            if info.dtype not in allowed:
+                raise InputError(f"{path}.{key}: is {info.dtype}, expected {' or '.join(allowed)}; damaged file")
         return Layer(name=path, block=0, outputs=outputs, inputs=inputs, has_bias=entry["bias"])
-
-    def _levels(self, layer: Layer) -> Tensor:
-        if self.shapes[layer.name]["levels"].dtype != "I32":
-            raise InputError(
-                f"{layer.name}.levels: is {self.shapes[layer.name]['levels'].dtype}, expected I32; damaged file"
-            )
-        return self._read(layer.name, "levels")
 
     def _read(self, path: str, key: str, rows: int | None = None) -> Tensor:
         """One tensor, or its first rows; nothing else of the file."""
