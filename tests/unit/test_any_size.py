@@ -156,6 +156,17 @@ def test_the_one_order_costs_little_error_over_ranks_chosen_for_each_size(storag
         assert mine <= theirs * 1.15 + 0.005, size
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounding_components_costs_about_what_rounding_the_weight_does(architecture):
+    """Errors of rounded components add up; they would be far above those of the weight if components cancelled."""
+    sizes = sizes_of(architecture)
+    for name, nested in sizes.layers.items():
+        norms = nested.left.norm(dim=1), nested.right.norm(dim=1)
+        torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=1e-6)
+        whole = (nested.left.mT @ nested.right).square().sum()
+        assert float((norms[0] * norms[1]).square().sum() / whole) < 2, name
+
+
 # Budgets
 
 
