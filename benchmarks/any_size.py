@@ -154,6 +154,7 @@ def chart(table: Table, text: str, dense: float, model: str) -> str:
         x="size: share of the decoder linears' numbers",
         y="perplexity",
         references={"dense": dense},
+        dots=[name for name in series if name.endswith("one run each")],
     )
 
 

@@ -50,6 +50,12 @@ def test_the_reference_is_a_dashed_line():
     assert not [line for line in drawn(references=None).iter(f"{SVG}line") if line.get("stroke-dasharray")]
 
 
+def test_dots_have_no_line():
+    lines = [len(list(drawn(dots=dots).iter(f"{SVG}polyline"))) for dots in ((), ("c",), ("a <b>", "c"))]
+    assert lines == [3, 2, 1]  # the axes are one more
+    assert len(list(drawn(dots=("c",)).iter(f"{SVG}circle"))) == 3
+
+
 def test_names_at_the_same_height_move_apart():
     root = ET.fromstring(line_chart({k: [(1, 5.0)] for k in "abc"}, title="", x="", y="", references={"d": 5.0}))
     heights = sorted(float(t.get("y")) for t in root.iter(f"{SVG}text") if t.text in {"a", "b", "c", "d"})

@@ -4,22 +4,31 @@ No plotting library is needed to read it or to write it; browsers and GitHub sho
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 720, 440
-LEFT, RIGHT, TOP, BOTTOM = 70, 130, 44, 56
+LEFT, RIGHT, TOP, BOTTOM = 70, 170, 44, 56
 COLOURS = ("#1f5fa8", "#c2571a", "#3a8a4d", "#7a4fa3", "#8a6d1f", "#555555")
 TICKS = 6
 LABEL_GAP = 15
 
 
 def line_chart(
-    series: Mapping[str, Points], *, title: str, x: str, y: str, references: Mapping[str, float] | None = None
+    series: Mapping[str, Points],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    references: Mapping[str, float] | None = None,
+    dots: Collection[str] = (),
 ) -> str:
-    """The chart. Every series needs a point; `references` are horizontal lines by name."""
+    """The chart. Every series needs a point; `references` are horizontal lines by name.
+
+    Series named in `dots` are drawn as points only: a line would claim something about what lies between.
+    """
     references = {} if references is None else references
     if not series or not all(series.values()):
         raise ValueError("a line chart needs at least one series, each with at least one point")
@@ -34,9 +43,11 @@ def line_chart(
     for i, (name, points) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
         placed = [(frame.x(px), frame.y(py)) for px, py in sorted(points)]
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in placed)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in placed]
+        if name not in dots:
+            path = " ".join(f"{px:.1f},{py:.1f}" for px, py in placed)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        radius = 4 if name in dots else 3
+        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{radius}" fill="{colour}"/>' for px, py in placed]
         ends.append((placed[-1][1], name, colour))
     ends += [(frame.y(value), name, "#777777") for name, value in references.items()]
     parts += _labels(ends)
