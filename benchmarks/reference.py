@@ -1,25 +1,32 @@
-"""All methods on the reference model at equal stored numbers: the table of benchmarks/README.md.
+"""All methods on the reference model at equal stored numbers: the tables of benchmarks/README.md.
 
     python benchmarks/prepare_reference.py --shared ../shared --out .carry
-    python benchmarks/reference.py --data .carry --out results --device cuda --keeps 0.8 0.5
+    python benchmarks/reference.py --data .carry --out results --device cuda --groups presets --jobs 4
 
-256 calibration windows of 512 tokens, 4,096 for learning, all from the training text; perplexity over the first 300
-windows of 512 tokens of each held-out text, without overlap. Each result is written as a folder, its stored numbers
-are counted from the files' headers, and the figures are of the weights rounded as stored (bf16). The JSON is rewritten
-after every row, so that a run that is cut short keeps what it has.
+256 calibration windows of 512 tokens, the windows after them for learning, all from the training text; perplexity over
+the first 300 windows of 512 tokens of each held-out text, without overlap. Each result is written as a folder, its
+stored numbers are counted from the files' headers, and the figures are of the weights rounded as stored (bf16).
+
+Rows are shared out among `--jobs` processes on one device (their seconds are then longer than alone); every row is
+written as it comes, so that a run that is cut short keeps what it has. `reference.json` holds them all at the end.
 """
 
 import argparse
 import json
-import tarfile
+import os
+import subprocess
+import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from reference_data import TEXTS, held_out, training_windows, unpack_model
+from tasks import Judge
 
+from spectrim.data import load_tasks, load_tokenizer, sample_windows
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import finalise, round_to, write_folder
@@ -28,36 +35,160 @@ from spectrim.registry import make_method
 from spectrim.report.facts import environment
 from spectrim.store import open_checkpoint
 
-TEXTS = ("wikitext2", "valid.wiki", "novels")
-CALIBRATION_WINDOWS = 256
-
-UNIFORM_FACTORS = {"storage": "factor", "allocation": "uniform", "rounds": 0}
-
-# label, method, preset, options, seed
-ROWS: list[tuple[str, str, str | None, dict[str, Any], int]] = [
-    ("svd", "svd", None, {}, 0),
-    ("asvd", "asvd", None, {}, 0),
-    ("svd-llm", "svd-llm", None, {}, 0),
-    ("two-sided, uniform factors, 0 rounds", "two-sided", None, UNIFORM_FACTORS, 0),
-    ("soco --preset fast", "soco", "fast", {}, 0),
-    ("soco --preset balanced", "soco", "balanced", {}, 0),
-    ("soco --preset balanced, basis svd", "soco", "balanced", {"basis": "svd"}, 0),
-    ("soco --preset best", "soco", "best", {}, 0),
-    ("soco --preset balanced, seed 1", "soco", "balanced", {}, 1),
-    ("soco --preset balanced, seed 2", "soco", "balanced", {}, 2),
-    ("svd-llm, update=sequential", "svd-llm", None, {"update": "sequential"}, 0),
-    ("svd, pivot storage", "svd", None, {"storage": "pivot"}, 0),
-    ("svd-llm, pivot storage", "svd-llm", None, {"storage": "pivot"}, 0),
-    ("two-sided, pivot, global, 0 rounds", "two-sided", None, {"rounds": 0}, 0),
-    ("soco balanced, phase 3 only", "soco", "balanced", {"explore": 0.0, "refine": 0.0}, 0),
-    ("soco balanced, phases 1 and 3", "soco", "balanced", {"explore": 0.3, "refine": 0.0}, 0),
-    ("soco balanced, phases 2 and 3", "soco", "balanced", {"explore": 0.0, "refine": 0.6}, 0),
-]  # fmt: skip
+UNIFORM_FACTORS = {"storage": "factor", "allocation": "uniform", "rounds": 0, "coupling": "none", "propagate": 0.0}
+PLAIN = {"rounds": 1, "coupling": "none", "propagate": 0.0}
+TASK_ITEMS = 1000
 
 
-def load_ids(path: Path) -> torch.Tensor:
-    """Windows (count, 512) as int64."""
-    return torch.from_numpy(np.load(path).astype(np.int64))
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a table, at one or more keeps and seeds."""
+
+    label: str
+    method: str = "soco"
+    preset: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    recover: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    keeps: tuple[float, ...] = (0.8, 0.5)
+    calib: str = "text"
+    tasks: bool = False
+
+
+ALL = (0.8, 0.6, 0.5, 0.4)
+GROUPS: dict[str, list[Row]] = {
+    "presets": [
+        Row(label="soco --preset best", preset="best", keeps=ALL, tasks=True),
+        Row(label="soco --preset balanced", preset="balanced", keeps=ALL, tasks=True),
+        Row(label="soco --preset fast", preset="fast", keeps=ALL, tasks=True),
+        Row(label="soco --preset fast --calib self", preset="fast", keeps=(0.8,), calib="self"),
+    ],
+    # The same steps and data: all on the factors, or the first of them on the scores.
+    "scores-first": [
+        Row(label="kl:300", preset="fast", recover=("kl:300",), seeds=(0, 1, 2), keeps=(0.6, 0.5, 0.4)),
+        Row(
+            label="scores 60, kl:240", preset="balanced", options={"steps": 60}, recover=("kl:240",), seeds=(0, 1, 2),
+            keeps=(0.6, 0.5, 0.4),
+        ),
+    ],
+    "rivals": [
+        Row(label="svd-llm, kl:1000", method="svd-llm", recover=("kl:1000",), keeps=(0.6, 0.5), tasks=True),
+        Row(label="svd-llm, block:100", method="svd-llm", recover=("block:100",), keeps=(0.6, 0.5)),
+        Row(label="acip, 1000 steps", method="acip", options={"steps": 1000}, keeps=(0.6, 0.5)),
+    ],
+    "ablation": [
+        Row(
+            label="two-sided, uniform, kl:300", method="two-sided", options={"allocation": "uniform"},
+            recover=("kl:300",),
+        ),
+        Row(label="svd-llm, pivot, kl:300", method="svd-llm", options={"storage": "pivot"}, recover=("kl:300",)),
+        Row(label="fast, no coupling, no propagation", preset="fast", options=PLAIN),
+        Row(label="fast, no propagation", preset="fast", options={"propagate": 0.0}),
+        Row(label="fast, no coupling", preset="fast", options={"coupling": "none"}),
+        Row(label="fast, factor storage", preset="fast", options={"storage": "factor"}),
+        Row(label="balanced, factor storage", preset="balanced", options={"storage": "factor"}),
+        Row(label="balanced, phase 3 only", preset="balanced", options={"explore": 0.0, "refine": 0.0}),
+        Row(label="balanced, phases 1 and 3", preset="balanced", options={"explore": 0.3, "refine": 0.0}),
+        Row(label="balanced, phases 2 and 3", preset="balanced", options={"explore": 0.0, "refine": 0.6}),
+        Row(label="balanced, basis svd", preset="balanced", options={"basis": "svd"}),
+        Row(label="balanced, other seeds", preset="balanced", seeds=(1, 2)),
+    ],
+    "closed-form": [
+        Row(label="svd", method="svd"),
+        Row(label="asvd", method="asvd"),
+        Row(label="svd-llm", method="svd-llm"),
+        Row(label="svd-llm, update=sequential", method="svd-llm", options={"update": "sequential"}),
+        Row(label="svd, pivot storage", method="svd", options={"storage": "pivot"}),
+        Row(label="svd-llm, pivot storage", method="svd-llm", options={"storage": "pivot"}),
+        Row(label="two-sided, uniform factors, 0 rounds", method="two-sided", options=UNIFORM_FACTORS),
+    ],
+}  # fmt: skip
+
+Work = tuple[Row, float, int]
+
+
+def work_of(args: argparse.Namespace) -> list[Work]:
+    """(row, keep, seed) of everything asked for, in a fixed order."""
+    rows = [row for group in args.groups for row in GROUPS[group]]
+    return [
+        (row, keep, seed)
+        for row in rows
+        if not args.rows or row.label in args.rows
+        for keep in row.keeps
+        if not args.keeps or keep in args.keeps
+        for seed in row.seeds
+        if not args.seeds or seed in args.seeds
+    ]
+
+
+class Bench:
+    """The dense model and its text on the device; measures one row after the other."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        folder = unpack_model(args.data, scratch)
+        self.device = pick_device(args.device)
+        self.dense = load_dense(resolve(str(folder)), self.device)
+        self.calibration, self.training = training_windows(args.data, folder, args.cache)
+        self.training = self.training[: args.train_windows]
+        self.texts = {name: ids[: args.eval_windows] for name, ids in held_out(args.data).items()}
+        self.calibration = self.calibration[: args.calib_windows]
+        self.gradient_windows = args.gradient_windows
+        self.batch_size = 64 if self.device.type == "cuda" else 8
+        self.tasks = args.data / "tasks" if args.tasks else None
+        self.folder = folder
+        self._judge: Judge | None = None
+
+    def judge(self) -> Judge:
+        """The dense model's answers to the tasks, when first asked for."""
+        assert self.tasks is not None
+        if self._judge is None:
+            loaded = load_tasks(self.tasks, limit=TASK_ITEMS, seed=0)
+            batch = 2**28 // self.dense.config.get_text_config().vocab_size
+            self._judge = Judge(self.dense, load_tokenizer(self.folder), loaded.tasks, batch_tokens=batch)
+        return self._judge
+
+    def dense_row(self) -> dict[str, Any]:
+        """The dense model's perplexities, and its accuracy on the tasks."""
+        found = {name: evaluate(self.dense, ids, batch_size=self.batch_size) for name, ids in self.texts.items()}
+        return {
+            "label": "dense", "keep": 1.0, "counted": 1.0, "seconds": 0.0, "settings": {}, "seed": 0,
+            **{name: quality.perplexity for name, quality in found.items()},
+        }  # fmt: skip
+
+    def row(self, row: Row, keep: float, seed: int) -> dict[str, Any]:
+        """Compress, count what is written, judge."""
+        method = make_method(row.method, row.preset, dict(row.options))
+        clock = time.perf_counter()
+        calibration = self.calibration
+        if row.calib == "self":
+            count, length = calibration.shape
+            calibration = sample_windows(self.dense, length=length, count=count, seed=seed).ids
+        outcome = compress_model(
+            self.dense, method, keep, calibration, self.training, recovery=row.recover,
+            gradient_windows=self.gradient_windows, seed=seed,
+        )  # fmt: skip
+        seconds = time.perf_counter() - clock
+        round_to(outcome.model, torch.bfloat16)
+        counted, size = counted_keep(outcome)
+        found: dict[str, Any] = {
+            "label": row.label, "keep": keep, "seed": seed, "counted": counted, "bytes": size, "seconds": seconds,
+            "stages": outcome.seconds, "settings": method.to_config(), "recover": row.recover, "calib": row.calib,
+        }  # fmt: skip
+        for text, ids in self.texts.items():
+            quality = evaluate(outcome.model, ids, dense=self.dense, batch_size=self.batch_size)
+            found |= {text: quality.perplexity, f"{text}.kl": quality.kl, f"{text}.agreement": quality.agreement}
+        if outcome.learned:
+            found |= {"losses": outcome.learned.losses[::10], "returned": outcome.learned.returned}
+        if row.tasks and self.tasks is not None:
+            found["tasks"] = {
+                result.task: {
+                    "acc": result.acc.value,
+                    "dense": result.acc.dense and result.acc.dense.value,
+                    "agreement": result.acc.dense and result.acc.dense.agreement,
+                }
+                for result in self.judge()(outcome.model)
+            }
+        return found
 
 
 def counted_keep(outcome: Outcome) -> tuple[float, int]:
@@ -70,62 +201,80 @@ def counted_keep(outcome: Outcome) -> tuple[float, int]:
         return after / outcome.walk.numbers, written.nbytes
 
 
+def claim(folder: Path, number: int) -> bool:
+    """True for the one process that takes this piece of work."""
+    try:
+        os.close(os.open(folder / f"{number}.claimed", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def run_rows(args: argparse.Namespace) -> None:
+    """What one process does: take rows that nobody has taken, until none is left or the time is up."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(args, Path(scratch))
+        if claim(args.claims, -1):
+            save(args, -1, bench.dense_row())
+        for number, (row, keep, seed) in enumerate(work_of(args)):
+            if time.time() < args.until and claim(args.claims, number):
+                try:
+                    save(args, number, bench.row(row, keep, seed))
+                except Exception as error:  # one row that fails must not take the others along
+                    print(f"{row.label}, keep {keep}, seed {seed}: {type(error).__name__}: {error}", flush=True)
+
+
+def save(args: argparse.Namespace, number: int, row: dict[str, Any]) -> None:
+    """Write one row and print it."""
+    (args.claims / f"{number}.json").write_text(json.dumps(row))
+    figures = " / ".join(f"{row[name]:.2f}" for name in TEXTS)
+    print(
+        f"{row['keep']:<5} {row['label']:36} seed {row['seed']} {figures:24} KL {row.get('novels.kl') or 0:.4f} "
+        f"counted {row['counted']:.5f}  {row['seconds']:.1f} s",
+        flush=True,
+    )
+
+
 def main() -> None:
-    """Run the rows that were asked for, print the table."""
+    """Tokenise once, share the rows out, gather them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".carry"))
-    parser.add_argument("--model", default="ref-llama-24m")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.5])
-    parser.add_argument("--rows", nargs="*", help="labels to run (default: all)")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["presets"])
+    parser.add_argument("--rows", nargs="*", help="labels to run (default: all of the groups)")
+    parser.add_argument("--keeps", type=float, nargs="*", help="default: those of each row")
+    parser.add_argument("--seeds", type=int, nargs="*", help="default: those of each row")
+    parser.add_argument("--jobs", type=int, default=1, help="processes beside each other on the device")
+    parser.add_argument("--tasks", action="store_true", help=f"also {TASK_ITEMS} items of each task, for rows with it")
     parser.add_argument("--gradient-windows", type=int)
+    parser.add_argument("--calib-windows", type=int, default=256)
+    parser.add_argument("--train-windows", type=int)
+    parser.add_argument("--eval-windows", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this long")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    started = time.time()
+    if args.claims is not None:
+        run_rows(args)
+        return
+    args.until = time.time() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp()
-    with tarfile.open(args.data / "model.tar.xz") as tar:
-        tar.extractall(scratch, filter="data")
-    device = pick_device(args.device)
-    dense = load_dense(resolve(f"{scratch}/{args.model}"), device)
-    training = load_ids(args.data / "training.npy")
-    texts = {name: load_ids(args.data / f"{name}.npy") for name in TEXTS}
-    results: dict[str, Any] = {"environment": environment(), "model": args.model, "rows": []}
-
-    def add(row: dict[str, Any]) -> None:
-        results["rows"].append(row)
-        (args.out / "reference.json").write_text(json.dumps(results, indent=1))
-        figures = " / ".join(f"{row[name]:.2f}" for name in TEXTS)
-        print(
-            f"{row['keep']:<5} {row['label']:40} {figures:24} counted {row['counted']:.5f}  {row['seconds']:.1f} s",
-            flush=True,
-        )
-
-    batch_size = 64 if device.type == "cuda" else 8
-    row = {name: evaluate(dense, ids, batch_size=batch_size).perplexity for name, ids in texts.items()}
-    add({"label": "dense", "keep": 1.0, "counted": 1.0, "seconds": 0.0, "settings": {}, **row})
-    for label, name, preset, options, seed in ROWS:
-        for keep in args.keeps:
-            if (args.rows and label not in args.rows) or time.time() - started > args.seconds:
-                continue
-            method = make_method(name, preset, dict(options))
-            clock = time.perf_counter()
-            outcome = compress_model(
-                dense, method, keep, training[:CALIBRATION_WINDOWS], training[CALIBRATION_WINDOWS:],
-                gradient_windows=args.gradient_windows, seed=seed,
-            )  # fmt: skip
-            seconds = time.perf_counter() - clock
-            round_to(outcome.model, torch.bfloat16)
-            counted, size = counted_keep(outcome)
-            row: dict[str, Any] = {"label": label, "keep": keep, "counted": counted, "bytes": size, "seconds": seconds}
-            row |= {"stages": outcome.seconds, "settings": method.to_config(), "seed": seed}
-            for text, ids in texts.items():
-                quality = evaluate(outcome.model, ids, dense=dense, batch_size=batch_size)
-                row |= {text: quality.perplexity, f"{text}.kl": quality.kl, f"{text}.agreement": quality.agreement}
-            if outcome.learned:
-                row |= {"losses": outcome.learned.losses, "returned": outcome.learned.returned}
-            add(row)
+    with tempfile.TemporaryDirectory() as shared:
+        args.cache, args.claims = Path(shared) / "training.npy", Path(shared)
+        model = Path(shared) / "model"
+        model.mkdir()
+        training_windows(args.data, unpack_model(args.data, model), args.cache)
+        own = ["--claims", str(args.claims), "--cache", str(args.cache), "--until", str(args.until)]
+        jobs = [subprocess.Popen([sys.executable, *sys.argv, *own]) for _ in range(args.jobs)]
+        failed = sum(job.wait() != 0 for job in jobs)
+        rows = [json.loads(path.read_text()) for path in sorted(args.claims.glob("*.json"), key=lambda p: int(p.stem))]
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    results = {"environment": environment(), "model": "ref-llama-24m", "settings": settings, "rows": rows}
+    (args.out / "reference.json").write_text(json.dumps(results, indent=1))
+    if failed:
+        sys.exit(f"{failed} of {args.jobs} processes failed; the rows of the others are in {args.out}")
 
 
 if __name__ == "__main__":

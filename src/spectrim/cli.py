@@ -1,6 +1,5 @@
 """The command line. Thin: it parses, calls, prints. Results go to stdout, everything else to stderr."""
 
-import json
 import logging
 import sys
 import warnings
@@ -9,28 +8,36 @@ from typing import Annotated, Any
 
 import typer
 
+from spectrim.cli_eval import eval_
+from spectrim.cli_options import (
+    ANCHORS,
+    Anchors,
+    AnySize,
+    AnySizeSteps,
+    Calib,
+    Device,
+    Dtype,
+    Json,
+    Keep,
+    KeepOrNone,
+    Method,
+    ModelArg,
+    Preset,
+    Recover,
+    Seed,
+    Set,
+    Size,
+    Tokenizer,
+    parse_anchors,
+    parse_options,
+    say_written,
+)
 from spectrim.errors import UsageError
-from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stderr, stdout, stoppable
+from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-ModelArg = Annotated[str, typer.Argument(help="hub id, local folder, or builtin:tiny")]
-Keep = Annotated[float, typer.Option(help="share of the decoder linears' stored numbers that remains, in (0, 1]")]
-Method = Annotated[str, typer.Option(help="see `spectrim methods`")]
-Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, for methods that train")]
-Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of the method; may be repeated")]
-Recover = Annotated[
-    list[str],
-    typer.Option(help="step after the method: refit, block or kl, the last two also NAME:STEPS; may be repeated"),
-]
-Calib = Annotated[str, typer.Option(help="hub data set, .txt/.jsonl files, builtin:stdlib, or self")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
-Dtype = Annotated[
-    str, typer.Option(help="dtype of the stored result: auto (as the source), float32, bfloat16, float16")
-]
-Tokenizer = Annotated[str | None, typer.Option(help="tokenizer folder, if the model has none")]
-Seed = Annotated[int, typer.Option(help="seeds everything that is random", min=0)]
-Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
+app.command(name="eval")(eval_)
 
 
 def main() -> None:
@@ -41,25 +48,14 @@ def main() -> None:
         app()
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """`["rank=8", "basis=svd"]` to values: JSON where it parses (8, 0.5, true), else text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UsageError(f"--set {pair}: expected NAME=VALUE, e.g. --set steps=100")
-        try:
-            options[name.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name.replace("-", "_")] = value
-    return options
-
-
 @app.command()
 def compress(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
-    keep: Keep = 0.8,
+    keep: KeepOrNone = None,
+    any_size: AnySize = False,
+    anchors: Anchors = ANCHORS,
+    any_size_steps: AnySizeSteps = 800,
     method: Method = "soco",
     preset: Preset = None,
     set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
@@ -86,12 +82,18 @@ def compress(
     from spectrim.job import Request, run
     from spectrim.report.card import table
 
+    sizes = parse_anchors(anchors)
+    if keep is None:
+        keep = sizes[0] if any_size else 0.8
     request = Request(
         model=model, keep=keep, method=method, preset=preset, options=parse_options(set_), recover=tuple(recover),
         calib=calib, calib_windows=calib_windows, calib_length=calib_length, gradient_windows=gradient_windows,
         train_windows=train_windows, eval=eval_, eval_windows=eval_windows, tokenizer=tokenizer, device=device,
-        dtype=dtype, seed=seed,
+        dtype=dtype, seed=seed, any_size=any_size, anchors=sizes, any_size_steps=any_size_steps,
     )  # fmt: skip
+    if any_size:
+        _compress_any_size(request, out, overwrite, json_)
+        return
     report = run(request, out, overwrite=overwrite, progress=progress_printer(json_)).report
 
     def show() -> None:
@@ -100,21 +102,22 @@ def compress(
             ["", "dense", "compressed"],
             [list(row) for row in table(report)],
         )
-        for warning in report["warnings"]:
-            stderr.print(f"warning: {warning}")
-        stdout.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)
-        stdout.print(load_lines(out), soft_wrap=True)
+        say_written(out, report)
 
     emit(report, json_, show)
 
 
-def load_lines(folder: Path) -> str:
-    """The three lines of Python that load a folder."""
-    return (
-        "    import spectrim\n"
-        "    from transformers import AutoModelForCausalLM\n"
-        f"    model = AutoModelForCausalLM.from_pretrained({json.dumps(str(folder))})\n"
-    )
+def _compress_any_size(request: Any, out: Path, overwrite: bool, json_: bool) -> None:
+    from spectrim.any_size_job import run_any_size
+    from spectrim.report.any_size import size_header, size_table
+
+    report = run_any_size(request, out, overwrite=overwrite, progress=progress_printer(json_))
+
+    def show() -> None:
+        print_table(f"{request.model}, {report['method']['method']}", size_header(report), size_table(report))
+        say_written(out, report, f", size_ratio={request.keep:g}")
+
+    emit(report, json_, show)
 
 
 @app.command()
@@ -173,6 +176,7 @@ def plan(
 @app.command()
 def inspect(
     folder: ModelArg,
+    size: Size = None,
     spectrum: Annotated[bool, typer.Option(help="compute singular values")] = True,
     json_: Json = False,
 ) -> None:
@@ -180,7 +184,7 @@ def inspect(
     from spectrim.models.load import resolve
     from spectrim.report.inspect import inspect_folder
 
-    facts = inspect_folder(resolve(folder), spectrum=spectrum)
+    facts = inspect_folder(resolve(folder), spectrum=spectrum, size=size)
 
     def show() -> None:
         rows = []
@@ -190,79 +194,21 @@ def inspect(
             shape = "x".join(map(str, r["shape"]))
             rows.append([r["name"], shape, r["codec"], str(r["rank"]), f"{r['numbers']:,}", *values])
         header = ["layer", "shape", "codec", "rank", "numbers", "largest s", "smallest s", "stable rank"]
-        print_table(f"{folder}: {facts['format']}, {facts['dtype']}", header, rows)
+        all_sizes = facts["any_size"]
+        at = f", size {facts['size_ratio']:g}" if all_sizes else ""
+        print_table(f"{folder}: {facts['format']}, {facts['dtype']}{at}", header, rows)
         share = facts["linear_numbers"] / facts["linear_numbers_dense"]
         stdout.print(
             f"decoder linears {facts['linear_numbers']:,} numbers (keep {share:.4f}); "
-            f"whole model {facts['numbers']:,} numbers, {facts['bytes']:,} bytes",
+            f"{'folder' if all_sizes else 'whole model'} {facts['numbers']:,} numbers, {facts['bytes']:,} bytes",
             markup=False,
         )
-
-    emit(facts, json_, show)
-
-
-@app.command(name="eval")
-def eval_(
-    folder: ModelArg,
-    against: Annotated[str | None, typer.Option(help="the dense model, for KL and agreement")] = None,
-    text: Annotated[str, typer.Option(help="text file(s), hub data set or builtin:stdlib")] = "builtin:stdlib",
-    windows: Annotated[int, typer.Option(help="how many windows, at most", min=1)] = 40,
-    length: Annotated[int, typer.Option(help="tokens in a window; stride is the same", min=2)] = 512,
-    speed: Annotated[bool, typer.Option(help="also measure tokens per second, in the stored dtype")] = True,
-    tasks: Annotated[list[str], typer.Option(help="task file or folder, see docs/tasks.md; may be repeated")] = [],  # noqa: B006
-    task_limit: Annotated[int | None, typer.Option(help="items of each task, at most, drawn by --seed", min=1)] = None,
-    tokenizer: Tokenizer = None,
-    device: Device = "auto",
-    seed: Seed = 0,
-    json_: Json = False,
-) -> None:
-    """Perplexity, KL and agreement to the dense model, and accuracy on tasks; in float32, as `compress` does."""
-    import dataclasses
-
-    import torch
-
-    from spectrim.data import evaluation_windows, load_tasks, load_texts, load_tokenizer
-    from spectrim.evaluate.language import evaluate
-    from spectrim.evaluate.speed import decode_tokens_per_s
-    from spectrim.evaluate.tasks import evaluate_tasks
-    from spectrim.models.load import check_vocabulary, context_length, load_model, pick_device, resolve
-    from spectrim.report import tasks as task_table
-
-    if task_limit is not None and not tasks:
-        raise UsageError("--task-limit applies to --tasks, which is not given")
-    asked = load_tasks(tasks, limit=task_limit, seed=seed) if tasks else None
-    where, sources = pick_device(device), {"model": resolve(folder)}
-    if against is not None:
-        sources["dense"] = resolve(against)
-    words = load_tokenizer(tokenizer or sources["model"].folder)
-    length = min(length, *(context_length(source.config) or length for source in sources.values()))
-    tokens = evaluation_windows(load_texts(text, split="evaluation"), words, length=length, count=windows)
-    models = {name: load_model(source, where, torch.float32) for name, source in sources.items()}
-    facts: dict[str, Any] = {"text": tokens.source, "note": tokens.note, "sha256": tokens.sha256}
-    for name, model in models.items():
-        check_vocabulary(model, tokens.ids)
-        quality = evaluate(model, tokens.ids, dense=models.get("dense") if name == "model" else None)
-        facts[name] = dataclasses.asdict(quality)
-    results = []
-    if asked is not None:
-        progress = progress_printer(json_)
-        results = evaluate_tasks(models["model"], words, asked.tasks, dense=models.get("dense"), progress=progress)
-        facts |= {"tasks": [task_table.facts(result) for result in results], "tasks_skipped": asked.skipped}
-    if speed:
-        for name, model in models.items():
-            torch.nn.Module.to(model, sources[name].dtype)  # in place; transformers' own `to` has no usable type
-            facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model)
-
-    def show() -> None:
-        keys = ["perplexity", "kl", "agreement", "decode_tokens_per_s"]
-        rows = [[n, *(f"{facts[n][k]:.4f}" if facts[n].get(k) is not None else "" for k in keys)] for n in models]
-        print_table(
-            f"{tokens.source}: {len(tokens.ids)} windows of {tokens.ids.shape[1]} tokens, no overlap",
-            ["", "perplexity", "KL (nats)", "agreement", "decode tokens/s"],
-            rows,
-        )
-        if asked is not None:
-            task_table.show(results, asked.skipped)
+        if all_sizes:
+            stdout.print(
+                f"holds every size from {all_sizes['anchors'][-1]:g} to 1 in {all_sizes['storage']} storage, scores at "
+                f"{', '.join(f'{a:g}' for a in all_sizes['anchors'])}; shown: {facts['size_ratio']:g} (--size)",
+                markup=False,
+            )
 
     emit(facts, json_, show)
 
@@ -271,6 +217,7 @@ def eval_(
 def generate(
     folder: ModelArg,
     prompt: Annotated[str, typer.Option(help="text to continue")],
+    size: Size = None,
     max_new_tokens: Annotated[int, typer.Option(help="how many tokens, at most", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy", min=0)] = 0.0,
     tokenizer: Tokenizer = None,
@@ -295,7 +242,7 @@ def generate(
             f"a prompt of {ids.shape[1]} tokens and --max-new-tokens {max_new_tokens} pass the {limit} tokens that "
             "the model reads; shorten one of them"
         )
-    model = load_model(source, where)
+    model = load_model(source, where, size=size)
     check_vocabulary(model, ids)
     ids = ids.to(model.device)
     torch.manual_seed(seed)
@@ -309,38 +256,37 @@ def generate(
 def export(
     folder: ModelArg,
     out: Annotated[Path, typer.Option(help="folder to write")],
-    to: Annotated[str, typer.Option(help="dense: multiply the factors back")] = "dense",
+    to: Annotated[
+        str | None,
+        typer.Option(help="dense: multiply the factors back; size: one of all sizes, the default with --keep"),
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="the size to take from a folder that holds all sizes")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
     json_: Json = False,
 ) -> None:
     """Write a compressed folder in another form."""
-    from spectrim.integrations.export import export_dense
+    from spectrim.integrations.export import export_dense, export_size
     from spectrim.models.load import resolve
 
-    if to != "dense":
-        raise UsageError(f"--to {to}: not supported; known: dense")
-    facts = export_dense(resolve(folder), out, overwrite=overwrite)
+    to = to or ("dense" if keep is None else "size")
+    if to not in ("dense", "size"):
+        raise UsageError(f"--to {to}: not supported; known: dense, size")
+    if to == "size" and keep is None:
+        raise UsageError("--to size needs --keep, the size to write")
+    source = resolve(folder)
+    if to == "size" and keep is not None:
+        facts = export_size(source, out, size=keep, overwrite=overwrite)
+    else:
+        facts = export_dense(source, out, size=keep, overwrite=overwrite)
     emit(facts, json_, lambda: stdout.print(f"written to {out}: {facts['numbers']:,} numbers", soft_wrap=True))
 
 
 @app.command()
 def methods(json_: Json = False) -> None:
     """List all methods."""
-    from spectrim.registry import METHODS, method_class
+    from spectrim.registry import describe_methods
 
-    rows = []
-    for name in METHODS:
-        cls = method_class(name)
-        rows.append(
-            {
-                "name": name,
-                "family": cls.info.family,
-                "paper": cls.info.paper,
-                "needs": sorted(s.value for s in cls.needs),
-                "presets": list(cls.presets),
-                "promise": cls.info.promise,
-            }
-        )
+    rows = describe_methods()
     emit(
         rows,
         json_,

@@ -24,7 +24,7 @@ from spectrim.data import Windows
 from spectrim.engines.layerwise import weight_budget
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
-from spectrim.errors import InputError, NumericalError
+from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import finalise, round_to, write_folder
 from spectrim.method import LayerMethod
@@ -103,6 +103,11 @@ def compress_source(
     request: Request, method: LayerMethod, source: Source, *, progress: Progress | None = None
 ) -> Compressed:
     """Load, compress and evaluate; nothing is written."""
+    if request.any_size:
+        raise UsageError(
+            "any_size: this makes one size; for a folder that holds all sizes use `spectrim compress --any-size`, or "
+            "spectrim.any_size_job.run_any_size(request, out)"
+        )
     device = pick_device(request.device)
     dtype = pick_dtype(request.dtype, source.dtype)
     text = read_text(request, source)

@@ -1,6 +1,7 @@
 """Every method by name. One literal table; adding a method is adding one line."""
 
 from importlib import import_module
+from typing import Any
 
 from spectrim.errors import UsageError, did_you_mean
 from spectrim.method import LayerMethod
@@ -34,3 +35,18 @@ def make_method(name: str, preset: str | None = None, options: dict[str, object]
             raise UsageError(f"method {name}: unknown preset {preset!r}{did_you_mean(preset, cls.presets)}")
         values.update(cls.presets[preset])
     return cls.from_config({**values, **(options or {})})
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """One row a method, for the table of `spectrim methods`."""
+    return [
+        {
+            "name": name,
+            "family": cls.info.family,
+            "paper": cls.info.paper,
+            "needs": sorted(s.value for s in cls.needs),
+            "presets": list(cls.presets),
+            "promise": cls.info.promise,
+        }
+        for name, cls in ((name, method_class(name)) for name in METHODS)
+    ]

@@ -15,6 +15,8 @@ from spectrim.data import (
     load_tokenizer,
     sample_windows,
 )
+from spectrim.engines.any_size import ANCHORS, check_anchors, check_method
+from spectrim.engines.descent import STEPS
 from spectrim.engines.pipeline import check_keep
 from spectrim.engines.recovery import RECOVERY_BATCH, recovery_of
 from spectrim.errors import InputError, UsageError
@@ -50,6 +52,9 @@ class Request:
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
+    any_size: bool = False
+    anchors: tuple[float, ...] = ANCHORS
+    any_size_steps: int = STEPS
 
     def check(self) -> LayerMethod:
         """Refuse what cannot work before anything is loaded; returns the configured method."""
@@ -63,7 +68,22 @@ class Request:
             raise UsageError(f"seed must be in [0, 2**63), got {self.seed}")
         method = make_method(self.method, self.preset, dict(self.options))
         recovery_of(method, self.recover)
+        if self.any_size:
+            self._check_any_size(method)
         return method
+
+    def _check_any_size(self, method: LayerMethod) -> None:
+        check_anchors(self.anchors)
+        check_method(method, self.recover)
+        if not self.anchors[-1] <= self.keep <= 1:
+            raise UsageError(
+                f"keep {self.keep:g} is to be the default size, but the sizes go from {self.anchors[-1]:g} to 1; "
+                "add a smaller anchor (--anchors) or leave --keep out"
+            )
+        if isinstance(method, LearnedMethod) and method.steps > 0 and self.any_size_steps < len(self.anchors):
+            raise UsageError(
+                f"any_size_steps must be at least the number of anchors, {len(self.anchors)}, got {self.any_size_steps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +125,8 @@ def training_windows(request: Request, method: LayerMethod) -> int:
     if request.train_windows is not None:
         return request.train_windows
     own = method.steps * method.batch_size if isinstance(method, LearnedMethod) else 0
+    if own and request.any_size:
+        own = request.any_size_steps * method.batch_size
     most = max([own, *((step.steps or 0) * RECOVERY_BATCH for step in recovery_of(method, request.recover))])
     return min(most, MOST_SAMPLED) if request.calib == "self" else most
 

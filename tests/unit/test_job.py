@@ -78,7 +78,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(fields: dict[str, A
 def test_a_request_is_the_same_after_json() -> None:
     asked = request("builtin:tiny", recover=("refit", "block", "kl:20"), options={"rounds": 0}, gradient_windows=3)
     again = Request(**json.loads(json.dumps(dataclasses.asdict(asked))))
-    assert dataclasses.replace(again, recover=tuple(again.recover)) == asked
+    assert dataclasses.replace(again, recover=tuple(again.recover), anchors=tuple(again.anchors)) == asked
     assert again.check() == asked.check()
 
 

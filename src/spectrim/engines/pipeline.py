@@ -117,6 +117,22 @@ def compress_model(
     )
 
 
+def closed_form(
+    dense: PreTrainedModel,
+    method: LayerMethod,
+    walk: Walk,
+    keep: float,
+    calibration: Tensor,
+    *,
+    gradient_windows: int,
+    seed: int,
+    clock: dict[str, float],
+    progress: Progress | None,
+) -> tuple[dict[str, Spectrum], Plan]:
+    """Steps 2 to 4 alone; `clock` collects their seconds."""
+    return _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows).closed_form(calibration)
+
+
 @dataclass
 class _Run:
     """What the closed-form part shares between its rounds."""

@@ -8,16 +8,17 @@ import torch
 from spectrim.errors import UsageError
 from spectrim.integrations.folder import write_folder
 from spectrim.integrations.transformers import detach, make_dense
-from spectrim.models.load import Source, load_model
-from spectrim.store import open_checkpoint, preflight, staged, write_manifest
+from spectrim.models.load import Source, load_model, meta_model, quantization_of
+from spectrim.models.walk import find_layers
+from spectrim.store import Checkpoint, open_checkpoint, preflight, staged, write_json, write_manifest
 
 
-def export_dense(source: Source, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Multiply the factors back and write an ordinary folder that loads without spectrim."""
+def export_dense(source: Source, out: Path, *, size: float | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Multiply the factors back and write an ordinary folder that loads without spectrim; `size` as in `load_model`."""
     if not source.is_compressed:
         raise UsageError(f"{source.name}: not a spectrim folder; it is dense already")
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=2 * source.checkpoint.nbytes)
-    model = load_model(source, torch.device("cpu"))
+    model = load_model(source, torch.device("cpu"), size=size)
     make_dense(model, source.dtype)
     detach(model)
     with staged(out, overwrite=overwrite) as stage:
@@ -25,3 +26,32 @@ def export_dense(source: Source, out: Path, *, overwrite: bool = False) -> dict[
         written = open_checkpoint(stage)
         write_manifest(stage, facts={"tool": "spectrim", "exported_from": source.name})
     return {"folder": str(out), "numbers": written.numel, "bytes": written.nbytes}
+
+
+def export_size(source: Source, out: Path, *, size: float, overwrite: bool = False) -> dict[str, Any]:
+    """Write one size of a folder that holds all sizes as an ordinary compressed folder of that size."""
+    preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=source.checkpoint.nbytes)
+    model = load_model(source, torch.device("cpu"), size=size)
+    with staged(out, overwrite=overwrite) as stage:
+        write_folder(stage, model, source.folder)
+        written = open_checkpoint(stage)
+        facts = {"tool": "spectrim", "exported_from": source.name, "size_ratio": size}
+        stored = stored_share(source, written)
+        report = {**facts, "method": quantization_of(source.config).get("method"), "stored": stored}
+        write_json(stage / "report.json", report)
+        write_manifest(stage, facts=facts)
+    return {"folder": str(out), "numbers": written.numel, "bytes": written.nbytes, **report}
+
+
+def stored_share(source: Source, written: Checkpoint) -> dict[str, Any]:
+    """Numbers of the decoder linears and of the whole model, counted from the written headers."""
+    walk = find_layers(meta_model(source.config))
+    prefixes = tuple(layer.name + "." for layer in walk.layers)
+    after = sum(info.numel for name, info in written.tensors.items() if name.startswith(prefixes))
+    return {
+        "linear_numbers_dense": walk.numbers,
+        "linear_numbers": after,
+        "keep": after / walk.numbers,
+        "model_numbers": written.numel,
+        "model_bytes": written.nbytes,
+    }

@@ -9,11 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim import version
+from spectrim.engines.any_size import AnySize
+from spectrim.engines.learned import skeleton
 from spectrim.engines.pipeline import Outcome
 from spectrim.errors import NumericalError
+from spectrim.integrations.any_size import NESTED
 from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, attach
 from spectrim.models.load import no_progress_bars
 from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.nested import NestedLinear
 
 MAX_SHARD_SIZE = "5GB"
 COMPANIONS = (
@@ -56,17 +60,22 @@ def round_to(model: nn.Module, dtype: torch.dtype) -> None:
 
 def finalise(outcome: Outcome, dtype: torch.dtype, *, base_model: str | None) -> PreTrainedModel:
     """A model of its own (nothing shared with the dense one) in the stored dtype, ready for `save_pretrained`."""
-    model = copy.deepcopy(outcome.model)
+    model = copy_in(outcome.model, dtype)
+    attach(model, format_config(outcome, base_model))
+    return model
+
+
+def copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy that shares nothing, its parameters in `dtype`; buffers of the architecture keep theirs, as in loading."""
+    model = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, LowRankLinear | PivotLinear):
             module.weight = module.weight.to(dtype)
-            assert name in outcome.placed
     model.config.dtype = dtype
-    attach(model, format_config(outcome, base_model))
     return model.eval()
 
 
@@ -95,3 +104,33 @@ def write_folder(stage: Path, model: PreTrainedModel, source: Path | None) -> No
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, stage / name)
+
+
+def write_nested(
+    stage: Path, sizes: AnySize, dtype: torch.dtype, size_ratio: float, source: Path | None, base_model: str | None
+) -> None:
+    """One folder that holds every size; `size_ratio` is the one that a load without that argument gives."""
+    model = skeleton(sizes.dense)
+    cast: dict[nn.Parameter, nn.Parameter] = {}
+    for name, nested in sizes.layers.items():
+        parts = (nested.left.cpu(), nested.right.cpu(), nested.scores.cpu(), nested.levels.cpu())
+        model.set_submodule(name, NestedLinear(*parts, None if nested.bias is None else nested.bias.cpu()))
+    for path, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter not in cast:
+            cast[parameter] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+        owner, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, cast[parameter])
+    model.config.dtype = dtype
+    model.config.size_ratio = size_ratio
+    config = SpectrimConfig(
+        modules={
+            name: {"codec": NESTED, "rank": len(nested.left), "bias": nested.bias is not None}
+            for name, nested in sizes.layers.items()
+        },
+        any_size={"storage": sizes.method.storage, "anchors": list(sizes.anchors)},
+        tool_version=version.__version__,
+        base_model=base_model,
+        method=sizes.method.to_config(),
+    )
+    attach(model, config)
+    write_folder(stage, model, source)

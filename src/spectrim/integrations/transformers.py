@@ -21,7 +21,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.errors import InputError
-from spectrim.models.walk import is_linear, weight_of
+from spectrim.integrations.any_size import NESTED, AnySizeFormat, Slices
+from spectrim.models.walk import is_linear, path_in, weight_of
 from spectrim.nn.linears import LINEARS, LowRankLinear, PivotLinear
 from spectrim.store import read_header
 
@@ -33,13 +34,15 @@ class SpectrimConfig(QuantizationConfigMixin):
     """What `config.json` says about a compressed folder.
 
     modules: module path -> {"codec": "factor" | "pivot", "rank": int, "bias": bool}; layers that stayed dense are
-    not listed. Other keys (`tool_version`, `base_model`, `method`, ...) are information.
+    not listed. any_size: only in a folder that holds all sizes, whose layers all have the codec "nested"
+    (integrations/any_size.py). Other keys (`tool_version`, `base_model`, `method`, ...) are information.
     """
 
     def __init__(
         self,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
+        any_size: dict[str, Any] | None = None,
         **information: Any,
     ) -> None:
         information.pop("quant_method", None)
@@ -62,8 +65,9 @@ class SpectrimConfig(QuantizationConfigMixin):
                 f"config.json: quantization_config.modules is a {type(self.modules).__name__}; "
                 "expected module path -> codec, rank and bias"
             )
+        self.any_size = None if any_size is None else AnySizeFormat.from_json(any_size)
         for path, entry in self.modules.items():
-            _check_entry(path, entry)
+            _check_entry(path, entry, sorted(LINEARS) if self.any_size is None else [NESTED])
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in `config.json`."""
@@ -71,16 +75,17 @@ class SpectrimConfig(QuantizationConfigMixin):
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
             **self.information,
+            **({} if self.any_size is None else {"any_size": self.any_size.to_json()}),
             "modules": self.modules,
         }
 
 
-def _check_entry(path: str, entry: Any) -> None:
+def _check_entry(path: str, entry: Any, codecs: list[str]) -> None:
     """One line of `modules`; the file is not trusted."""
     ok = (
         isinstance(entry, dict)
         and isinstance(entry.get("codec"), str)
-        and entry["codec"] in LINEARS
+        and entry["codec"] in codecs
         and type(entry.get("rank")) is int
         and entry["rank"] >= 1
         and isinstance(entry.get("bias"), bool)
@@ -88,7 +93,7 @@ def _check_entry(path: str, entry: Any) -> None:
     if not ok:
         raise InputError(
             f"config.json: quantization_config.modules[{path!r}] is {entry!r}; "
-            f"expected codec in {sorted(LINEARS)}, rank >= 1 and bias true or false"
+            f"expected codec in {codecs}, rank >= 1 and bias true or false"
         )
 
 
@@ -97,12 +102,26 @@ class SpectrimHfQuantizer(HfQuantizer):
 
     requires_calibration = True  # refuses quantization_config= on a dense checkpoint
     quantization_config: SpectrimConfig
+    slices: Slices | None = None  # between the two hooks, of a folder that holds all sizes
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        install_modules(model, self.quantization_config, kwargs.get("checkpoint_files"))
+        config, files = self.quantization_config, kwargs.get("checkpoint_files")
+        if config.any_size is None:
+            install_modules(model, config, files)
+        else:
+            self.slices = Slices(model, config.modules, config.any_size, files or ())
+            self.slices.install()
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        if self.slices is not None:
+            # What was loaded is one size, and from here on an ordinary compressed model: it saves as one.
+            self.slices.fill()
+            information = {**self.quantization_config.information, "size_ratio": self.slices.size}
+            self.quantization_config = SpectrimConfig(modules=self.slices.modules_now(), **information)
+            self.slices = None
+            delattr(model.config, "size_ratio")
+            model.config.quantization_config = self.quantization_config
         check_installed(model)
         # The tensors are ordinary floats: .half(), .float() and Trainer may treat the model as any other.
         model.is_quantized = False  # type: ignore[assignment]
@@ -134,11 +153,9 @@ def install_modules(model: PreTrainedModel, config: SpectrimConfig, files: Itera
     """
     present = dict(model.named_modules())
     stored = stored_shapes(config, files or ())
-    prefix = model.base_model_prefix + "."
     found = 0
     for path, entry in config.modules.items():
-        # A headless model (AutoModel) has no `model.` level in its paths; a wrapped one may have an extra level.
-        name = next((n for n in (path, path.removeprefix(prefix), prefix + path) if n in present), None)
+        name = path_in(present, path, model.base_model_prefix)
         if name is None:
             continue
         module = present[name]

@@ -41,6 +41,11 @@ class Source:
     def is_compressed(self) -> bool:
         return quantization_of(self.config).get("quant_method") == "spectrim"
 
+    @property
+    def any_size(self) -> dict[str, Any] | None:
+        """What config.json says of a folder that holds all sizes; None of any other."""
+        return quantization_of(self.config).get("any_size") if self.is_compressed else None
+
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any]:
     """The `quantization_config` of a model's config as a dict, empty if there is none."""
@@ -208,10 +213,16 @@ def _check_finite(source: Source, model: PreTrainedModel) -> None:
             )
 
 
-def load_model(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A dense or compressed model as it is stored, for evaluation and generation."""
+def load_model(
+    source: Source, device: torch.device, dtype: torch.dtype | None = None, *, size: float | None = None
+) -> PreTrainedModel:
+    """A dense or compressed model as it is stored, for evaluation and generation; `size` of a folder with all sizes."""
+    if size is not None and source.any_size is None:
+        raise UsageError(
+            f"{source.name}: holds one size only; `spectrim compress --any-size` makes folders that hold all"
+        )
     check_against_config(source)
-    model, info = _from_pretrained(source, dtype=dtype or source.dtype)
+    model, info = _from_pretrained(source, dtype or source.dtype, **({} if size is None else {"size_ratio": size}))
     if info["missing_keys"]:
         raise InputError(
             f"{source.folder}: {len(info['missing_keys'])} tensors that the model needs are in no file, e.g. "
@@ -233,7 +244,7 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _from_pretrained(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(source: Source, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         with no_progress_bars():
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -243,6 +254,7 @@ def _from_pretrained(source: Source, dtype: torch.dtype) -> tuple[PreTrainedMode
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **options,
             )
         return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     except (RuntimeError, ValueError, OSError) as error:

@@ -6,7 +6,7 @@ Layers that read the same tensor (q, k, v; gate, up) are found by running one sh
 inputs are the same object: their statistics are then measured once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,6 +70,14 @@ def is_linear(module: nn.Module) -> bool:
 def linear_at(model: nn.Module, name: str) -> nn.Linear:
     """The linear layer (or Conv1D, or low-rank layer, which have the same attributes) at a module path."""
     return cast(nn.Linear, model.get_submodule(name))
+
+
+def path_in(present: Container[str], path: str, prefix: str) -> str | None:
+    """The name that a listed module has in this model, None if it has none.
+
+    A headless model (AutoModel) has no `model.` level in its paths; a wrapped one may have an extra level.
+    """
+    return next((n for n in (path, path.removeprefix(prefix + "."), f"{prefix}.{path}") if n in present), None)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

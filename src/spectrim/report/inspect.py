@@ -10,9 +10,9 @@ from spectrim.models.walk import find_layers, weight_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 
 
-def inspect_folder(source: Source, *, spectrum: bool = True) -> dict[str, Any]:
-    """Facts about a dense or compressed folder."""
-    model = load_model(source, torch.device("cpu"), torch.float32)
+def inspect_folder(source: Source, *, spectrum: bool = True, size: float | None = None) -> dict[str, Any]:
+    """Facts about a dense or compressed folder; of one with all sizes, the layers are those at `size`."""
+    model = load_model(source, torch.device("cpu"), torch.float32, size=size)
     layers = find_layers(meta_model(source.config)).layers  # of the dense architecture, whatever is stored now
     rows = [describe_layer(layer.name, model.get_submodule(layer.name), spectrum) for layer in layers]
     format_ = quantization_of(source.config)
@@ -22,6 +22,8 @@ def inspect_folder(source: Source, *, spectrum: bool = True) -> dict[str, Any]:
         "format_version": format_.get("format_version"),
         "base_model": format_.get("base_model"),
         "method": (format_.get("method") or {}).get("method"),
+        "any_size": source.any_size,
+        "size_ratio": quantization_of(model.config).get("size_ratio") if source.any_size else None,
         "dtype": str(source.dtype).removeprefix("torch."),
         "numbers": source.checkpoint.numel,
         "bytes": source.checkpoint.nbytes,

@@ -1,0 +1,112 @@
+"""One run for all sizes, from a request to a published folder; the same order as in job.py.
+
+Every anchor size is measured as it will be loaded; the default size is loaded again in a fresh process.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectrim.data import Windows
+from spectrim.engines.any_size import AnySize, compress_any_size
+from spectrim.engines.measure import Progress
+from spectrim.evaluate.language import Quality, evaluate
+from spectrim.integrations.folder import copy_in, round_to, write_nested
+from spectrim.job import LOGIT_TOLERANCE, foresee, peak_memory, reload_difference
+from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
+from spectrim.models.walk import Walk, find_layers
+from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
+from spectrim.request import Request, cut_windows, read_text
+from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+
+
+def run_any_size(
+    request: Request, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The whole job; returns the report. On any error the target is what it was before."""
+    started = time.perf_counter()
+    method = request.check()
+    source = resolve(request.model)
+    foresee(dataclasses.replace(request, keep=request.anchors[-1]), method, source)
+    device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
+    needed = bytes_of_all_sizes(source, dtype)
+    preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
+    text = read_text(request, source)
+    dense = load_dense(source, device)
+    texts = cut_windows(request, method, dense, text)
+    sizes = compress_any_size(
+        dense,
+        method,
+        texts.calibration.ids,
+        None if texts.training is None else texts.training.ids,
+        anchors=request.anchors,
+        steps=request.any_size_steps,
+        dtype=dtype,
+        gradient_windows=request.gradient_windows,
+        seed=request.seed,
+        progress=progress,
+    )
+    sizes.warnings = (*sizes.warnings, *texts.warnings)
+    quality = judge_sizes(sizes, texts.evaluation, dtype, progress)
+    report = build_any_size_report(dataclasses.asdict(request), source, sizes, texts, quality, dtype)
+    with staged(out, overwrite=overwrite) as stage:
+        write_nested(stage, sizes, dtype, request.keep, source.folder, request.model)
+        written = open_checkpoint(stage)
+        report["stored"] |= {"model_numbers": written.numel, "model_bytes": written.nbytes}
+        default = sizes.at(request.keep)
+        round_to(default, dtype)
+        difference = reload_difference(stage, copy_in(default, dtype))
+        report["reload"] = {
+            "size": request.keep,
+            "relative_logit_difference": difference,
+            "allowed": LOGIT_TOLERANCE,
+        }
+        report["seconds"]["total"] = time.perf_counter() - started
+        report["peak_memory_bytes"] = peak_memory(device)
+        write_documents(stage, report)
+        write_manifest(
+            stage, facts={"tool": "spectrim", "method": method.to_config(), "source": source.name, "any_size": True}
+        )
+    report["folder"] = str(out)
+    return report
+
+
+def bytes_of_all_sizes(source: Source, dtype: torch.dtype) -> int:
+    """About what the folder will take: all components of all layers beside what is not touched."""
+    walk: Walk = find_layers(meta_model(source.config))
+    components = sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in walk.layers)
+    return (source.checkpoint.numel - walk.numbers + components) * dtype.itemsize
+
+
+def judge_sizes(
+    sizes: AnySize, windows: Windows | None, dtype: torch.dtype, progress: Progress | None
+) -> dict[float | str, Quality] | None:
+    """Quality of the dense model and of every anchor size on the same windows, each size rounded as it is stored."""
+    if windows is None:
+        return None
+    quality: dict[float | str, Quality] = {"dense": evaluate(sizes.dense, windows.ids)}
+    anchors = sizes.anchors[1:]
+    for done, size in enumerate(anchors):
+        if progress is not None:
+            progress("evaluate sizes", done, len(anchors))
+        model = sizes.at(size)
+        round_to(model, dtype)
+        quality[size] = evaluate(model, windows.ids, dense=sizes.dense)
+    dense, last = quality["dense"].perplexity, quality[anchors[-1]].perplexity
+    if last > 100 * dense:
+        sizes.warnings += (
+            f"perplexity goes from {dense:.2f} to {last:.0f} at size {anchors[-1]:g}: small sizes are not usable",
+        )
+    return quality
+
+
+def write_documents(stage: Path, report: dict[str, Any]) -> None:
+    """Report, request, card and size curve."""
+    write_json(stage / "report.json", report)
+    write_json(stage / "recipe.json", report["request"])
+    write_text(stage / "README.md", any_size_card(report))
+    if report["dense"]:
+        write_text(stage / CURVE, size_curve(report))

@@ -1,0 +1,80 @@
+"""Options that several commands share, and what their text means."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spectrim.errors import UsageError
+from spectrim.terminal import stderr, stdout
+
+ANCHORS = "0.95,0.9,0.8,0.7,0.6,0.5,0.4,0.35"
+
+ModelArg = Annotated[str, typer.Argument(help="hub id, local folder, or builtin:tiny")]
+Keep = Annotated[float, typer.Option(help="share of the decoder linears' stored numbers that remains, in (0, 1]")]
+KeepOrNone = Annotated[
+    float | None,
+    typer.Option(help="share of the decoder linears' stored numbers that remains, in (0, 1]; default 0.8"),
+]
+Size = Annotated[float | None, typer.Option(help="the size to take from a folder that holds all sizes")]
+AnySize = Annotated[bool, typer.Option("--any-size", help="one folder for all sizes; --keep is then the default one")]
+Anchors = Annotated[str, typer.Option(help="sizes at which --any-size learns and measures, descending")]
+AnySizeSteps = Annotated[int, typer.Option(help="training steps of all anchors together")]
+Method = Annotated[str, typer.Option(help="see `spectrim methods`")]
+Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, for methods that train")]
+Recover = Annotated[
+    list[str],
+    typer.Option(help="step after the method: refit, block or kl, the last two also NAME:STEPS; may be repeated"),
+]
+Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of the method; may be repeated")]
+Calib = Annotated[str, typer.Option(help="hub data set, .txt/.jsonl files, builtin:stdlib, or self")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
+Dtype = Annotated[
+    str, typer.Option(help="dtype of the stored result: auto (as the source), float32, bfloat16, float16")
+]
+Tokenizer = Annotated[str | None, typer.Option(help="tokenizer folder, if the model has none")]
+Seed = Annotated[int, typer.Option(help="seeds everything that is random", min=0)]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """`["rank=8", "basis=svd"]` to values: JSON where it parses (8, 0.5, true), else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {pair}: expected NAME=VALUE, e.g. --set steps=100")
+        try:
+            options[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name.replace("-", "_")] = value
+    return options
+
+
+def parse_anchors(text: str) -> tuple[float, ...]:
+    """`"0.9,0.5"` to numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"--anchors {text}: expected sizes with commas between them, e.g. --anchors 0.9,0.6,0.4"
+        ) from error
+
+
+def say_written(out: Path, report: Mapping[str, Any], options: str = "") -> None:
+    """Warnings, where the result is, and the three lines of Python that load it."""
+    for warning in report["warnings"]:
+        stderr.print(f"warning: {warning}")
+    stdout.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)
+    stdout.print(load_lines(out, options), soft_wrap=True)
+
+
+def load_lines(folder: Path, options: str = "") -> str:
+    """The three lines of Python that load a folder."""
+    return (
+        "    import spectrim\n"
+        "    from transformers import AutoModelForCausalLM\n"
+        f"    model = AutoModelForCausalLM.from_pretrained({json.dumps(str(folder))}{options})\n"
+    )

@@ -1,0 +1,149 @@
+"""One run for all sizes: a basis that serves them all, one order of all components, scores at a few anchor sizes.
+
+1. measure, decompose; measure again in the model compressed to a middle size, average (as any run does, at its size)
+2. closed form: order the steps of all layers by what they save a number                    engines/order.py
+   learned methods: by the order in which components go while the model shrinks            engines/descent.py
+3. round the factors once; any size is then a slice                                        engines/nested.py
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.engines.descent import STEPS, learn_order
+from spectrim.engines.layerwise import Plan, check_weights, swap, weight_budget
+from spectrim.engines.learned import skeleton
+from spectrim.engines.measure import Progress
+from spectrim.engines.nested import Nested, nest, plan_at, slice_at
+from spectrim.engines.order import Order, closed_order
+from spectrim.engines.pipeline import closed_form, default_gradient_windows, timed
+from spectrim.errors import UsageError
+from spectrim.method import LayerMethod, LearnedMethod
+from spectrim.models.walk import Walk, device_of, find_layers, linear_at
+
+ANCHORS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35)
+MIDDLE = 0.6
+"""The size at which statistics are measured for the second time, where the anchors allow it."""
+
+
+@dataclass(kw_only=True)
+class AnySize:
+    """A model in all sizes from the last anchor up to 1; the dense model is not changed."""
+
+    dense: PreTrainedModel
+    method: LayerMethod
+    walk: Walk
+    layers: Mapping[str, Nested]
+    anchors: tuple[float, ...]  # of the rows of the scores, descending from 1
+    losses: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def plan(self, size: float) -> Plan:
+        """What each layer is at `size`."""
+        levels = {name: nested.levels for name, nested in self.layers.items()}
+        return plan_at(self.walk, levels, self.method.storage, size)
+
+    def at(self, size: float) -> PreTrainedModel:
+        """The model at `size`, its layers as they will be loaded, held in the dtype of the dense one."""
+        plan, wide = self.plan(size), next(self.dense.parameters()).dtype
+        student = skeleton(self.dense)
+        for layer in self.walk.layers:
+            placed = slice_at(self.layers[layer.name], plan.targets[layer.name], self.anchors, size)
+            swap(student, layer.name, placed)
+            student.get_submodule(layer.name).to(wide)
+        return student.eval()
+
+
+def check_anchors(anchors: tuple[float, ...]) -> None:
+    """Anchors descend strictly inside (0, 1)."""
+    descending = all(a > b for a, b in pairwise(anchors))
+    if not anchors or not descending or not 0 < anchors[-1] <= anchors[0] < 1:
+        raise UsageError(f"anchors must descend strictly between 1 and 0, got {', '.join(f'{a:g}' for a in anchors)}")
+
+
+def check_method(method: LayerMethod, recovery: tuple[str, ...] = ()) -> None:
+    """Steps that change factors for one size only cannot serve all sizes."""
+    distil_steps = getattr(method, "distil_steps", 0)
+    if distil_steps:
+        raise UsageError(
+            f"method {method.info.name}: distil_steps={distil_steps} trains the factors of one size; "
+            "--any-size needs factors that serve all sizes: use --preset balanced or fast"
+        )
+    steps = (*method.recovery, *recovery)
+    if steps:
+        raise UsageError(
+            f"method {method.info.name}: the recovery step {steps[0]!r} refits the factors of one size; leave it out "
+            "with --any-size"
+        )
+
+
+def compress_any_size(
+    dense: PreTrainedModel,
+    method: LayerMethod,
+    calibration: Tensor,
+    training: Tensor | None = None,
+    *,
+    anchors: tuple[float, ...] = ANCHORS,
+    steps: int = STEPS,
+    dtype: torch.dtype = torch.float32,
+    gradient_windows: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> AnySize:
+    """All sizes of `dense` (weights in float32) from the last of the `anchors` up to 1, stored in `dtype`.
+
+    `calibration` and `training` as in `compress_model`. `steps` are those of all anchors together, for methods that
+    train; a method whose own `steps` are 0 does not.
+    """
+    check_anchors(anchors)
+    check_method(method)
+    walk = find_layers(dense)
+    check_weights(dense, walk)
+    weight_budget(walk, anchors[-1], method.storage)
+    clock: dict[str, float] = {}
+    if gradient_windows is None:
+        gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
+    middle = min(max(MIDDLE, anchors[-1]), anchors[0])
+    spectra, _ = closed_form(
+        dense, method, walk, middle, calibration, gradient_windows=gradient_windows, seed=seed, clock=clock,
+        progress=progress,
+    )  # fmt: skip
+    if isinstance(method, LearnedMethod) and method.steps > 0:
+        with timed(clock, "learn"):
+            ids = calibration if training is None else training
+            order = learn_order(method, dense, walk, spectra, anchors, ids, steps=steps, seed=seed, progress=progress)
+    else:
+        with timed(clock, "allocate"):
+            order = closed_order(method, walk, spectra, anchors)
+    return build(dense, method, walk, order, dtype, seconds=clock)
+
+
+def build(
+    dense: PreTrainedModel,
+    method: LayerMethod,
+    walk: Walk,
+    order: Order,
+    dtype: torch.dtype,
+    *,
+    seconds: dict[str, float] | None = None,
+) -> AnySize:
+    """Round what was found to the stored dtype, one layer after the other."""
+    layers = {}
+    for layer in walk.layers:
+        given = (order.spectra[layer.name], order.scores[layer.name], order.levels[layer.name])
+        layers[layer.name] = nest(*given, linear_at(dense, layer.name).bias, dtype)
+    return AnySize(
+        dense=dense,
+        method=method,
+        walk=walk,
+        layers=layers,
+        anchors=order.anchors,
+        losses=order.losses,
+        warnings=order.warnings,
+        seconds={} if seconds is None else seconds,
+    )
