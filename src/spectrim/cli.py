@@ -74,6 +74,8 @@ def compress(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="discard OUT.resume of a stopped run, start anew")] = False,
+    save_every: Annotated[float, typer.Option(help="seconds between saved states of training", min=0)] = 60.0,
     json_: Json = False,
 ) -> None:
     """Compress a model and write a folder that plain transformers loads."""
@@ -86,7 +88,9 @@ def compress(
         train_windows=train_windows, eval=eval_, eval_windows=eval_windows, tokenizer=tokenizer, device=device,
         dtype=dtype, seed=seed,
     )  # fmt: skip
-    report = run(request, out, overwrite=overwrite, progress=progress_printer(json_)).report
+    report = run(
+        request, out, overwrite=overwrite, restart=restart, save_every_s=save_every, progress=progress_printer(json_)
+    ).report
 
     def show() -> None:
         print_table(
@@ -94,6 +98,8 @@ def compress(
             ["", "dense", "compressed"],
             [list(row) for row in table(report)],
         )
+        for taken_up in report.get("resumed", []):
+            stderr.print(f"resumed at step {taken_up['step']} of {taken_up['stage']}")
         for warning in report["warnings"]:
             stderr.print(f"warning: {warning}")
         stdout.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)

@@ -23,8 +23,8 @@ from spectrim.store.target import absolute
 
 LOCK, FINGERPRINT = "lock", "fingerprint.json"
 FORMAT_VERSION = 1
-_STAGE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_OURS = re.compile(rf"({LOCK}|{re.escape(FINGERPRINT)}|{_STAGE.pattern}\.safetensors)(\.new)?")
+_STAGE = re.compile(r"[a-z0-9]+( [a-z0-9]+)*")
+_OURS = re.compile(rf"({LOCK}|{re.escape(FINGERPRINT)}|[a-z0-9-]+\.safetensors)(\.new)?")
 _ANEW = "add --restart to discard it and start anew, or choose another --out"
 
 
@@ -72,9 +72,9 @@ class WorkFolder:
         return fields
 
     def state_path(self, stage: str) -> Path:
-        """Where the state of a stage lies; stages are named by the code, in small letters and dashes."""
-        assert _STAGE.fullmatch(stage), f"stage {stage!r} is no file name"
-        return self.path / f"{stage}.safetensors"
+        """Where the state of a stage lies. Stages are named by the code: small letters, digits, single spaces."""
+        assert _STAGE.fullmatch(stage), f"stage {stage!r} gives no file name"
+        return self.path / f"{stage.replace(' ', '-')}.safetensors"
 
     def states(self) -> list[Path]:
         """The states that are there now, complete or damaged."""
