@@ -19,6 +19,10 @@ Keep = Annotated[float, typer.Option(help="share of the decoder linears' stored 
 Method = Annotated[str, typer.Option(help="see `spectrim methods`")]
 Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, for methods that train")]
 Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of the method; may be repeated")]
+Recover = Annotated[
+    list[str],
+    typer.Option(help="step after the method: refit, block or kl, the last two also NAME:STEPS; may be repeated"),
+]
 Calib = Annotated[str, typer.Option(help="hub data set, .txt/.jsonl files, builtin:stdlib, or self")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
 Dtype = Annotated[
@@ -59,7 +63,7 @@ def compress(
     method: Method = "soco",
     preset: Preset = None,
     set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
-    recover: Annotated[list[str], typer.Option(help="recovery step after the method: refit")] = [],  # noqa: B006
+    recover: Recover = [],  # noqa: B006
     calib: Calib = "builtin:stdlib",
     calib_windows: Annotated[int, typer.Option(help="windows that feed the statistics")] = 256,
     calib_length: Annotated[int, typer.Option(help="tokens in a window")] = 512,

@@ -16,8 +16,8 @@ from spectrim.data import (
     sample_windows,
 )
 from spectrim.engines.pipeline import check_keep
-from spectrim.engines.refit import RECOVERY
-from spectrim.errors import InputError, UsageError, did_you_mean
+from spectrim.engines.recovery import recovery_of
+from spectrim.errors import InputError, UsageError
 from spectrim.method import LayerMethod, LearnedMethod
 from spectrim.models.load import Source, check_vocabulary, context_length
 from spectrim.models.walk import find_layers
@@ -59,10 +59,9 @@ class Request:
                 raise UsageError(f"{name} must be at least {low}, got {value}")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be in [0, 2**63), got {self.seed}")
-        for name in self.recover:
-            if name not in RECOVERY:
-                raise UsageError(f"unknown recovery step {name!r}{did_you_mean(name, RECOVERY)}")
-        return make_method(self.method, self.preset, dict(self.options))
+        method = make_method(self.method, self.preset, dict(self.options))
+        recovery_of(method, self.recover)
+        return method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,9 @@ def read_text(request: Request, source: Source) -> TextRead:
 
 def cut_windows(request: Request, method: LayerMethod, dense: PreTrainedModel, text: TextRead) -> WindowsInUse:
     """Calibration, training and evaluation windows, and what there is to say about them."""
-    learns = isinstance(method, LearnedMethod) and (method.steps > 0 or getattr(method, "distil_steps", 0) > 0)
+    learns = (isinstance(method, LearnedMethod) and method.steps > 0) or any(
+        step.steps for step in recovery_of(method, request.recover)
+    )
     length = min(request.calib_length, context_length(dense.config) or request.calib_length)
     count = request.calib_windows
     wanted = max(count, request.train_windows) if learns else count

@@ -13,12 +13,10 @@ from spectrim.engines import learned, measure
 from spectrim.engines.layerwise import decompose_all, plan_ranks
 from spectrim.engines.learned import (
     GRADIENT_MEMORY,
-    WARM_UP_STEPS,
     collapsed,
     project,
     relax,
     remember,
-    set_learning_rate,
     skeleton,
     train_scores,
 )
@@ -341,21 +339,6 @@ def test_gradients_are_remembered_for_all_and_applied_only_to_kept():
     remember(scored, gradients)
     torch.testing.assert_close(gradients["a"], 10 * GRADIENT_MEMORY + (1 - GRADIENT_MEMORY) * torch.arange(1.0, 7.0))
     assert layer.scores.grad.tolist() == [1, 2, 0, 0, 0, 0]
-
-
-def test_learning_rate_warms_up_linearly_and_decays_as_a_cosine():
-    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=1.0)
-
-    def rate(step: int) -> float:
-        set_learning_rate(optimizer, 0.1, step, 100)
-        return optimizer.param_groups[0]["lr"]
-
-    assert rate(0) == pytest.approx(0.1 / WARM_UP_STEPS)
-    assert rate(WARM_UP_STEPS // 2 - 1) == pytest.approx(0.05 * 0.5 * (1 + math.cos(math.pi * 0.04)))
-    assert rate(50) == pytest.approx(0.05)
-    assert rate(99) == pytest.approx(0.1 * 0.5 * (1 + math.cos(math.pi * 0.99)))
-    rates = [rate(step) for step in range(WARM_UP_STEPS, 100)]
-    assert rates == sorted(rates, reverse=True)
 
 
 def test_a_layer_whose_scores_all_vanished_is_named():

@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,21 @@ class Plan:
     @property
     def keep(self) -> float:
         return self.numbers_after / self.numbers_before
+
+
+def plan_to_facts(plan: Plan) -> dict[str, Any]:
+    """JSON-ready, for checkpoints."""
+    return {
+        "targets": {name: [target.codec, target.rank] for name, target in plan.targets.items()},
+        "numbers_before": plan.numbers_before,
+        "numbers_after": plan.numbers_after,
+    }
+
+
+def plan_from_facts(facts: Mapping[str, Any]) -> Plan:
+    """The plan again."""
+    targets = {name: Target(rank=rank, codec=codec) for name, (codec, rank) in facts["targets"].items()}
+    return Plan(targets=targets, numbers_before=facts["numbers_before"], numbers_after=facts["numbers_after"])
 
 
 def check_weights(model: PreTrainedModel, walk: Walk) -> None:

@@ -7,7 +7,6 @@ harden    the last masks and scores become factors of the ranks they imply
 """
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,15 +14,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import Plan, plan_ranks
+from spectrim.engines.layerwise import Plan, plan_from_facts, plan_ranks, plan_to_facts
+from spectrim.engines.loop import Buffers, Checkpoint, Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
-from spectrim.errors import NumericalError
+from spectrim.engines.pack import fill, with_prefix
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.method import Components, LearnedMethod
 from spectrim.models.walk import Walk
 from spectrim.nn.scored import ScoredLinear
 
-WARM_UP_STEPS = 10
+STAGE = "scores"
 GRADIENT_MEMORY = 0.95
 """Weight of the past in the running mean of score gradients: about the last 20 steps."""
 
@@ -55,56 +55,104 @@ def train_scores(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Learned:
-    """Learn scores for all components over `ids` (windows, length); the teacher is not changed."""
+    """Learn scores for all components over `ids` (windows, length); the teacher is not changed.
+
+    A checkpoint goes on from the same `spectra`, bit for bit: scores belong to one sign of each component.
+    """
     student = skeleton(teacher)
-    scored = relax(student, walk, spectra)
-    parameters = [layer.scores for layer in scored.values()]
-    optimizer = torch.optim.Adam(parameters, lr=method.learning_rate, betas=(0.9, 0.95))
-    gradients = {name: torch.zeros_like(layer.scores) for name, layer in scored.items()}
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-    device = parameters[0].device
-    losses: list[Tensor] = []
-    keeps: list[float] = []
-    returned = 0
-    budget = method.keep_at(0.0, keep) or keep
-    plan, _ = project(method, scored, walk, gradients, budget, first=True)
-    with frozen(student), frozen(teacher):
-        for layer in scored.values():
-            layer.scores.requires_grad_(True)
-        for step in range(method.steps):
-            if step and step % method.project_every == 0:
-                wanted = method.keep_at(step / method.steps, keep)
-                # When the schedule falls silent above the request, one last projection brings the masks down to it.
-                if wanted is None and budget != keep:
-                    wanted = keep
-                if wanted is not None:
-                    budget = wanted
-                    plan, back = project(method, scored, walk, gradients, budget)
-                    returned += back
-            keeps.append(plan.keep)
-            set_learning_rate(optimizer, method.learning_rate, step, method.steps)
-            pick = order[(torch.arange(method.batch_size) + step * method.batch_size) % len(order)]
-            loss = step_loss(method, student, teacher, ids[pick].to(device))
-            require_finite(loss, step, method)
-            loss.backward()
-            remember(scored, gradients)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-            if progress is not None:
-                progress("learn scores", step + 1, method.steps)
-        if budget != keep:  # too few steps for the schedule to come down to the request
-            plan, _ = project(method, scored, walk, gradients, keep)
-    require_finite_scores(scored, method)
-    return Learned(
-        factors={name: layer.kept() for name, layer in scored.items()},
-        plan=plan,
-        losses=tuple(float(x) for x in losses),
-        keeps=tuple(keeps),
-        returned=returned,
-        warnings=tuple(collapsed(scored)),
+    support = Support(method, walk, relax(student, walk, spectra), keep)
+
+    training = Training(
+        stage=STAGE,
+        label="learn scores",
+        says=method.info.name,
+        advice=f"Lower the learning rate (--set learning_rate={method.learning_rate / 3:.2g})",
+        groups=[Group(parameters={n: la.scores for n, la in support.scored.items()}, peak=method.learning_rate)],
+        loss=lambda batch: step_loss(method, student, teacher, batch),
+        optimizer=lambda groups: torch.optim.Adam(groups, betas=(0.9, 0.95)),
+        steps=method.steps,
+        batch_size=method.batch_size,
+        seed=seed,
+        before_step=support.before_step,
+        after_backward=lambda _: remember(support.scored, support.gradients),
+        state=support.state,
+        restore=support.restore,
     )
+    with frozen(student), frozen(teacher):
+        losses = train(training, ids, progress=progress, checkpoint=checkpoint)
+    warnings = support.come_down()
+    if method.steps:
+        warnings += [*collapsed(support.scored), *unmoved(support.scored, method.steps)]
+    return Learned(
+        factors={name: layer.kept() for name, layer in support.scored.items()},
+        plan=support.plan,
+        losses=tuple(losses),
+        keeps=tuple(support.keeps),
+        returned=support.returned,
+        warnings=tuple(warnings),
+    )
+
+
+class Support:
+    """Which components are kept: masks that follow the method's budget, and what prices them."""
+
+    def __init__(self, method: LearnedMethod, walk: Walk, scored: Mapping[str, ScoredLinear], keep: float) -> None:
+        self.method, self.walk, self.scored, self.keep = method, walk, scored, keep
+        self.gradients = {name: torch.zeros_like(layer.scores) for name, layer in scored.items()}
+        self.keeps: list[float] = []
+        self.returned = 0
+        self.budget = method.keep_at(0.0, keep) or keep
+        self.plan, _ = project(method, scored, walk, self.gradients, self.budget, first=True)
+
+    def before_step(self, step: int) -> None:
+        """Project onto the budget of the moment, every few steps."""
+        if step and step % self.method.project_every == 0:
+            wanted = self.method.keep_at(step / self.method.steps, self.keep)
+            # When the schedule falls silent above the request, one last projection brings the masks down to it.
+            if wanted is None and self.budget != self.keep:
+                wanted = self.keep
+            if wanted is not None:
+                self.project(wanted)
+        self.keeps.append(self.plan.keep)
+
+    def project(self, budget: float) -> None:
+        """Set the masks to a budget by the prices of the moment."""
+        self.plan, back = project(self.method, self.scored, self.walk, self.gradients, budget)
+        self.budget = budget
+        self.returned += back
+
+    def come_down(self) -> list[str]:
+        """After the last step: onto the request if the schedule never reached it, which is then said."""
+        if self.budget == self.keep:
+            return []
+        reached, steps = self.plan.keep, self.method.steps
+        self.plan, _ = project(self.method, self.scored, self.walk, self.gradients, self.keep)
+        if not steps:
+            return []
+        return [
+            f"after {steps} steps the budget stood at keep {reached:.4f}, above the request {self.keep:g}: the masks "
+            "were projected onto it and no step was trained there; take more steps (--set steps=...)"
+        ]
+
+    def state(self) -> Buffers:
+        """Masks, running means, and where the schedule stands."""
+        masks = {name: layer.mask for name, layer in self.scored.items()}
+        facts = {
+            "budget": self.budget,
+            "keeps": list(self.keeps),
+            "returned": self.returned,
+            "plan": plan_to_facts(self.plan),
+        }
+        return Buffers({**with_prefix(masks, "mask"), **with_prefix(self.gradients, "gradient")}, facts)
+
+    def restore(self, saved: Buffers) -> None:
+        """Take up a saved state."""
+        fill(self.state().tensors, saved.tensors, STAGE)
+        self.budget, self.returned = saved.facts["budget"], saved.facts["returned"]
+        self.keeps = list(saved.facts["keeps"])
+        self.plan = plan_from_facts(saved.facts["plan"])
 
 
 def relax(student: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum]) -> dict[str, ScoredLinear]:
@@ -163,36 +211,11 @@ def step_loss(method: LearnedMethod, student: PreTrainedModel, teacher: PreTrain
 def remember(scored: Mapping[str, ScoredLinear], gradients: Mapping[str, Tensor]) -> None:
     """Update the running means of all score gradients; pruned scores then do not move."""
     for name, layer in scored.items():
-        assert layer.scores.grad is not None
-        gradients[name].mul_(GRADIENT_MEMORY).add_(layer.scores.grad, alpha=1 - GRADIENT_MEMORY)
+        gradients[name].mul_(GRADIENT_MEMORY)
+        if layer.scores.grad is None:  # an expert that no token of this batch reached
+            continue
+        gradients[name].add_(layer.scores.grad, alpha=1 - GRADIENT_MEMORY)
         layer.scores.grad.mul_(layer.mask)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
-    """Linear warm-up, then cosine decay to zero."""
-    warm = min(1.0, (step + 1) / WARM_UP_STEPS)
-    for group in optimizer.param_groups:
-        group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def require_finite(loss: Tensor, step: int, method: LearnedMethod) -> None:
-    """Stop before a bad gradient reaches the scores."""
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise NumericalError(
-            f"{method.info.name}: the loss is {value} at step {step} of {method.steps}; nothing was changed. "
-            f"Lower the learning rate (--set learning_rate={method.learning_rate / 3:.2g})"
-        )
-
-
-def require_finite_scores(scored: Mapping[str, ScoredLinear], method: LearnedMethod) -> None:
-    """A gradient can be NaN while the loss is not; its layer is named before anything is built from it."""
-    for name, layer in scored.items():
-        if not bool(torch.isfinite(layer.scores).all()):
-            raise NumericalError(
-                f"{method.info.name}: the scores of {name} are not finite after {method.steps} steps; "
-                f"lower the learning rate (--set learning_rate={method.learning_rate / 3:.2g})"
-            )
 
 
 def collapsed(scored: Mapping[str, ScoredLinear]) -> list[str]:
@@ -203,3 +226,13 @@ def collapsed(scored: Mapping[str, ScoredLinear]) -> list[str]:
         if len(kept) == 0 or float(kept.abs().max()) < 0.05:
             names.append(f"{name}: all {len(kept)} kept scores are below 0.05; the layer has collapsed")
     return names
+
+
+def unmoved(scored: Mapping[str, ScoredLinear], steps: int) -> list[str]:
+    """Layers whose kept scores are all still exactly 1: no gradient ever reached them, nothing was learned there."""
+    names = [
+        name
+        for name, layer in scored.items()
+        if bool(layer.mask.any()) and bool((layer.scores.detach()[layer.mask.bool()] == 1).all())
+    ]
+    return [f"{name}: all kept scores are still exactly 1 after {steps} steps; nothing was learned" for name in names]

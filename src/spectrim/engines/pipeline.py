@@ -6,24 +6,27 @@
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
 5. learned methods: train scores on the spectra                                          engines/learned.py
 6. encode each layer, put it in place
-7. recovery: refit, distillation                                                         engines/refit.py, distil.py
+7. recovery: refit, block refinement, distillation                                       engines/recovery.py
 """
 
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.distil import distil
+from spectrim.engines.closed_form import STAGE as CLOSED_FORM
+from spectrim.engines.closed_form import AfterClosedForm, identity, pack_closed_form, unpack_closed_form
 from spectrim.engines.layerwise import Plan, apply_plan, check_weights, decompose_all, plan_ranks
 from spectrim.engines.learned import Learned, skeleton, train_scores
+from spectrim.engines.loop import Checkpoint
 from spectrim.engines.measure import Progress, measure
-from spectrim.engines.refit import RECOVERY
-from spectrim.errors import UsageError, did_you_mean
+from spectrim.engines.recovery import Recovered, recover, recovery_of
+from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LayerMethod, LearnedMethod, Replacement, Stats
 from spectrim.models.walk import Walk, device_of, find_layers
@@ -42,10 +45,15 @@ class Outcome:
     plan: Plan
     placed: Mapping[str, Replacement]
     learned: Learned | None = None
-    distil_losses: tuple[float, ...] = ()
+    recovered: tuple[Recovered, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     gradient_windows: int = 0
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def distil_losses(self) -> tuple[float, ...]:
+        """Losses of all `kl` steps, one after the other."""
+        return tuple(x for r in self.recovered if r.step.name == "kl" for losses in r.losses for x in losses)
 
 
 def compress_model(
@@ -59,42 +67,42 @@ def compress_model(
     gradient_windows: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Outcome:
     """Compress `dense` (weights in float32) to `keep` of the stored numbers of its decoder linears.
 
     `calibration` (windows, length) feeds the statistics, `training` the learned steps (None: the same windows).
     `gradient_windows` says how many of the calibration windows give gradients, see `default_gradient_windows`.
+    `recovery` names further steps, see engines/recovery.py. With a `checkpoint`, trained stages are saved there, and
+    stages that it holds are taken from it: nothing is measured again once the closed form is there.
     """
     check_keep(keep)
-    for name in recovery:
-        if name not in RECOVERY:
-            raise UsageError(f"unknown recovery step {name!r}{did_you_mean(name, RECOVERY)}")
+    steps = recovery_of(method, recovery)
     walk = find_layers(dense)
     check_weights(dense, walk)
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
     run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows)
-    spectra, plan = run.closed_form(calibration)
+    learns = isinstance(method, LearnedMethod) and method.steps > 0 and keep < 1
+    spectra, plan, checkpoint = run.closed_form_or_saved(calibration, checkpoint, learned=learns)
     training = calibration if training is None else training
     student = skeleton(dense)
     learned = None
-    if isinstance(method, LearnedMethod) and method.steps > 0 and keep < 1:
+    if isinstance(method, LearnedMethod) and learns:
         with timed(clock, "learn"):
-            learned = train_scores(method, dense, walk, spectra, keep, training, seed=seed, progress=progress)
+            learned = train_scores(
+                method, dense, walk, spectra, keep, training, seed=seed, progress=progress, checkpoint=checkpoint
+            )
         plan = learned.plan
         placed = apply_plan(student, walk, plan, learned.factors, learned=True)
     else:
         with timed(clock, "encode"):
             placed = apply_plan(student, walk, plan, spectra)
-    for name in (*method.recovery, *recovery):
-        with timed(clock, name):
-            RECOVERY[name](student, dense, walk, calibration, progress=progress)
-    losses: list[float] = []
-    distil_steps = getattr(method, "distil_steps", 0)
-    if distil_steps:
-        with timed(clock, "distil"):
-            losses = distil(student, dense, walk, training, steps=distil_steps, seed=seed, progress=progress)
+    recovered = recover(
+        steps, student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed, progress=progress,
+        checkpoint=checkpoint,
+    )  # fmt: skip
     return Outcome(
         model=student.eval(),
         method=method,
@@ -102,7 +110,7 @@ def compress_model(
         plan=plan,
         placed=placed,
         learned=learned,
-        distil_losses=tuple(losses),
+        recovered=tuple(recovered),
         seconds=clock,
         gradient_windows=gradient_windows,
         warnings=list(learned.warnings if learned else ()),
@@ -121,6 +129,23 @@ class _Run:
     progress: Progress | None
     clock: dict[str, float]
     gradient_windows: int
+
+    def closed_form_or_saved(
+        self, ids: Tensor, checkpoint: Checkpoint | None, *, learned: bool
+    ) -> tuple[dict[str, Spectrum], Plan, Checkpoint | None]:
+        """The closed form, from the checkpoint if it is there; and the checkpoint, which keeps it when it must."""
+        if checkpoint is None:
+            return *self.closed_form(ids), None
+        run = identity(self.method, self.walk, self.keep, self.seed, ids)
+        saved = checkpoint.load(CLOSED_FORM)
+        if saved is None:
+            spectra, plan = self.closed_form(ids)
+        else:
+            spectra, plan = unpack_closed_form(saved, self.dense, self.walk, run)
+        keeper = AfterClosedForm(
+            checkpoint, lambda: pack_closed_form(spectra, plan, run, learned=learned), kept=saved is not None
+        )
+        return spectra, plan, keeper
 
     def closed_form(self, ids: Tensor) -> tuple[dict[str, Spectrum], Plan]:
         """Steps 2 to 4: spectra of the original weights in the final metric, and the ranks under the budget."""

@@ -9,9 +9,7 @@ Source: the closed-form update of SVD-LLM (arXiv 2403.07378). Both models advanc
 few forward passes however deep the model is.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +17,12 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.layerwise import build_linear
 from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.stream import Stream, start
 from spectrim.linalg.curvature import add_gram
 from spectrim.linalg.factor import Factors, refit_left
 from spectrim.method import Replacement, encode
 from spectrim.models.walk import Walk, device_of, shared_inputs, weight_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
-
-
-@dataclass
-class _Stream:
-    """One model's hidden states before the present block, and how to call each block."""
-
-    model: PreTrainedModel
-    blocks: list[nn.Module]
-    hidden: list[Tensor]
-    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]  # [batch][block]
-
-    def run(self, block: int, batch: int) -> Tensor:
-        """The block's output on the stored hidden states."""
-        rest, kwargs = self.arguments[batch][block]
-        output = self.blocks[block](self.hidden[batch], *rest, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
@@ -57,8 +40,8 @@ def refit(
     block_of = {layer.name: layer.block for layer in walk.layers}
     with frozen(student), frozen(teacher), autocast(device):
         groups = shared_inputs(teacher, walk.layers)  # in running order, so that what feeds a group is refitted first
-        dense = _start(teacher, walk, ids, batch_size)
-        small = _start(student, walk, ids, batch_size)
+        dense = start(teacher, walk, ids, batch_size)
+        small = start(student, walk, ids, batch_size)
         for block in range(len(walk.block_names)):
             for group in (g for g in groups if block_of[g[0]] == block):
                 low_rank = [n for n in group if isinstance(student.get_submodule(n), LowRankLinear | PivotLinear)]
@@ -67,40 +50,12 @@ def refit(
                     for name in low_rank:
                         _refit_layer(student, teacher, name, cross, gram)
             for stream in (dense, small):
-                stream.hidden = [stream.run(block, b) for b in range(len(stream.hidden))]
+                stream.advance(block)
             if progress is not None:
                 progress("refit", block + 1, len(walk.block_names))
 
 
-def _start(model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> _Stream:
-    """Run the model once to see what every block is called with."""
-    blocks = [model.get_submodule(name) for name in walk.block_names]
-    stream = _Stream(model=model, blocks=blocks, hidden=[], arguments=[])
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def note(block: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            calls.append((args[1:], kwargs))
-            if block == 0:
-                stream.hidden.append(hidden)
-
-        return hook
-
-    handles = [b.register_forward_pre_hook(note(i), with_kwargs=True) for i, b in enumerate(blocks)]
-    try:
-        for batch in ids.split(batch_size):
-            calls.clear()
-            model(input_ids=batch.to(device_of(model)), use_cache=False)
-            stream.arguments.append(list(calls))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return stream
-
-
-def _moments(dense: _Stream, small: _Stream, block: int, name: str) -> tuple[Tensor, Tensor]:
+def _moments(dense: Stream, small: Stream, block: int, name: str) -> tuple[Tensor, Tensor]:
     """E[x x'^T] and E[x' x'^T] at the input of layer `name`, from both models' present hidden states."""
     seen: dict[str, Tensor] = {}
     handles = [
@@ -149,7 +104,3 @@ def _refit_layer(student: PreTrainedModel, teacher: PreTrainedModel, name: str, 
         Factors(left, right.double()), module.codec, like=right, bias=None if bias is None else bias.detach()
     )
     student.set_submodule(name, build_linear(replacement).train(module.training))
-
-
-RECOVERY: Mapping[str, Callable[..., None]] = {"refit": refit}
-"""Recovery steps by name, for a method's `recovery` and for `--recover`."""

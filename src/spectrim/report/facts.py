@@ -64,7 +64,7 @@ def describe_windows(windows: Any) -> dict[str, Any]:
 
 def describe_learning(outcome: Any) -> dict[str, Any] | None:
     """Trajectories of the learned steps."""
-    if outcome.learned is None and not outcome.distil_losses:
+    if outcome.learned is None and not outcome.recovered:
         return None
     learned = outcome.learned
     return {
@@ -72,6 +72,9 @@ def describe_learning(outcome: Any) -> dict[str, Any] | None:
         "keeps": [] if learned is None else list(learned.keeps),
         "components_returned": 0 if learned is None else learned.returned,
         "distil_losses": list(outcome.distil_losses),
+        "recovery": [
+            {"step": str(done.step), "losses": [list(losses) for losses in done.losses]} for done in outcome.recovered
+        ],
     }
 
 

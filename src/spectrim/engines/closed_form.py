@@ -1,0 +1,93 @@
+"""The closed form in a checkpoint: spectra and ranks, so that going on neither measures nor decomposes again.
+
+Learned scores belong to one sign and order of the components, which another decomposition need not give; so a run that
+goes on must take the spectra of the run that was interrupted. They are large (for learned scores: all components in
+float32, K (O + I) numbers a layer) and are therefore saved only when there is a later state to save.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.engines.layerwise import Plan, plan_from_facts, plan_to_facts
+from spectrim.engines.loop import Checkpoint, Saved
+from spectrim.engines.pack import find, fingerprint
+from spectrim.errors import InputError
+from spectrim.linalg.factor import Spectrum
+from spectrim.method import LayerMethod
+from spectrim.models.walk import Walk, weight_of
+
+STAGE = "closed form"
+
+
+class AfterClosedForm:
+    """A checkpoint that keeps the closed form before the first state of any other stage."""
+
+    def __init__(self, inner: Checkpoint, closed_form: Callable[[], Saved], *, kept: bool) -> None:
+        self.inner, self.closed_form, self.kept = inner, closed_form, kept
+
+    def load(self, stage: str) -> Saved | None:
+        """As it is."""
+        return self.inner.load(stage)
+
+    def due(self) -> bool:
+        """As it is."""
+        return self.inner.due()
+
+    def save(self, stage: str, saved: Saved) -> None:
+        """The closed form first: a state that cannot be gone on from is worth nothing."""
+        if not self.kept:
+            self.inner.save(STAGE, self.closed_form())
+            self.kept = True
+        self.inner.save(stage, saved)
+
+
+def identity(method: LayerMethod, walk: Walk, keep: float, seed: int, calibration: Tensor) -> dict[str, Any]:
+    """What decides the closed form and all that follows it, JSON-ready."""
+    return {
+        "method": method.to_config(),
+        "keep": keep,
+        "seed": seed,
+        "calibration": fingerprint(calibration),
+        "layers": {layer.name: [layer.outputs, layer.inputs] for layer in walk.layers},
+    }
+
+
+def pack_closed_form(spectra: Mapping[str, Spectrum], plan: Plan, run: dict[str, Any], *, learned: bool) -> Saved:
+    """On the CPU: all components in float32 where scores are learned on them, else those that are kept, in float64."""
+    tensors: dict[str, Tensor] = {}
+    for name, spectrum in spectra.items():
+        target = plan.targets[name]
+        count = len(spectrum.energy) if learned else 0 if target.codec == "dense" else target.rank
+        left, right = spectrum.left[:, :count], spectrum.right[:count]
+        tensors[f"{name}.left"] = (left.float() if learned else left).contiguous().cpu()
+        tensors[f"{name}.right"] = (right.float() if learned else right).contiguous().cpu()
+        tensors[f"{name}.energy"] = spectrum.energy.cpu()
+    return Saved(1, tensors, {"run": run, "plan": plan_to_facts(plan)})
+
+
+def unpack_closed_form(
+    saved: Saved, model: PreTrainedModel, walk: Walk, run: dict[str, Any]
+) -> tuple[dict[str, Spectrum], Plan]:
+    """Spectra on their weights' devices, and the plan; InputError when they are of another run."""
+    for name, value in run.items():
+        if saved.facts["run"].get(name) != value:
+            raise InputError(
+                f"checkpoint: it is of a run with another {name} ({_short(saved.facts['run'].get(name))}, now "
+                f"{_short(value)}); go on with what it was made with, or remove it"
+            )
+    spectra = {}
+    for layer in walk.layers:
+        device = weight_of(model.get_submodule(layer.name)).device
+        left, right, energy = (
+            find(saved.tensors, f"{layer.name}.{part}").to(device) for part in ("left", "right", "energy")
+        )
+        spectra[layer.name] = Spectrum(left, right, energy)
+    return spectra, plan_from_facts(saved.facts["plan"])
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

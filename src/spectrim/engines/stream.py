@@ -1,0 +1,103 @@
+"""Two models side by side, block by block: what refitting and block refinement both walk over.
+
+A stream holds the hidden states of all windows before the present block only: windows x length x width numbers. What a
+block is called with beside them (positions, masks) is kept too, once where it is the same for all batches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectrim.engines.loop import Buffers
+from spectrim.engines.pack import fill
+from spectrim.models.walk import Walk, device_of
+from spectrim.nn.linears import LowRankLinear, PivotLinear
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a block beside its hidden states."""
+
+
+@dataclass
+class Stream:
+    """One model's hidden states before the present block, and how to call each block."""
+
+    model: PreTrainedModel
+    blocks: list[nn.Module]
+    hidden: list[Tensor]
+    arguments: list[list[Call]]  # [batch][block]
+
+    def run(self, block: int, batch: int, hidden: Tensor | None = None) -> Tensor:
+        """The block's output on the stored hidden states of a batch, or on `hidden`."""
+        rest, kwargs = self.arguments[batch][block]
+        output = self.blocks[block](self.hidden[batch] if hidden is None else hidden, *rest, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def advance(self, block: int) -> None:
+        """Put the block's outputs in the place of its inputs, batch by batch."""
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.run(block, batch)
+
+
+@torch.no_grad()
+def start(model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> Stream:
+    """Run the model once over `ids` (windows, length) to see what every block is called with."""
+    blocks = [model.get_submodule(name) for name in walk.block_names]
+    stream = Stream(model=model, blocks=blocks, hidden=[], arguments=[])
+    calls: list[Call] = []
+
+    def note(block: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            calls.append((args[1:], kwargs))
+            if block == 0:
+                stream.hidden.append(hidden)
+
+        return hook
+
+    handles = [b.register_forward_pre_hook(note(i), with_kwargs=True) for i, b in enumerate(blocks)]
+    try:
+        for batch in ids.split(batch_size):
+            calls.clear()
+            model(input_ids=batch.to(device_of(model)), use_cache=False)
+            first = stream.arguments[0] if stream.arguments else calls
+            stream.arguments.append([_shared(call, known) for call, known in zip(calls, first, strict=True)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stream
+
+
+def _shared(new: Any, known: Any) -> Any:
+    """`known` in the place of `new` wherever they are equal: masks of all batches would be larger than the states."""
+    if isinstance(new, Tensor):
+        same = isinstance(known, Tensor) and new.shape == known.shape and new.dtype == known.dtype
+        return known if new is known or (same and torch.equal(new, known)) else new
+    if type(new) is tuple and type(known) is tuple and len(new) == len(known):
+        return tuple(_shared(a, b) for a, b in zip(new, known, strict=True))
+    if type(new) is dict and type(known) is dict and new.keys() == known.keys():
+        return {key: _shared(value, known[key]) for key, value in new.items()}
+    return new
+
+
+def low_rank_layers(model: PreTrainedModel, walk: Walk) -> dict[str, LowRankLinear | PivotLinear]:
+    """The target layers that are stored in low rank, by name."""
+    modules = {layer.name: model.get_submodule(layer.name) for layer in walk.layers}
+    return {name: m for name, m in modules.items() if isinstance(m, LowRankLinear | PivotLinear)}
+
+
+def pivot_buffers(layers: dict[str, LowRankLinear | PivotLinear]) -> Buffers:
+    """Which rows are pivots: rounding on another device may choose others, and coefficients mean nothing without."""
+    return Buffers({name: m.mask for name, m in layers.items() if isinstance(m, PivotLinear)}, {})
+
+
+def restore_pivots(layers: dict[str, LowRankLinear | PivotLinear], saved: Buffers, stage: str) -> None:
+    """Take the pivots of a checkpoint."""
+    fill(pivot_buffers(layers).tensors, saved.tensors, stage)
+    for layer in layers.values():
+        if isinstance(layer, PivotLinear):
+            layer.refresh_order()

@@ -1,0 +1,48 @@
+"""A checkpoint in memory that treats states as a disk would: copies of tensors, facts through JSON."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from spectrim.engines.loop import Saved
+
+
+@dataclass
+class MemoryCheckpoint:
+    """Saves every `every` steps (0: only where the engines must)."""
+
+    every: int = 0
+    asked: int = 0
+    states: dict[str, tuple[int, dict[str, Tensor], str]] = field(default_factory=dict)
+    log: list[tuple[str, int]] = field(default_factory=list)
+
+    def load(self, stage: str) -> Saved | None:
+        if stage not in self.states:
+            return None
+        step, tensors, facts = self.states[stage]
+        return Saved(step, {name: t.clone() for name, t in tensors.items()}, json.loads(facts))
+
+    def due(self) -> bool:
+        self.asked += 1
+        return self.every > 0 and self.asked % self.every == 0
+
+    def save(self, stage: str, saved: Saved) -> None:
+        facts = json.dumps(saved.facts, allow_nan=False)
+        self.states[stage] = (saved.step, {name: t.detach().clone() for name, t in saved.tensors.items()}, facts)
+        self.log.append((stage, saved.step))
+
+
+class Killed(BaseException):
+    """What a test raises in the place of a SIGKILL."""
+
+
+def kill_at(stage: str, step: int) -> Any:
+    """A progress callback that kills the run after a step of a stage."""
+
+    def progress(label: str, done: int, _total: int) -> None:
+        if label == stage and done == step:
+            raise Killed
+
+    return progress
