@@ -175,7 +175,7 @@ class LayerMethod(ABC):
     """True when `decompose` is optimal in the input-Gram metric (the contract tests then check it)."""
 
     recovery: ClassVar[tuple[str, ...]] = ()
-    """Steps run after the layers are in place, by name; see engines/refit.py."""
+    """Steps run after the layers are in place, as `--recover` takes them; see engines/recovery.py."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     """Named sets of field values for `--preset`."""
     default_preset: ClassVar[str | None] = None

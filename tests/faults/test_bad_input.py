@@ -132,6 +132,8 @@ def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path:
         (("--method", "soco", "--set", "steps=-1"), "method soco: steps must be in [0, 1000000], got -1"),
         (("--method", "soco", "--set", "learning_rate=NaN"), "learning_rate must be in [1e-09, 10.0], got nan"),
         (("--set", "storage=dense"), "method svd: storage must be one of factor, pivot, got 'dense'"),
+        (("--recover", "kl:ten"), "the number of steps must be a whole number in [1, 1000000], got 'ten'"),
+        (("--recover", "kl:3", "--recover", "blok"), "unknown recovery step 'blok'; did you mean 'block'?"),
         (("--recover", "refti"), "unknown recovery step 'refti'; did you mean 'refit'?"),
         (("--calib-windows", "0"), "calib_windows must be at least 1, got 0"),
         (("--calib-length", "1"), "calib_length must be at least 2, got 1"),

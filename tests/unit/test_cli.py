@@ -21,7 +21,10 @@ from transformers import AutoModelForCausalLM
 import spectrim
 from command_line import QUICK, TINY, Answer, call, hashes, small_model, small_text
 from spectrim import job
+from spectrim.engines import distil
 from spectrim.job import Request
+from spectrim.linalg import divergence
+from spectrim.methods.weights import soco
 from spectrim.registry import METHODS
 from spectrim.store import verify_manifest
 
@@ -427,3 +430,37 @@ def test_save_pretrained_refuses_what_exists_and_is_atomic(tmp_path: Path) -> No
     shutil.rmtree(out)
     small.save_pretrained(out)
     assert hashes(out)["model.safetensors"] == before["model.safetensors"]
+
+
+# ---- recovery steps
+
+
+def test_recovery_steps_are_repeated_in_order(tmp_path: Path, quick_reload: None) -> None:
+    model = small_model(tmp_path / "model")
+    asked = [x for step in ("block:1", "kl:2", "refit", "kl:1") for x in ("--recover", step)]
+    answer = compress(model, tmp_path / "out", "--method", "svd", *asked, "--train-windows", "4", "--eval", "none")
+    assert answer.code == 0, answer.err
+    assert answer.json["request"]["recover"] == ["block:1", "kl:2", "refit", "kl:1"]
+    assert [entry["step"] for entry in answer.json["learning"]["recovery"]] == ["block:1", "kl:2", "refit", "kl:1"]
+    assert len(answer.json["learning"]["distil_losses"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--method", "svd", "--recover", "kl:3"), "distillation: the loss is nan at step 0 of 3"),
+        (("--method", "soco", "--set", "steps=3"), "soco: the loss is nan at step 0 of 3"),
+    ],
+)
+def test_a_diverged_training_exits_with_5_and_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], says: str
+) -> None:
+    model = small_model(tmp_path / "model")
+    real = divergence.mean_kl
+    for module in (distil, soco):
+        monkeypatch.setattr(module, "mean_kl", lambda a, b: real(a, b) * math.nan)
+    answer = compress(model, tmp_path / "out", *options, "--eval", "none", "--keep", "0.6")
+    assert answer.code == 5
+    assert says in answer.message
+    assert answer.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

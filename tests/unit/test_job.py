@@ -16,10 +16,12 @@ from command_line import TINY, change_weights, hashes, small_model, small_text
 from spectrim import job
 from spectrim.data import evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.learned import skeleton
+from spectrim.engines.recovery import recovery_of
 from spectrim.errors import InputError, NumericalError, SpectrimError, UsageError
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
 from spectrim.job import Request, run
+from spectrim.registry import make_method
 from spectrim.store import verify_manifest
 
 
@@ -55,6 +57,13 @@ def quick_reload() -> Iterator[None]:
         ({"seed": -1}, "seed must be in [0, 2**63), got -1"),
         ({"seed": 2**63}, "seed must be in [0, 2**63)"),
         ({"recover": ("refti",)}, "unknown recovery step 'refti'; did you mean 'refit'?"),
+        ({"recover": ("klm:3",)}, "unknown recovery step 'klm'; did you mean 'kl'?"),
+        ({"recover": ("kl", "block:x")}, "'block:x': the number of steps must be a whole number in [1, 1000000]"),
+        ({"recover": ("kl:0",)}, "got '0'; e.g. kl:300"),
+        ({"recover": ("kl:-3",)}, "got '-3'"),
+        ({"recover": ("kl:",)}, "got ''"),
+        ({"recover": ("kl:1000001",)}, "got '1000001'"),
+        ({"recover": ("refit:3",)}, "refit is solved directly and takes no number of steps; write refit"),
         ({"method": "svdllm"}, "unknown method 'svdllm'; did you mean 'svd-llm'?"),
         ({"method": "soco", "preset": "bset"}, "method soco: unknown preset 'bset'; did you mean 'best'?"),
         ({"method": "soco", "options": {"step": 3}}, "method soco: unknown option 'step'; did you mean 'steps'?"),
@@ -67,7 +76,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(fields: dict[str, A
 
 
 def test_a_request_is_the_same_after_json() -> None:
-    asked = request("builtin:tiny", recover=("refit",), options={"rounds": 0}, gradient_windows=3)
+    asked = request("builtin:tiny", recover=("refit", "block", "kl:20"), options={"rounds": 0}, gradient_windows=3)
     again = Request(**json.loads(json.dumps(dataclasses.asdict(asked))))
     assert dataclasses.replace(again, recover=tuple(again.recover)) == asked
     assert again.check() == asked.check()
@@ -250,3 +259,46 @@ def test_a_learned_method_reports_what_it_did(model: Path, tmp_path: Path, quick
     assert stages[0] == "load"
     assert stages[-2:] == ["write", "reload in a fresh process"]
     verify_manifest(tmp_path / "out")
+
+
+# ---- recovery steps
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "asked", "steps"),
+    [
+        ("svd", {}, (), []),
+        ("svd", {}, ("kl", "block:7", "refit", "kl:2"), ["kl:300", "block:7", "refit", "kl:2"]),
+        ("svd-llm", {"update": "sequential"}, ("block",), ["refit", "block:100"]),
+        ("soco", {"distil_steps": 5}, ("refit",), ["refit", "kl:5"]),
+    ],
+)
+def test_recovery_steps_in_their_order(
+    method: str, options: dict[str, Any], asked: tuple[str, ...], steps: list[str]
+) -> None:
+    assert [str(step) for step in recovery_of(make_method(method, options=options), asked)] == steps
+
+
+def test_any_method_can_be_followed_by_training(model: Path, tmp_path: Path, quick_reload: None) -> None:
+    asked = request(model, recover=("block:2", "refit", "kl:3"), train_windows=6, keep=0.6)
+    report = run(asked, tmp_path / "out").report
+    done = {entry["step"]: [len(losses) for losses in entry["losses"]] for entry in report["learning"]["recovery"]}
+    assert done == {"block:2": [2, 2], "refit": [], "kl:3": [3]}
+    assert report["learning"]["distil_losses"] == report["learning"]["recovery"][2]["losses"][0]
+    assert report["text"]["training"]["windows"] == 6
+    assert report["text"]["calibration"]["windows"] == 4
+    assert {"block", "refit", "distil"} <= report["seconds"].keys()
+    assert report["stored"]["keep"] <= 0.6
+    source, stored = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(source[norm], stored[norm])  # what block refinement trained is what is written
+    assert torch.equal(source["model.norm.weight"], stored["model.norm.weight"])
+    verify_manifest(tmp_path / "out")
+
+
+def test_without_a_step_that_trains_only_calibration_windows_are_cut(
+    model: Path, tmp_path: Path, quick_reload: None
+) -> None:
+    report = run(request(model, recover=("refit",)), tmp_path / "out").report
+    assert report["text"]["training"] is None
+    assert report["learning"]["recovery"] == [{"step": "refit", "losses": []}]

@@ -19,6 +19,7 @@ from spectrim.engines.learned import (
     remember,
     skeleton,
     train_scores,
+    unmoved,
 )
 from spectrim.errors import NumericalError
 from spectrim.linalg.factor import Factors, Spectrum
@@ -350,6 +351,42 @@ def test_a_layer_whose_scores_all_vanished_is_named():
     assert warning.startswith("a: all 2 kept scores")
     scored["a"].scores.data[0] = -0.06
     assert collapsed(scored) == []
+
+
+def test_a_layer_that_learned_nothing_is_named():
+    scored, _ = one_layer(ENERGY)
+    scored["a"].mask.copy_(torch.tensor([1.0, 1, 0, 0, 0, 0]))
+    scored["a"].scores.data[2:] = 0.7  # pruned scores say nothing
+    (warning,) = unmoved(scored, 30)
+    assert warning == "a: all kept scores are still exactly 1 after 30 steps; nothing was learned"
+    scored["a"].scores.data[1] = 1 + 1e-6
+    assert unmoved(scored, 30) == []
+    scored["a"].mask.zero_()
+    assert unmoved(scored, 30) == []  # that is for `collapsed` to say
+
+
+def test_layers_out_of_reach_of_the_loss_are_told_after_training(monkeypatch, model, walk, spectra, ids):
+    """A loss that looks at nothing: all scores stay at 1."""
+    monkeypatch.setattr(SoCo, "loss", lambda _self, student, _teacher: (student * 0).sum())
+    result = train_scores(SoCo(steps=3, explore=0.0, refine=1.0, **DEFAULTS), model, walk, spectra, KEEP, ids)
+    assert len(result.warnings) == len(walk.layers)
+    assert all("nothing was learned" in warning for warning in result.warnings)
+
+
+def test_a_schedule_that_ends_above_the_request_is_projected_onto_it_and_told(model, walk, spectra, ids):
+    result = train_scores(SoCo(steps=3, **DEFAULTS), model, walk, spectra, KEEP, ids)
+    assert result.plan.numbers_after <= int(KEEP * walk.numbers)
+    (warning,) = result.warnings
+    assert warning.startswith("after 3 steps the budget stood at keep 1.0000, above the request 0.3")
+    assert "--set steps" in warning
+
+
+def test_scores_without_a_gradient_forget_but_do_not_stop_the_run():
+    """An expert that no token of a batch reached. Found: an assertion stopped the run."""
+    scored, _ = one_layer(ENERGY)
+    gradients = {"a": torch.full((6,), 10.0)}
+    remember(scored, gradients)
+    torch.testing.assert_close(gradients["a"], torch.full((6,), 10 * GRADIENT_MEMORY))
 
 
 # ---------- SoCo's own functions, by hand

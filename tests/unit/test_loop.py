@@ -244,6 +244,20 @@ def test_going_on_gives_the_bits_of_an_uninterrupted_run(optimizer: str, killed:
     assert same(second.tensors(), whole.tensors())
 
 
+def test_after_a_diverged_run_one_may_go_on_with_lower_rates():
+    """Rates are those of the run that goes on: at peak 0 nothing moves any more but by projections."""
+    checkpoint, run = MemoryCheckpoint(), Regression()
+    run.training = replace(run.training, loss=spoiled(run, 4, "nan"))
+    with pytest.raises(NumericalError):
+        run.train(checkpoint=checkpoint)
+    lower = Regression()
+    groups = [replace(group, peak=0.0) for group in lower.training.groups]
+    losses = train(replace(lower.training, groups=groups), WINDOWS, checkpoint=checkpoint)
+    assert len(losses) == STEPS
+    torch.testing.assert_close(lower.w.detach(), run.w.detach() * 0.81)  # projections before steps 5 and 8
+    assert torch.equal(lower.b, run.b)
+
+
 def test_a_finished_stage_is_restored_and_not_trained_again():
     checkpoint, first, second = MemoryCheckpoint(), Regression(), Regression()
     losses = first.train(checkpoint=checkpoint)

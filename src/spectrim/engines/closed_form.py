@@ -45,9 +45,12 @@ class AfterClosedForm:
 
 
 def identity(method: LayerMethod, walk: Walk, keep: float, seed: int, calibration: Tensor) -> dict[str, Any]:
-    """What decides the closed form and all that follows it, JSON-ready."""
+    """What decides the closed form and all that follows it, JSON-ready.
+
+    Not the learning rate: after a run that diverged, one may go on from its last good state with a lower one.
+    """
     return {
-        "method": method.to_config(),
+        "method": {name: value for name, value in method.to_config().items() if name != "learning_rate"},
         "keep": keep,
         "seed": seed,
         "calibration": fingerprint(calibration),

@@ -226,7 +226,10 @@ class _Loop:
                 )
         fill(self.parameters, below(saved.tensors, "parameter"), stage)
         state = unpack(saved.tensors, saved.facts["optimizer"], self.device)
+        peaks = [group["peak"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+            group["peak"] = peak  # after a run that diverged one may go on with a lower rate
         # torch casts what it loads to the parameter's dtype; an optimizer may keep other ones.
         for index, parameter in enumerate(self.parameters.values()):
             if index in state["state"]:
