@@ -33,7 +33,7 @@ from spectrim.cli_options import (
     say_written,
 )
 from spectrim.errors import UsageError
-from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
+from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stderr, stdout, stoppable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -76,6 +76,8 @@ def compress(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="discard OUT.resume of a stopped run, start anew")] = False,
+    save_every: Annotated[float, typer.Option(help="seconds between saved states of training", min=0)] = 60.0,
     json_: Json = False,
 ) -> None:
     """Compress a model and write a folder that plain transformers loads."""
@@ -94,7 +96,9 @@ def compress(
     if any_size:
         _compress_any_size(request, out, overwrite, json_)
         return
-    report = run(request, out, overwrite=overwrite, progress=progress_printer(json_)).report
+    report = run(
+        request, out, overwrite=overwrite, restart=restart, save_every_s=save_every, progress=progress_printer(json_)
+    ).report
 
     def show() -> None:
         print_table(
@@ -102,6 +106,8 @@ def compress(
             ["", "dense", "compressed"],
             [list(row) for row in table(report)],
         )
+        for taken_up in report.get("resumed", []):
+            stderr.print(f"resumed at step {taken_up['step']} of {taken_up['stage']}")
         say_written(out, report)
 
     emit(report, json_, show)

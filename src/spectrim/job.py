@@ -2,6 +2,8 @@
 
 resolve and check the model -> preflight the output -> text -> load -> compress in memory -> evaluate
 -> write beside the target -> count what was written -> reload in a fresh process -> publish by one rename
+
+A run that trains keeps its state in OUT.resume until then: resume.py.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from spectrim.models.walk import find_layers
 from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
 from spectrim.request import Request, cut_windows, read_text
+from spectrim.resume import SAVE_EVERY_S, Resume, resumable, text_fields
 from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
 
 LOGIT_TOLERANCE = 1e-3
@@ -68,24 +72,38 @@ class Compressed:
         return out
 
 
-def run(request: Request, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Compressed:
-    """The whole job. On any error the target is what it was before."""
+def run(
+    request: Request,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    save_every_s: float = SAVE_EVERY_S,
+    progress: Progress | None = None,
+) -> Compressed:
+    """The whole job. On any error the target is what it was before.
+
+    A run that trains saves its state in `OUT.resume` every `save_every_s` seconds (0: after every step) and goes on
+    from the one it finds there; `restart` discards it. See resume.py.
+    """
     started = time.perf_counter()
     method = request.check()
     source = resolve(request.model)
     foresee(request, method, source)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=source.checkpoint.nbytes)
-    compressed = compress_source(request, method, source, progress=progress)
-    with staged(out, overwrite=overwrite) as stage:
-        _say(progress, "write", 0, 1)
-        _fill(stage, compressed)
-        _say(progress, "reload in a fresh process", 0, 1)
-        difference = reload_difference(stage, compressed.model)
-        compressed.report["reload"] = {"relative_logit_difference": difference, "allowed": LOGIT_TOLERANCE}
-        compressed.report["seconds"]["total"] = time.perf_counter() - started
-        compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
-        _write_documents(stage, compressed.report)
-        _seal(stage, compressed)
+    kept = resumable(request, method, source, out, restart=restart, save_every_s=save_every_s, progress=progress)
+    with kept as resume:
+        compressed = compress_source(request, method, source, progress=progress, resume=resume)
+        with staged(out, overwrite=overwrite) as stage:
+            _say(progress, "write", 0, 1)
+            _fill(stage, compressed)
+            _say(progress, "reload in a fresh process", 0, 1)
+            difference = reload_difference(stage, compressed.model)
+            compressed.report["reload"] = {"relative_logit_difference": difference, "allowed": LOGIT_TOLERANCE}
+            compressed.report["seconds"]["total"] = time.perf_counter() - started
+            compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
+            _write_documents(stage, compressed.report)
+            _seal(stage, compressed)
     compressed.report["folder"] = str(out)
     return compressed
 
@@ -100,9 +118,14 @@ def foresee(request: Request, method: LayerMethod, source: Source) -> None:
 
 
 def compress_source(
-    request: Request, method: LayerMethod, source: Source, *, progress: Progress | None = None
+    request: Request,
+    method: LayerMethod,
+    source: Source,
+    *,
+    progress: Progress | None = None,
+    resume: Resume | None = None,
 ) -> Compressed:
-    """Load, compress and evaluate; nothing is written."""
+    """Load, compress and evaluate; nothing is written but the state of training, where `resume` is given."""
     if request.any_size:
         raise UsageError(
             "any_size: this makes one size; for a folder that holds all sizes use `spectrim compress --any-size`, or "
@@ -116,22 +139,30 @@ def compress_source(
     dense = load_dense(source, device)
     load_s = time.perf_counter() - clock
     texts = cut_windows(request, method, dense, text)
-    outcome = compress_model(
-        dense,
-        method,
-        request.keep,
-        texts.calibration.ids,
-        None if texts.training is None else texts.training.ids,
-        recovery=request.recover,
-        gradient_windows=request.gradient_windows,
-        seed=request.seed,
-        progress=progress,
-    )
+    if resume is not None:
+        resume.folder.claim(text_fields(texts))
+    with nullcontext() if resume is None else resume.signals():
+        outcome = compress_model(
+            dense,
+            method,
+            request.keep,
+            texts.calibration.ids,
+            None if texts.training is None else texts.training.ids,
+            recovery=request.recover,
+            gradient_windows=request.gradient_windows,
+            seed=request.seed,
+            progress=progress,
+            checkpoint=resume,
+        )
     outcome.seconds["load"] = load_s
     outcome.warnings.extend(texts.warnings)
     round_to(outcome.model, dtype)
     quality = judge(outcome, dense, texts.evaluation, progress)
+    if resume is not None:
+        outcome.warnings.extend(resume.warnings)
     report = build_report(dataclasses.asdict(request), source, outcome, texts, quality, dtype)
+    if resume is not None:
+        report["resumed"] = resume.resumed
     return Compressed(
         model=finalise(outcome, dtype, base_model=request.model), outcome=outcome, report=report, source=source
     )

@@ -131,11 +131,15 @@ def training_windows(request: Request, method: LayerMethod) -> int:
     return min(most, MOST_SAMPLED) if request.calib == "self" else most
 
 
+def has_steps(request: Request, method: LayerMethod) -> bool:
+    """Whether the run, as configured, trains anything."""
+    learns = isinstance(method, LearnedMethod) and method.steps > 0
+    return learns or any(step.steps for step in recovery_of(method, request.recover))
+
+
 def cut_windows(request: Request, method: LayerMethod, dense: PreTrainedModel, text: TextRead) -> WindowsInUse:
     """Calibration, training and evaluation windows, and what there is to say about them."""
-    learns = (isinstance(method, LearnedMethod) and method.steps > 0) or any(
-        step.steps for step in recovery_of(method, request.recover)
-    )
+    learns = has_steps(request, method)
     length = min(request.calib_length, context_length(dense.config) or request.calib_length)
     count = request.calib_windows
     wanted = max(count, training_windows(request, method)) if learns else count

@@ -59,13 +59,20 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except _Stop as caught:
-        name, again = signal.Signals(caught.signal_number).name, shlex.join(["spectrim", *sys.argv[1:]])
+        name = signal.Signals(caught.signal_number).name
         raise Interrupted(
-            f"stopped by {name}; nothing was published. To start again: {again}", caught.signal_number
+            f"stopped by {name}; nothing was published. To start again: {_again()}", caught.signal_number
         ) from None
+    except Interrupted as caught:  # in training, with its state saved
+        raise Interrupted(f"{caught}. To go on: {_again()}", caught.signal_number) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _again() -> str:
+    """The command that was given, for a shell; without --restart, which would throw away what it goes on from."""
+    return shlex.join(["spectrim", *(word for word in sys.argv[1:] if word != "--restart")])
 
 
 def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:

@@ -85,6 +85,11 @@ def _fsync(path: str, flags: int) -> None:
         os.close(descriptor)
 
 
+def fsync_file(path: Path) -> None:
+    """Makes the bytes of a file durable."""
+    _fsync(str(path), os.O_RDONLY)
+
+
 def fsync_folder(folder: Path) -> None:
     """Makes the names in `folder` durable."""
     try:

@@ -24,7 +24,7 @@ def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> None:
     if reserved:
         raise ValueError(f"facts must not use the manifest's own keys {sorted(reserved)}")
     folder = Path(folder)
-    files = {name: _measure(folder / name, folder) for name in _names_under(folder)}
+    files = {name: measure_file(folder / name, folder) for name in _names_under(folder)}
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **facts, "files": files})
 
 
@@ -61,7 +61,8 @@ def _names_under(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def _measure(path: Path, folder: Path) -> dict[str, Any]:
+def measure_file(path: Path, folder: Path) -> dict[str, Any]:
+    """Size and sha256 of a file in `folder`; links that lead out of it are refused."""
     check_stays_inside(path, folder)
     with open_regular(path) as (file, size):
         return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -86,7 +87,7 @@ def _recorded_files(folder: Path) -> dict[str, Any]:
 
 def _differences(folder: Path, name: str, recorded: Any) -> list[str]:
     try:
-        found = _measure(folder / name, folder)
+        found = measure_file(folder / name, folder)
     except InputError as error:
         return [f"unreadable: {error}"]
     if not isinstance(recorded, dict) or recorded.keys() != found.keys() or type(recorded["bytes"]) is not int:

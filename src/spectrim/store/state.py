@@ -1,0 +1,78 @@
+"""One saved moment of a training run, in one safetensors file that is old, new or absent, never half.
+
+The header's metadata holds the step, the facts (JSON) and a sha256 over step, facts, names, dtypes, shapes and values.
+What is read is what was saved, bit for bit, or it is refused: a scratch folder is as untrusted as any other.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spectrim.errors import InputError
+from spectrim.store import disk, writer
+from spectrim.store.files import check_stays_inside, shown
+from spectrim.store.header import read_header
+from spectrim.store.strict_json import parse_object
+
+FORMAT = "spectrim-state-1"
+
+
+def write_state(path: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Replaces `path` in one step. `ResourceError` if the disk fails; the older state is then untouched."""
+    ours = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(facts, allow_nan=False)
+    metadata = {"format": FORMAT, "step": str(step), "facts": text, "sha256": digest(step, text, ours)}
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        save_file(ours, fresh, metadata=metadata)
+        writer.point("state-written")
+        disk.fsync_file(fresh)
+        writer.point("state-synced")
+        os.replace(fresh, path)
+        writer.point("state-renamed")
+        disk.fsync_folder(path.parent)
+        writer.point("state-saved")
+    except (OSError, SafetensorError) as error:
+        disk.remove(fresh)
+        if disk.system_errno(error) is None:
+            raise
+        raise disk.as_resource_error(error, path) from error
+
+
+def read_state(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    """Step, tensors (on the CPU) and facts; `InputError` if anything differs from what was saved."""
+    check_stays_inside(path, path.parent)
+    try:
+        read_header(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT or not {"step", "facts", "sha256"} <= metadata.keys():
+        raise InputError(f"{path}: is not a {FORMAT} file (its header says {shown(str(metadata.get('format')))})")
+    step, text = metadata["step"], metadata["facts"]
+    found = digest(int(step), text, tensors) if step.isdecimal() and len(step) < 17 else "an impossible step"
+    if found != metadata["sha256"]:
+        raise InputError(
+            f"{path}: damaged or edited: sha256 {shown(metadata['sha256'][:12])} recorded, {found[:12]} found"
+        )
+    return int(step), tensors, parse_object(text.encode(), where=f"{path}: facts")
+
+
+def digest(step: int, facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over all that a state is; the tensors are contiguous and on the CPU."""
+    sha = hashlib.sha256(f"{step}\0{len(facts)}\0{facts}\0".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
