@@ -8,7 +8,7 @@ the first 300 windows of 512 tokens of each held-out text, without overlap. Each
 stored numbers are counted from the files' headers, and the figures are of the weights rounded as stored (bf16).
 
 Rows are shared out among `--jobs` processes on one device (their seconds are then longer than alone); every row is
-written as it comes, so that a run that is cut short keeps what it has. `reference.json` holds them all at the end.
+written to OUT/rows as it comes, so that a run that is cut short keeps what it has. `reference.json` holds them all.
 """
 
 import argparse
@@ -89,7 +89,7 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="balanced, factor storage", preset="balanced", options={"storage": "factor"}),
         Row(label="balanced, phase 3 only", preset="balanced", options={"explore": 0.0, "refine": 0.0}),
         Row(label="balanced, phases 1 and 3", preset="balanced", options={"explore": 0.3, "refine": 0.0}),
-        Row(label="balanced, phases 2 and 3", preset="balanced", options={"explore": 0.0, "refine": 0.6}),
+        Row(label="balanced, all phases", preset="balanced", options={"explore": 0.3, "refine": 0.3}),
         Row(label="balanced, basis svd", preset="balanced", options={"basis": "svd"}),
         Row(label="balanced, other seeds", preset="balanced", seeds=(1, 2)),
     ],
@@ -262,7 +262,10 @@ def main() -> None:
     args.until = time.time() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as shared:
-        args.cache, args.claims = Path(shared) / "training.npy", Path(shared)
+        args.cache, args.claims = Path(shared) / "training.npy", args.out / "rows"  # kept when the run is cut short
+        args.claims.mkdir(exist_ok=True)
+        for old in args.claims.iterdir():
+            old.unlink()
         model = Path(shared) / "model"
         model.mkdir()
         training_windows(args.data, unpack_model(args.data, model), args.cache)

@@ -77,6 +77,14 @@ class Stats:
         return value
 
 
+@dataclass(frozen=True)
+class Coupling:
+    """A refinement of GRAM and OUTPUT_GRAD by the correlation of tokens; both are inverted after this shrinkage."""
+
+    input_shrinkage: float
+    output_shrinkage: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What one layer is to become."""
@@ -189,6 +197,20 @@ class LayerMethod(ABC):
         require_choice(self.info.name, "storage", self.storage, ("factor", "pivot"))
         require_choice(self.info.name, "allocation", self.allocation, ("uniform", "global"))
         require_range(self.info.name, "rounds", self.rounds, 0, 8)
+
+    @property
+    def refinement(self) -> Coupling | None:
+        """How a second gradient pass refines the covariances (engines/couple.py); None: they stay as measured."""
+        return None
+
+    @property
+    def error_share(self) -> float:
+        """The share, in [0, 1], of the error of what runs before a layer that the layer makes up for; 0: none.
+
+        See engines/propagate.py. `decompose` is then also given weights other than the model's, with the Gram matrix
+        of the inputs in the compressed model in the place of GRAM.
+        """
+        return 0.0
 
     @abstractmethod
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:

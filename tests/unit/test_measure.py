@@ -47,7 +47,7 @@ def float32_throughout(monkeypatch):
 
 @pytest.fixture
 def known_labels(monkeypatch):
-    monkeypatch.setattr(engine, "_backward_from_sampled_labels", backward_from_fixed_labels)
+    monkeypatch.setattr(engine, "backward_from_sampled_labels", backward_from_fixed_labels)
 
 
 def oracle(model: PreTrainedModel, ids: Tensor, *, clip: float | None = None) -> dict[str, dict[str, Tensor]]:
@@ -263,7 +263,7 @@ def sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Gener
         output.register_hook(lambda g: caught.__setitem__("gradient", g))
 
     handle = model.lm_head.register_forward_hook(hook)
-    engine._backward_from_sampled_labels(model, batch, generator)
+    engine.backward_from_sampled_labels(model, batch, generator)
     handle.remove()
     one_hot = caught["logits"].softmax(-1) - caught["gradient"]
     assert_one_hot(one_hot)

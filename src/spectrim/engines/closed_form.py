@@ -5,7 +5,7 @@ goes on must take the spectra of the run that was interrupted. They are large (f
 float32, K (O + I) numbers a layer) and are therefore saved only when there is a later state to save.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -58,23 +58,35 @@ def identity(method: LayerMethod, walk: Walk, keep: float, seed: int, calibratio
     }
 
 
-def pack_closed_form(spectra: Mapping[str, Spectrum], plan: Plan, run: dict[str, Any], *, learned: bool) -> Saved:
-    """On the CPU: all components in float32 where scores are learned on them, else those that are kept, in float64."""
+def pack_closed_form(
+    spectra: Mapping[str, Spectrum],
+    plan: Plan,
+    run: dict[str, Any],
+    *,
+    learned: bool,
+    changed: bool,
+    warnings: Sequence[str] = (),
+) -> Saved:
+    """On the CPU: all components in float32 where scores are learned on them, else those that are kept, in float64.
+
+    `changed` says that weights that stay dense are not the model's own: their components are then kept too.
+    """
     tensors: dict[str, Tensor] = {}
     for name, spectrum in spectra.items():
         target = plan.targets[name]
-        count = len(spectrum.energy) if learned else 0 if target.codec == "dense" else target.rank
+        left_alone = target.codec == "dense" and not changed
+        count = len(spectrum.energy) if learned else 0 if left_alone else target.rank
         left, right = spectrum.left[:, :count], spectrum.right[:count]
         tensors[f"{name}.left"] = (left.float() if learned else left).contiguous().cpu()
         tensors[f"{name}.right"] = (right.float() if learned else right).contiguous().cpu()
         tensors[f"{name}.energy"] = spectrum.energy.cpu()
-    return Saved(1, tensors, {"run": run, "plan": plan_to_facts(plan)})
+    return Saved(1, tensors, {"run": run, "plan": plan_to_facts(plan), "warnings": list(warnings)})
 
 
 def unpack_closed_form(
     saved: Saved, model: PreTrainedModel, walk: Walk, run: dict[str, Any]
-) -> tuple[dict[str, Spectrum], Plan]:
-    """Spectra on their weights' devices, and the plan; InputError when they are of another run."""
+) -> tuple[dict[str, Spectrum], Plan, list[str]]:
+    """Spectra on their weights' devices, the plan, and warnings; InputError when they are of another run."""
     for name, value in run.items():
         if saved.facts["run"].get(name) != value:
             raise InputError(
@@ -88,7 +100,7 @@ def unpack_closed_form(
             find(saved.tensors, f"{layer.name}.{part}").to(device) for part in ("left", "right", "energy")
         )
         spectra[layer.name] = Spectrum(left, right, energy)
-    return spectra, plan_from_facts(saved.facts["plan"])
+    return spectra, plan_from_facts(saved.facts["plan"]), list(saved.facts["warnings"])
 
 
 def _short(value: object) -> str:

@@ -5,7 +5,8 @@ The order of a whole run, with measuring and training around it, is in engines/p
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -61,27 +62,38 @@ def check_weights(model: PreTrainedModel, walk: Walk) -> None:
             )
 
 
+@contextmanager
+def solver_errors_of(layer: Layer, what: str) -> Iterator[None]:
+    """A failing eigensolver becomes a NumericalError that names the layer and what was solved."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  (public, not re-exported)
+        raise NumericalError(
+            f"{layer.name}: the solver failed on {what}: {error}. Try --device cpu, or more calibration text"
+        ) from error
+
+
+def decompose_layer(method: LayerMethod, layer: Layer, weight: Tensor, stats: Stats) -> Spectrum:
+    """The spectrum of one weight (O, I), float64, in the method's metric; NumericalError unless it is finite."""
+    shape = f"its {layer.outputs} x {layer.inputs} weight"
+    with solver_errors_of(layer, f"{shape} ({method.info.name})"):
+        spectrum = method.decompose(weight, stats)
+    if not all(bool(torch.isfinite(t).all()) for t in spectrum):
+        raise NumericalError(
+            f"{layer.name}: the decomposition of {shape} is not finite "
+            f"({method.info.name}); the statistics or the solver failed. Use more calibration text"
+        )
+    return spectrum
+
+
 def decompose_all(
     method: LayerMethod, model: PreTrainedModel, walk: Walk, stats: Mapping[str, Stats]
 ) -> dict[str, Spectrum]:
     """The spectrum of every layer in the method's metric, float64 on the weight's device."""
-    spectra = {}
-    for layer in walk.layers:
-        weight = weight_of(model.get_submodule(layer.name)).detach().double()
-        try:
-            spectrum = method.decompose(weight, stats[layer.name])
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  (public, not re-exported)
-            raise NumericalError(
-                f"{layer.name}: the solver failed on its {layer.outputs} x {layer.inputs} weight "
-                f"({method.info.name}): {error}. Try --device cpu, or more calibration text"
-            ) from error
-        if not all(bool(torch.isfinite(t).all()) for t in spectrum):
-            raise NumericalError(
-                f"{layer.name}: the decomposition of its {layer.outputs} x {layer.inputs} weight is not finite "
-                f"({method.info.name}); the statistics or the solver failed. Use more calibration text"
-            )
-        spectra[layer.name] = spectrum
-    return spectra
+    return {
+        la.name: decompose_layer(method, la, weight_of(model.get_submodule(la.name)).detach().double(), stats[la.name])
+        for la in walk.layers
+    }
 
 
 def weight_budget(walk: Walk, keep: float, storage: Storage) -> int:

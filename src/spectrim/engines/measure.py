@@ -81,11 +81,19 @@ def measure(
         if needs & {Stat.OUTPUT_GRAD, Stat.FISHER}:
             border = len(ids) if gradient_windows is None else min(gradient_windows, len(ids))
         starts = [*range(0, border, batch_size), *range(border, len(ids), batch_size)]
-        with hooks(model, walk, sums, leader, needs), autocast(device):
+
+        def on_input(name: str, x: Tensor) -> None:
+            if leader[name] == name:
+                _add_input(sums[name], x, needs)
+
+        def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
+            _add_gradient(sums[name], gradient, x, needs, windows)
+
+        with hooks(model, walk, on_input, on_gradient if border else None), autocast(device):
             for start, stop in zip(starts, [*starts[1:], len(ids)], strict=False):
                 batch = ids[start:stop].to(device)
                 if start < border:
-                    _backward_from_sampled_labels(model, batch, generator)
+                    backward_from_sampled_labels(model, batch, generator)
                 else:
                     with torch.no_grad():
                         model(input_ids=batch, use_cache=False)
@@ -101,7 +109,7 @@ def measure(
     return {name: _finish(name, sums[name], sums[leader[name]], needs) for name in layers}
 
 
-def _backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
+def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
     """Backpropagate `sum over tokens of -log p(sampled next token)`."""
     with torch.enable_grad():
         logits = model(input_ids=batch, use_cache=False).logits.float()
@@ -114,21 +122,26 @@ def _backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generat
         loss.backward()
 
 
+OnInput = Callable[[str, Tensor], None]
+"""Called with a layer's name and its input (..., I)."""
+OnGradient = Callable[[str, Tensor, Tensor, torch.Size], None]
+"""Called with a layer's name, the gradient at its output (..., O), its input (..., I), and (B, S) of the batch."""
+
+
 @contextmanager
 def hooks(
-    model: PreTrainedModel, walk: Walk, sums: dict[str, _Sums], leader: dict[str, str], needs: frozenset[Stat]
+    model: PreTrainedModel, walk: Walk, on_input: OnInput | None, on_gradient: OnGradient | None
 ) -> Iterator[None]:
-    """Forward hooks on every target layer that add to `sums`; gradients through a hook on each output."""
-    gradients = needs & {Stat.OUTPUT_GRAD, Stat.FISHER}
+    """Forward hooks on every target layer that call back with its input; gradients through a hook on each output."""
     windows = torch.Size((1, 1))  # (B, S) of the present batch
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
-            if leader[name] == name:
-                _add_input(sums[name], x, needs)
-            if gradients and output.requires_grad:
-                output.register_hook(lambda g, shape=windows: _add_gradient(sums[name], g, x, needs, shape))
+            if on_input is not None:
+                on_input(name, x)
+            if on_gradient is not None and output.requires_grad:
+                output.register_hook(lambda g, shape=windows: on_gradient(name, g.detach(), x, shape))
 
         return hook
 
@@ -138,7 +151,7 @@ def hooks(
         output.requires_grad_(True)  # with all weights frozen the graph has to start somewhere
 
     handles = [model.get_submodule(la.name).register_forward_hook(note(la.name)) for la in walk.layers]
-    if gradients:
+    if on_gradient is not None:
         handles.append(model.get_input_embeddings().register_forward_hook(begin))
     try:
         yield
@@ -161,20 +174,29 @@ def _add_input(sums: _Sums, x: Tensor, needs: frozenset[Stat]) -> None:
 def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat], windows: torch.Size) -> None:
     """Add the rows of the gradient (..., O) at a layer's output; x (..., I) is the input of the same call.
 
-    `windows` is (B, S) of the batch. Some layers see its tokens flattened to (B S, I) (OPT's mlp): they are put back
-    into sequences, since FISHER squares the sum over one sequence.
+    `windows` is (B, S) of the batch; FISHER squares the sum over one sequence.
     """
-    rows = gradient.detach().reshape(-1, gradient.shape[-1])
+    rows = gradient.reshape(-1, gradient.shape[-1])
     sums.gradient_tokens += len(rows)
     if Stat.OUTPUT_GRAD in needs:
         width = rows.shape[1]
         clipped = clip_rows(rows, ratio=GRADIENT_CLIP)
         add_gram(sums.total(Stat.OUTPUT_GRAD, (width, width), x.device), clipped)
     if Stat.FISHER in needs:
-        batch = windows[0] if len(rows) == windows.numel() else 1  # routed tokens belong to no sequence
-        g, rows_in = rows.view(batch, -1, rows.shape[1]), x.reshape(batch, -1, x.shape[-1])
+        g, rows_in = in_sequences(rows, windows), in_sequences(x, windows)
         add_squares(sums.total(Stat.FISHER, (g.shape[-1], x.shape[-1]), x.device), g, rows_in)
-        sums.sequences += batch
+        sums.sequences += len(g)
+
+
+def in_sequences(rows: Tensor, windows: torch.Size) -> Tensor:
+    """Rows (..., n) as (B, S, n), where `windows` is (B, S) of the batch.
+
+    Some layers see its tokens flattened to (B S, n) (OPT's mlp): they are put back. Tokens routed to an expert belong
+    to no sequence: all of a batch are taken as one, (1, N, n).
+    """
+    width = rows.shape[-1]
+    batch = windows[0] if rows.numel() == windows.numel() * width else 1
+    return rows.reshape(batch, -1, width)
 
 
 def _finish(name: str, own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Stats:

@@ -1,12 +1,14 @@
 """One compression in memory, from a dense model to a compressed one; the dense model is not changed.
 
 1. find the target layers; refuse weights that are not finite
-2. measure the statistics the method needs, in one pass over the calibration windows
+2. measure the statistics the method needs, in one pass over the calibration windows     engines/measure.py
+   and refine them in a second gradient pass, if the method asks for it                  engines/couple.py
 3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
-5. learned methods: train scores on the spectra                                          engines/learned.py
-6. encode each layer, put it in place
-7. recovery: refit, block refinement, distillation                                       engines/recovery.py
+5. in running order, let each weight make up for the error before it, decompose it again engines/propagate.py
+6. learned methods: train scores on the spectra                                          engines/learned.py
+7. encode each layer, put it in place
+8. recovery: refit, block refinement, distillation                                       engines/recovery.py
 """
 
 import time
@@ -21,10 +23,12 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.closed_form import STAGE as CLOSED_FORM
 from spectrim.engines.closed_form import SavedFirst, identity, pack_closed_form, unpack_closed_form
+from spectrim.engines.couple import couple
 from spectrim.engines.layerwise import Plan, apply_plan, check_weights, decompose_all, plan_ranks
 from spectrim.engines.learned import Learned, skeleton, train_scores
-from spectrim.engines.loop import Checkpoint
+from spectrim.engines.loop import Checkpoint, Saved
 from spectrim.engines.measure import Progress, measure
+from spectrim.engines.propagate import propagate
 from spectrim.engines.recovery import Recovered, recover, recovery_of
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
@@ -98,7 +102,7 @@ def compress_model(
         placed = apply_plan(student, walk, plan, learned.factors, learned=True)
     else:
         with timed(clock, "encode"):
-            placed = apply_plan(student, walk, plan, spectra)
+            placed = apply_plan(student, walk, plan, spectra, learned=run.propagates)
     recovered = recover(
         steps, student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed, progress=progress,
         checkpoint=checkpoint,
@@ -113,7 +117,7 @@ def compress_model(
         recovered=tuple(recovered),
         seconds=clock,
         gradient_windows=gradient_windows,
-        warnings=list(learned.warnings if learned else ()),
+        warnings=[*run.warnings, *(learned.warnings if learned else ())],
     )
 
 
@@ -129,8 +133,9 @@ def closed_form(
     clock: dict[str, float],
     progress: Progress | None,
 ) -> tuple[dict[str, Spectrum], Plan]:
-    """Steps 2 to 4 alone; `clock` collects their seconds."""
-    return _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows).closed_form(calibration)
+    """Steps 2 to 4 alone, for a result that serves more sizes than `keep`; `clock` collects their seconds."""
+    run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows, one_size=False)
+    return run.closed_form(calibration)
 
 
 @dataclass
@@ -145,6 +150,13 @@ class _Run:
     progress: Progress | None
     clock: dict[str, float]
     gradient_windows: int
+    one_size: bool = True
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def propagates(self) -> bool:
+        """True when weights change before they are cut, those that stay dense too: they then fit one size only."""
+        return self.one_size and self.method.error_share > 0 and self.keep < 1
 
     def closed_form_or_saved(
         self, ids: Tensor, checkpoint: Checkpoint | None, *, learned: bool
@@ -157,40 +169,76 @@ class _Run:
         if saved is None:
             spectra, plan = self.closed_form(ids)
         else:
-            spectra, plan = unpack_closed_form(saved, self.dense, self.walk, run)
-        keeper = SavedFirst(
-            checkpoint,
-            CLOSED_FORM,
-            lambda: pack_closed_form(spectra, plan, run, learned=learned),
-            kept=saved is not None,
-        )
+            spectra, plan, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run)
+
+        def pack() -> Saved:
+            changed = learned or self.propagates
+            return pack_closed_form(spectra, plan, run, learned=learned, changed=changed, warnings=self.warnings)
+
+        keeper = SavedFirst(checkpoint, CLOSED_FORM, pack, kept=saved is not None)
         return spectra, plan, keeper
 
     def closed_form(self, ids: Tensor) -> tuple[dict[str, Spectrum], Plan]:
-        """Steps 2 to 4: spectra of the original weights in the final metric, and the ranks under the budget."""
-        first = self.statistics(self.dense, ids, self.seed)
-        spectra, plan = self.decide(first)
+        """Steps 2 to 5: spectra in the final metric, and the ranks under the budget."""
+        first = stats = self.statistics(self.dense, ids, self.seed)
+        spectra, plan = self.decide(stats)
         for extra in range(self.method.rounds if self.keep < 1 else 0):
             student = skeleton(self.dense)
             apply_plan(student, self.walk, plan, spectra)
             again = self.statistics(student, self.round_windows(ids), self.seed + 1 + extra)
-            spectra, plan = self.decide({name: first[name].blend(again[name]) for name in first})
+            stats = {name: first[name].blend(again[name]) for name in first}
+            spectra, plan = self.decide(stats)
+        if self.propagates:
+            self.propagate(spectra, plan, stats, ids)
         return spectra, plan
 
     def round_windows(self, ids: Tensor) -> Tensor:
         """The windows of a later round: those that give gradients."""
         return ids[: self.gradient_windows]
 
+    @property
+    def batch_size(self) -> int:
+        return CPU_BATCH if device_of(self.dense).type == "cpu" else GPU_BATCH
+
     def statistics(self, model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Stats]:
         with timed(self.clock, "calibrate"):
-            return measure(
+            stats = measure(
                 model,
                 self.walk,
                 ids,
                 self.method.needs,
-                batch_size=CPU_BATCH if device_of(model).type == "cpu" else GPU_BATCH,
+                batch_size=self.batch_size,
                 gradient_windows=self.gradient_windows,
                 seed=seed,
+                progress=self.progress,
+            )
+        if self.method.refinement is None:
+            return stats
+        with timed(self.clock, "couple"):
+            return couple(
+                model,
+                self.walk,
+                ids[: self.gradient_windows],
+                stats,
+                self.method.refinement,
+                batch_size=self.batch_size,
+                seed=seed,
+                progress=self.progress,
+            )
+
+    def propagate(self, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor) -> None:
+        """Step 5, in place. Only forward passes; on a CPU the windows of a later round are enough of them."""
+        on_cpu = device_of(self.dense).type == "cpu"
+        with timed(self.clock, "propagate"):
+            self.warnings += propagate(
+                self.method,
+                self.dense,
+                self.walk,
+                spectra,
+                plan,
+                stats,
+                self.round_windows(ids) if on_cpu else ids,
+                batch_size=self.batch_size,
                 progress=self.progress,
             )
 

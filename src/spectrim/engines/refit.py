@@ -9,16 +9,14 @@ Source: the closed-form update of SVD-LLM (arXiv 2403.07378). Both models advanc
 few forward passes however deep the model is.
 """
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.layerwise import build_linear
 from spectrim.engines.measure import Progress, autocast, frozen
-from spectrim.engines.stream import Stream, start
-from spectrim.linalg.curvature import add_gram
+from spectrim.engines.stream import input_moments, start
+from spectrim.errors import InputError
 from spectrim.linalg.factor import Factors, refit_left
 from spectrim.method import Replacement, encode
 from spectrim.models.walk import Walk, device_of, shared_inputs, weight_of
@@ -46,50 +44,18 @@ def refit(
             for group in (g for g in groups if block_of[g[0]] == block):
                 low_rank = [n for n in group if isinstance(student.get_submodule(n), LowRankLinear | PivotLinear)]
                 if low_rank:
-                    cross, gram = _moments(dense, small, block, group[0])
+                    moments = input_moments(dense, small, block, group[0])
+                    if moments is None:
+                        raise InputError(
+                            f"{group[0]}: refit needs the same tokens at a layer in both models; those of an expert "
+                            "are routed by each model in its own way. Leave refit out for this model"
+                        )
                     for name in low_rank:
-                        _refit_layer(student, teacher, name, cross, gram)
+                        _refit_layer(student, teacher, name, *moments)
             for stream in (dense, small):
                 stream.advance(block)
             if progress is not None:
                 progress("refit", block + 1, len(walk.block_names))
-
-
-def _moments(dense: Stream, small: Stream, block: int, name: str) -> tuple[Tensor, Tensor]:
-    """E[x x'^T] and E[x' x'^T] at the input of layer `name`, from both models' present hidden states."""
-    seen: dict[str, Tensor] = {}
-    handles = [
-        stream.model.get_submodule(name).register_forward_pre_hook(_store(seen, key))
-        for key, stream in (("dense", dense), ("small", small))
-    ]
-    cross = gram = None
-    tokens = 0
-    try:
-        for batch in range(len(dense.hidden)):
-            dense.run(block, batch)
-            small.run(block, batch)
-            x, y = (seen[key].reshape(-1, seen[key].shape[-1]) for key in ("dense", "small"))
-            if cross is None or gram is None:
-                cross = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-                gram = torch.zeros_like(cross)
-            add_gram(cross, x, y)
-            add_gram(gram, y)
-            tokens += len(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert cross is not None, "no calibration window"
-    assert gram is not None
-    return cross / tokens, gram / tokens
-
-
-def _store(seen: dict[str, Tensor], key: str) -> Callable[..., None]:
-    """A hook that puts a layer's input into `seen[key]`."""
-
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[key] = inputs[0]
-
-    return hook
 
 
 def _refit_layer(student: PreTrainedModel, teacher: PreTrainedModel, name: str, cross: Tensor, gram: Tensor) -> None:

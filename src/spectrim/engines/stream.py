@@ -1,4 +1,4 @@
-"""Two models side by side, block by block: what refitting and block refinement both walk over.
+"""Two models side by side, block by block: what propagation, refitting and block refinement walk over.
 
 A stream holds the hidden states of all windows before the present block only: windows x length x width numbers. What a
 block is called with beside them (positions, masks) is kept too, once where it is the same for all batches.
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.loop import Buffers
 from spectrim.engines.pack import fill
+from spectrim.linalg.curvature import add_gram
 from spectrim.models.walk import Walk, device_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 
@@ -82,6 +83,50 @@ def _shared(new: Any, known: Any) -> Any:
     if type(new) is dict and type(known) is dict and new.keys() == known.keys():
         return {key: _shared(value, known[key]) for key, value in new.items()}
     return new
+
+
+def input_moments(dense: Stream, small: Stream, block: int, name: str) -> tuple[Tensor, Tensor] | None:
+    """E[x x'^T] and E[x' x'^T] at the input of layer `name`, x in `dense` and x' in `small`, at their present block.
+
+    None where tokens cannot be paired: those of an expert, which each model chooses in its own way.
+    """
+    seen: dict[str, Tensor] = {}
+    handles = [
+        stream.model.get_submodule(name).register_forward_pre_hook(_store(seen, key))
+        for key, stream in (("dense", dense), ("small", small))
+    ]
+    cross = gram = None
+    tokens = 0
+    try:
+        for batch, hidden in enumerate(dense.hidden):
+            seen.clear()
+            dense.run(block, batch)
+            small.run(block, batch)
+            rows = {key: x.reshape(-1, x.shape[-1]) for key, x in seen.items()}
+            if any(key not in rows or len(rows[key]) != hidden.shape[:-1].numel() for key in ("dense", "small")):
+                return None
+            x, y = rows["dense"], rows["small"]
+            if cross is None or gram is None:
+                cross = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+                gram = torch.zeros_like(cross)
+            add_gram(cross, x, y)
+            add_gram(gram, y)
+            tokens += len(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert cross is not None, "no calibration window"
+    assert gram is not None
+    return cross / tokens, gram / tokens
+
+
+def _store(seen: dict[str, Tensor], key: str) -> Callable[..., None]:
+    """A hook that puts a layer's input into `seen[key]`."""
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[key] = inputs[0]
+
+    return hook
 
 
 def low_rank_layers(model: PreTrainedModel, walk: Walk) -> dict[str, LowRankLinear | PivotLinear]:

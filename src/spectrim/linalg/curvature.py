@@ -3,7 +3,12 @@
 Products are formed in float32 over at most `CHUNK` tokens and added in float64: the float32 error of one product is
 averaged out, the running sum loses nothing. (Gram matrices accumulated in float32 alone had negative eigenvalues
 once activations spread over four decades.)
+
+Hooks run inside the autocast of the pass that calls them, which would turn these products into bf16: it is switched
+off here, at the sums themselves, so that no caller can forget it.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +16,18 @@ from torch import Tensor
 CHUNK = 4096
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context in which products on this device keep the precision of what is multiplied."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def add_gram(total: Tensor, rows: Tensor, other: Tensor | None = None) -> None:
     """`total += rows^T other` in place. rows (N, n), other (N, m) or the same, total (n, m) in float64."""
-    for start in range(0, len(rows), CHUNK):
-        part = rows[start : start + CHUNK].float()
-        second = part if other is None else other[start : start + CHUNK].float()
-        total += part.mT @ second
+    with full_precision(total.device):
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK].float()
+            second = part if other is None else other[start : start + CHUNK].float()
+            total += part.mT @ second
 
 
 def add_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> None:
@@ -24,8 +35,49 @@ def add_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> None:
 
     gradients (B, S, O), inputs (B, S, I), total (O, I) in float64.
     """
-    for gradient, rows in zip(gradients, inputs, strict=True):
-        total += (gradient.float().mT @ rows.float()).square()
+    with full_precision(total.device):
+        for gradient, rows in zip(gradients, inputs, strict=True):
+            total += (gradient.float().mT @ rows.float()).square()
+
+
+class Coupled(NamedTuple):
+    """Sums for one step of the alternation, float64; `overlap` is a 0-dimensional tensor."""
+
+    input: Tensor  # (I, I)  sum over sequences of  G^T B0^-1 G / O
+    output: Tensor  # (O, O)  sum over sequences of  G A0^-1 G^T / I
+    overlap: Tensor  # ()     sum over sequences of  tr(A0^-1 G^T B0^-1 G) / (O I)
+
+    def finish(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The new pair (A, B), per token.
+
+        Each of the two new factors, paired with the *old* other one, already carries the size of the whole. It would
+        count twice in A (x) B, so B is divided by c = E[tr(A0^-1 G^T B0^-1 G)] / (O I), which is 1 where tokens are
+        independent: the pair then has the mean curvature, seen from (A0, B0), of what was measured.
+        """
+        a, b = self.input / tokens, self.output / self.overlap
+        return (a + a.mT) / 2, (b + b.mT) / 2
+
+
+def add_coupled(total: Coupled, gradients: Tensor, inputs: Tensor, a_inverse: Tensor, b_inverse: Tensor) -> None:
+    """One step of the alternation for the Kronecker factors of the Fisher matrix, token correlations included.
+
+    gradients (B, S, O), inputs (B, S, I), a_inverse (I, I) and b_inverse (O, O) in float32; with the gradient of a
+    whole sequence at the weight, G = sum over its tokens of g x^T (O, I):
+
+        A = E[G^T B0^-1 G] / O,   B = E[G A0^-1 G^T] / I
+
+    Repeated until nothing moves, it gives the maximum-likelihood factors of a matrix normal G (the flip-flop of
+    Dutilleul 1999), which is the A (x) B nearest to E[vec G vec G^T] in Kullback-Leibler divergence. K-FAC (Martens and
+    Grosse 2015) takes E[x x^T] and E[g g^T], as if the terms of G were independent of each other and g of x.
+    """
+    outputs, columns = gradients.shape[-1], inputs.shape[-1]
+    with full_precision(total.input.device):
+        for gradient, rows in zip(gradients, inputs, strict=True):
+            whole = gradient.float().mT @ rows.float()
+            left, right = b_inverse @ whole, whole @ a_inverse
+            total.input.add_(left.mT @ whole, alpha=1 / outputs)
+            total.output.add_(right @ whole.mT, alpha=1 / columns)
+            total.overlap.add_((left * right).sum(dtype=torch.float64), alpha=1 / (outputs * columns))
 
 
 def clip_rows(rows: Tensor, *, ratio: float) -> Tensor:

@@ -145,6 +145,27 @@ def refit_left(weight: Tensor, right: Tensor, cross: Tensor, gram: Tensor, *, ri
     return solve_symmetric(system + damping * eye, (target + damping * anchor).mT).mT
 
 
+DRIFT_RIDGE = 0.1
+"""Of the mean input variance. Directions in which the compressed model's inputs hardly vary would else be given large
+weights for what is noise there; as much again as an average direction has still lets the strong ones through."""
+
+
+def drift_target(weight: Tensor, cross: Tensor, gram: Tensor, *, mix: float, ridge: float = DRIFT_RIDGE) -> Tensor:
+    """The weight (O, I) that makes up for inputs x' having drifted from x: W + mix W (C - S) (S + r)^-1.
+
+    The minimum over W' of  E|| mix W x + (1 - mix) W x' - W' x' ||^2 + r || W' - W ||_F^2,  r = ridge tr(S) / I
+
+    `cross` C is E[x x'^T] between the dense model's inputs and the compressed model's, `gram` S is E[x' x'^T] (both
+    (I, I)). mix 0 gives W back, mix 1 asks for the dense model's outputs, whatever they now have to be made from.
+    Works with singular S; with S = 0 (an input that never fires) there is nothing to make up for, and W is returned.
+    """
+    damping = ridge * gram.diagonal().mean()
+    if mix == 0 or gram.diagonal().max() <= 0:
+        return weight
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return weight + mix * solve_symmetric(gram + damping * eye, (weight @ (cross - gram)).mT).mT
+
+
 def solve_symmetric(system: Tensor, target: Tensor) -> Tensor:
     """`system^-1 target` for a symmetric non-negative system (n, n), small eigenvalues cut relative to the largest."""
     values, vectors = torch.linalg.eigh((system + system.mT) / 2)

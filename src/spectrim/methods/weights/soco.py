@@ -32,6 +32,7 @@ from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.method import (
     Allocation,
     Components,
+    Coupling,
     LearnedMethod,
     MethodInfo,
     Stat,
@@ -69,23 +70,37 @@ class SoCo(LearnedMethod):
     storage: Storage = "pivot"
     allocation: Allocation = "global"
     rounds: int = 1
+    coupling: Literal["none", "sequence"] = "sequence"
+    propagate: float = 0.5
     basis: Literal["two-sided", "svd"] = "two-sided"
     input_shrinkage: float = 0.01
     output_shrinkage: float = 0.2
     steps: int = 300
     distil_steps: int = 0
-    explore: float = 0.3
-    refine: float = 0.3
+    explore: float = 0.0
+    refine: float = 0.6
     hysteresis: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("soco", "basis", self.basis, ("two-sided", "svd"))
+        require_choice("soco", "coupling", self.coupling, ("none", "sequence"))
+        require_range("soco", "propagate", self.propagate, 0.0, 1.0)
         require_range("soco", "distil_steps", self.distil_steps, 0, 1_000_000)
         for name in ("input_shrinkage", "output_shrinkage", "explore", "refine"):
             require_range("soco", name, getattr(self, name), 0.0, 1.0)
         require_range("soco", "explore + refine", self.explore + self.refine, 0.0, 1.0)
         require_range("soco", "hysteresis", self.hysteresis, 0.0, 100.0)
+
+    @property
+    def refinement(self) -> Coupling | None:
+        """With the shrinkages of the metric itself."""
+        return Coupling(self.input_shrinkage, self.output_shrinkage) if self.coupling == "sequence" else None
+
+    @property
+    def error_share(self) -> float:
+        """As asked for."""
+        return self.propagate
 
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """Components in the chosen basis, strongest first by what losing each costs to second order."""

@@ -9,18 +9,34 @@ The error is the second-order change of the loss under a Kronecker-factored Fish
 2015; used for low rank by KFAC-SVD / LEMS, OBD-LLM, IO-SVD). Squared singular values are then comparable across
 layers, so one global budget makes sense: `allocation="global"`. Pivot storage has no break-even cliff.
 
+coupling="sequence": A and B are refined by a second gradient pass, which keeps the correlation between the tokens of a
+window that K-FAC drops (engines/couple.py).
+
 rounds=1: both covariances are measured once more in the compressed model and averaged with the first. The loss along
 the way from W to W' is an integral of the curvature, for which the mean of its ends stands better than its start.
+
+propagate: going through the model in order, each weight first makes up for that share of the error of its inputs, and
+is cut again, to the rank that was planned (engines/propagate.py).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.linalg.metric import root_of, shrink
-from spectrim.method import Allocation, LayerMethod, MethodInfo, Stat, Stats, Storage, require_range
+from spectrim.method import (
+    Allocation,
+    Coupling,
+    LayerMethod,
+    MethodInfo,
+    Stat,
+    Stats,
+    Storage,
+    require_choice,
+    require_range,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +54,27 @@ class TwoSided(LayerMethod):
     storage: Storage = "pivot"
     allocation: Allocation = "global"
     rounds: int = 1
+    coupling: Literal["none", "sequence"] = "sequence"
+    propagate: float = 0.5
     input_shrinkage: float = 0.01
     output_shrinkage: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_choice("two-sided", "coupling", self.coupling, ("none", "sequence"))
+        require_range("two-sided", "propagate", self.propagate, 0.0, 1.0)
         require_range("two-sided", "input_shrinkage", self.input_shrinkage, 0.0, 1.0)
         require_range("two-sided", "output_shrinkage", self.output_shrinkage, 0.0, 1.0)
+
+    @property
+    def refinement(self) -> Coupling | None:
+        """With the shrinkages of the metric itself."""
+        return Coupling(self.input_shrinkage, self.output_shrinkage) if self.coupling == "sequence" else None
+
+    @property
+    def error_share(self) -> float:
+        """As asked for."""
+        return self.propagate
 
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """Components in the metric (root of the gradient covariance, root of the input Gram)."""

@@ -1,0 +1,123 @@
+"""A second gradient pass that refines the Kronecker factors of every layer's metric by what tokens have in common.
+
+    first pass     A0 = E[x x^T], B0 = E[g g^T] over single tokens                       engines/measure.py
+    this one       A = E[G^T B0^-1 G] / O,  B = E[G A0^-1 G^T] / (c I)                   linalg/curvature.add_coupled
+                   G = sum of g x^T over the tokens of one calibration window
+
+A0 and B0 are shrunk as the method shrinks them. Labels are those of the first pass: same seed, same batches.
+
+Memory: layers that share an input share A0 but no longer A, which also depends on their gradients; during the pass
+each layer holds its two sums in float64 and the two inverses in float32 beside A0 and B0.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.engines import measure as plain_measure
+from spectrim.engines.layerwise import solver_errors_of
+from spectrim.engines.measure import Progress, autocast, frozen, hooks, in_sequences
+from spectrim.errors import NumericalError
+from spectrim.linalg.curvature import Coupled, add_coupled, clip_rows
+from spectrim.linalg.metric import root_of, shrink
+from spectrim.method import Coupling, Stat, Stats
+from spectrim.models.walk import Walk, device_of
+
+
+@dataclasses.dataclass
+class _Side:
+    """The inverse of one shrunk covariance in units of its mean, so that float32 neither over- nor underflows."""
+
+    scale: float  # mean diagonal of the covariance
+    inverse: Tensor  # (n, n) float32, of covariance / scale
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Rows in units of the root of that mean."""
+        return rows.float() / self.scale**0.5
+
+
+@dataclasses.dataclass
+class _Sums:
+    """One layer."""
+
+    total: Coupled
+    tokens: int = 0
+
+
+def couple(
+    model: PreTrainedModel,
+    walk: Walk,
+    ids: Tensor,
+    plain: Mapping[str, Stats],
+    coupling: Coupling,
+    *,
+    batch_size: int = 4,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Stats]:
+    """`plain` statistics of every layer with `gram` and `output_grad` refined over `ids` (windows, length).
+
+    `ids` are the windows that gave `plain` its gradients, `seed` and `batch_size` those of that pass. A layer that no
+    gradient reaches at all (a model that is certain) keeps its plain statistics.
+    """
+    sides = _sides(walk, plain, coupling)
+    sums = {name: _Sums(_zeros(plain[name])) for name in sides}
+
+    def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
+        (a, b), own = sides[name], sums[name]
+        rows = clip_rows(gradient.reshape(-1, gradient.shape[-1]), ratio=plain_measure.GRADIENT_CLIP)
+        add_coupled(
+            own.total, in_sequences(b.rows(rows), windows), in_sequences(a.rows(x), windows), a.inverse, b.inverse
+        )
+        own.tokens += len(rows)
+
+    device = device_of(model)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with frozen(model), hooks(model, walk, None, on_gradient), autocast(device):
+        for start in range(0, len(ids), batch_size):
+            batch = ids[start : start + batch_size]
+            plain_measure.backward_from_sampled_labels(model, batch.to(device), generator)
+            if progress is not None:
+                progress("couple", start + len(batch), len(ids))
+    return {name: _refined(name, plain[name], sums.pop(name), sides.pop(name)) for name in list(sums)}
+
+
+def _sides(walk: Walk, plain: Mapping[str, Stats], coupling: Coupling) -> dict[str, tuple[_Side, _Side]]:
+    """(A0, B0) of every layer; inputs that layers share are inverted once."""
+    shared: dict[int, _Side] = {}
+    sides = {}
+    for layer in walk.layers:
+        a, b = plain[layer.name].get(Stat.GRAM), plain[layer.name].get(Stat.OUTPUT_GRAD)
+        with solver_errors_of(layer, "its measured covariances"):
+            if id(a) not in shared:
+                shared[id(a)] = _side(a, coupling.input_shrinkage)
+            sides[layer.name] = (shared[id(a)], _side(b, coupling.output_shrinkage))
+    return sides
+
+
+def _side(covariance: Tensor, shrinkage: float) -> _Side:
+    scale = float(covariance.diagonal().mean()) or 1.0
+    dual = root_of(shrink(covariance / scale, shrinkage)).dual
+    return _Side(scale, (dual @ dual.mT).float())
+
+
+def _zeros(plain: Stats) -> Coupled:
+    a, b = plain.get(Stat.GRAM), plain.get(Stat.OUTPUT_GRAD)
+    return Coupled(torch.zeros_like(a), torch.zeros_like(b), b.new_zeros(()))
+
+
+def _refined(name: str, plain: Stats, sums: _Sums, sides: tuple[_Side, _Side]) -> Stats:
+    overlap = float(sums.total.overlap)
+    if overlap == 0:
+        return plain
+    a, b = sums.total.finish(sums.tokens)
+    refined = dataclasses.replace(plain, gram=a * sides[0].scale, output_grad=b * sides[1].scale)
+    if not refined.is_finite():
+        raise NumericalError(
+            f"{name}: the coupled covariances are not finite (overlap {overlap:g} over {sums.tokens} tokens; no NaN or "
+            "Inf is allowed). Leave them out with --set coupling=none, or use more calibration text"
+        )
+    return refined

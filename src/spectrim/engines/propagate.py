@@ -1,0 +1,100 @@
+"""Each weight makes up for the error of its inputs before it is cut: in running order, after the ranks are planned.
+
+Going through the blocks, and inside a block through the groups of layers that share an input:
+
+    x  the group's input in the dense model, x' in the compressed one (everything before it already placed)
+    W* = W + mix W (E[x x'^T] - S) (S + ridge)^-1,  S = E[x' x'^T]           linalg/factor.drift_target
+    W* is decomposed in the method's metric, with S for the input Gram, and cut to the planned rank
+
+A layer that stays dense becomes W* itself: the correction costs nothing there. Unlike refit, which solves for one
+factor when the other is chosen, both factors are chosen for the new target. All components of W* are kept in the
+spectra, so that learned scores go on from them.
+
+Source of sequential targets: SVD-LLM's update (arXiv 2403.07378). Only a share is asked for: making up for the whole
+error overfits the calibration text, on which C and S are measured.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.engines.layerwise import Plan, decompose_layer, solver_errors_of, swap
+from spectrim.engines.learned import skeleton
+from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.stream import input_moments, start
+from spectrim.linalg.factor import Spectrum, drift_target, truncate
+from spectrim.method import LayerMethod, Stat, Stats, Target, dense_replacement
+from spectrim.models.walk import Layer, Walk, device_of, linear_at, shared_inputs, weight_of
+
+
+@torch.no_grad()
+def propagate(
+    method: LayerMethod,
+    dense: PreTrainedModel,
+    walk: Walk,
+    spectra: dict[str, Spectrum],
+    plan: Plan,
+    stats: Mapping[str, Stats],
+    ids: Tensor,
+    *,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Put the spectra of all W* into `spectra`, layer by layer, for `ids` (windows, length); returns warnings.
+
+    In place, since all components of all layers are the largest thing in memory. Layers whose tokens are routed keep
+    their spectra and are named in a warning: the two models route differently, so that inputs have no partner.
+    """
+    layers = {layer.name: layer for layer in walk.layers}
+    unpaired: list[str] = []
+    with frozen(dense), autocast(device_of(dense)):
+        student = skeleton(dense)
+        groups = shared_inputs(dense, walk.layers)  # in running order
+        full, small = start(dense, walk, ids, batch_size), start(student, walk, ids, batch_size)
+        for block in range(len(walk.block_names)):
+            for group in (g for g in groups if layers[g[0]].block == block):
+                moments = input_moments(full, small, block, group[0])
+                for name in group:
+                    if moments is None:
+                        unpaired.append(name)
+                    else:
+                        weight = weight_of(dense.get_submodule(name)).double()
+                        spectra[name] = _corrected(method, layers[name], weight, stats[name], moments)
+                    _place(student, name, spectra[name], plan.targets[name])
+            for stream in (full, small):
+                stream.advance(block)
+            if progress is not None:
+                progress("propagate", block + 1, len(walk.block_names))
+    return [_warning(unpaired)] if unpaired else []
+
+
+def _corrected(
+    method: LayerMethod, layer: Layer, weight: Tensor, stats: Stats, moments: tuple[Tensor, Tensor]
+) -> Spectrum:
+    """All components of W* in the method's metric."""
+    cross, gram = moments
+    with solver_errors_of(layer, "the input Gram matrix of the compressed model"):
+        target = drift_target(weight, cross, gram, mix=method.error_share)
+    # Energies stay in units of the loss: a coupled Gram matrix carries the size of the token correlation with it.
+    size = stats.get(Stat.GRAM).diagonal().sum() / gram.diagonal().sum()
+    scaled = gram * size if bool(torch.isfinite(size)) else gram  # an input that never fires has no size
+    return decompose_layer(method, layer, target, dataclasses.replace(stats, gram=scaled))
+
+
+def _place(student: PreTrainedModel, name: str, spectrum: Spectrum, target: Target) -> None:
+    """The cut weight as a dense module: it computes what the encoded one does, to rounding."""
+    module = linear_at(student, name)
+    factors = truncate(spectrum, len(spectrum.energy) if target.codec == "dense" else target.rank)
+    weight = (factors.left @ factors.right).to(module.weight.dtype)
+    swap(student, name, dense_replacement(weight, module.bias))
+
+
+def _warning(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"propagate: {shown}: tokens are routed to these layers by each model in its own way, or not at all; "
+        "they do not make up for the error of their inputs"
+    )
