@@ -103,7 +103,7 @@ def kl_of(model: PreTrainedModel, walk: Walk, factors: Mapping[str, Factors], id
 
 @pytest.mark.parametrize("basis", ["two-sided", "svd"])
 def test_learned_scores_beat_the_closed_form_of_the_same_budget(model, walk, stats, ids, basis):
-    method = SoCo(steps=60, basis=basis, **DEFAULTS)
+    method = SoCo(steps=60, basis=basis, explore=0.3, refine=0.3, **DEFAULTS)
     spectra = decompose_all(method, model, walk, stats)
     start = train_scores(dataclasses.replace(method, steps=0), model, walk, spectra, KEEP, ids)
     result = train_scores(method, model, walk, spectra, KEEP, ids)
@@ -374,7 +374,7 @@ def test_layers_out_of_reach_of_the_loss_are_told_after_training(monkeypatch, mo
 
 
 def test_a_schedule_that_ends_above_the_request_is_projected_onto_it_and_told(model, walk, spectra, ids):
-    result = train_scores(SoCo(steps=3, **DEFAULTS), model, walk, spectra, KEEP, ids)
+    result = train_scores(SoCo(steps=3, explore=0.3, **DEFAULTS), model, walk, spectra, KEEP, ids)
     assert result.plan.numbers_after <= int(KEEP * walk.numbers)
     (warning,) = result.warnings
     assert warning.startswith("after 3 steps the budget stood at keep 1.0000, above the request 0.3")

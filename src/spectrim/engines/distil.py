@@ -145,14 +145,21 @@ def metric_or_saved(
     stage = f"{stage} metric"
     saved = None if checkpoint is None else checkpoint.load(stage)
     if saved is not None:
-        return saved.tensors, checkpoint
+        return {name: saved.tensors[key] for name, key in saved.facts["kept_as"].items()}, checkpoint
     needs = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
     found = measure(student, walk, ids, needs, batch_size=8, seed=seed, unreached="leave out")
     measured = {f"{n}.inputs": found[n].get(Stat.GRAM) for n in layers if n in found}
     measured |= {f"{n}.outputs": found[n].get(Stat.OUTPUT_GRAD) for n in layers if n in found}
     if checkpoint is not None:
-        checkpoint = SavedFirst(checkpoint, stage, lambda: Saved(1, measured, {}), kept=False)
+        checkpoint = SavedFirst(checkpoint, stage, lambda: _pack(measured), kept=False)
     return measured, checkpoint
+
+
+def _pack(measured: Mapping[str, Tensor]) -> Saved:
+    """Covariances that layers share are kept once."""
+    first: dict[int, str] = {}
+    kept_as = {name: first.setdefault(tensor.data_ptr(), name) for name, tensor in measured.items()}
+    return Saved(1, {key: measured[key] for key in first.values()}, {"kept_as": kept_as})
 
 
 def roots_of(measured: Mapping[str, Tensor], layers: Mapping[str, LowRankLinear | PivotLinear]) -> dict[str, Metric]:
