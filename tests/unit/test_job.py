@@ -243,14 +243,16 @@ def test_windows_are_no_longer_than_the_context(tmp_path: Path, quick_reload: No
 def test_a_learned_method_reports_what_it_did(model: Path, tmp_path: Path, quick_reload: None) -> None:
     stages: list[str] = []
     report = run(
-        request(model, method="soco", options={"steps": 20, "batch_size": 2, "distil_steps": 2}, train_windows=8,
+        request(model, method="soco", train_windows=8,
+                options={"steps": 20, "batch_size": 2, "distil_steps": 2, "explore": 0.3, "refine": 0.3},
                 eval=str(small_text(tmp_path / "text.txt")), eval_windows=2),
         tmp_path / "out",
         progress=lambda stage, _done, _total: stages.append(stage),
     ).report  # fmt: skip
     assert len(report["learning"]["losses"]) == 20
     assert len(report["learning"]["distil_losses"]) == 2
-    assert report["learning"]["keeps"][0] > report["learning"]["keeps"][-1]
+    keeps = report["learning"]["keeps"]
+    assert keeps[0] > keeps[-1]
     assert report["text"]["training"]["windows"] == 8
     assert report["text"]["calibration"]["windows"] == 4
     assert report["method"]["steps"] == 20

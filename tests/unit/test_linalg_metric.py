@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim.linalg.metric import RELATIVE_FLOOR, diagonal_root, root_of, shrink
+from spectrim.linalg.factor import decompose
+from spectrim.linalg.metric import RELATIVE_FLOOR, diagonal_root, quick_root, root_of, shrink
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -124,3 +125,33 @@ def test_diagonal_root_floors_a_dead_input_and_survives_all_zero():
     root, dual = diagonal_root(torch.zeros(3, dtype=torch.float64))
     assert torch.equal(root, eye(3))
     assert torch.equal(dual, eye(3))
+
+
+# ---------- quick_root
+
+
+@given(seed=st.integers(0, 10_000), size=st.integers(1, 24))
+def test_quick_root_is_a_root_with_its_dual(seed, size):
+    c = shrink(covariance(seed, size, 2 * size), 0.01)
+    root, dual = quick_root(c)
+    torch.testing.assert_close(root @ root.mT, c, rtol=1e-9, atol=1e-12 * float(c.abs().max()))
+    torch.testing.assert_close(dual.mT @ root, eye(size), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("samples", [1, 4, 5])
+def test_quick_root_of_a_singular_covariance_is_the_eigen_root(samples):
+    c = covariance(3, 6, samples)
+    for quick, slow in zip(quick_root(c), root_of(c), strict=True):
+        assert torch.equal(quick, slow)
+
+
+def test_the_choice_of_root_does_not_change_a_decomposition():
+    left, right = shrink(covariance(1, 7, 30), 0.2), shrink(covariance(2, 5, 30), 0.01)
+    weight = normal(3, 7, 5)
+    quick = decompose(weight, quick_root(left), quick_root(right))
+    slow = decompose(weight, root_of(left), root_of(right))
+    torch.testing.assert_close(quick.energy, slow.energy)
+    for rank in range(1, 5):
+        torch.testing.assert_close(
+            quick.left[:, :rank] @ quick.right[:rank], slow.left[:, :rank] @ slow.right[:rank], rtol=1e-7, atol=1e-9
+        )

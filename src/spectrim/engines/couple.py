@@ -22,7 +22,7 @@ from spectrim.engines.layerwise import solver_errors_of
 from spectrim.engines.measure import Progress, autocast, frozen, hooks, in_sequences
 from spectrim.errors import NumericalError
 from spectrim.linalg.curvature import Coupled, add_coupled, clip_rows
-from spectrim.linalg.metric import root_of, shrink
+from spectrim.linalg.metric import quick_root, shrink
 from spectrim.method import Coupling, Stat, Stats
 from spectrim.models.walk import Walk, device_of
 
@@ -100,7 +100,7 @@ def _sides(walk: Walk, plain: Mapping[str, Stats], coupling: Coupling) -> dict[s
 
 def _side(covariance: Tensor, shrinkage: float) -> _Side:
     scale = float(covariance.diagonal().mean()) or 1.0
-    dual = root_of(shrink(covariance / scale, shrinkage)).dual
+    dual = quick_root(shrink(covariance / scale, shrinkage)).dual
     return _Side(scale, (dual @ dual.mT).float())
 
 

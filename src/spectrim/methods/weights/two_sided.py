@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
-from spectrim.linalg.metric import root_of, shrink
+from spectrim.linalg.metric import quick_root, shrink
 from spectrim.method import (
     Allocation,
     Coupling,
@@ -83,6 +83,6 @@ class TwoSided(LayerMethod):
 
 def two_sided_spectrum(weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float) -> Spectrum:
     """Steps 1 to 3 for one weight (O, I), float64."""
-    left = root_of(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage))
-    right = root_of(shrink(stats.get(Stat.GRAM), input_shrinkage))
+    left = quick_root(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage))
+    right = quick_root(shrink(stats.get(Stat.GRAM), input_shrinkage))
     return decompose(weight, left, right)
