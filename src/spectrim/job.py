@@ -22,12 +22,13 @@ from transformers import PreTrainedModel
 
 from spectrim.data import Windows
 from spectrim.engines.layerwise import weight_budget
+from spectrim.engines.masked import budget_beside_adapters
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import InputError, NumericalError
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import finalise, round_to, write_folder
-from spectrim.method import LayerMethod
+from spectrim.method import LayerMethod, MaskedMethod
 from spectrim.models.load import (
     Source,
     check_against_config,
@@ -96,7 +97,10 @@ def foresee(request: Request, method: LayerMethod, source: Source) -> None:
     pick_device(request.device)
     pick_dtype(request.dtype, source.dtype)
     check_against_config(source)
-    weight_budget(find_layers(meta_model(source.config)), request.keep, method.storage)
+    walk = find_layers(meta_model(source.config))
+    weight_budget(walk, request.keep, method.storage)
+    if isinstance(method, MaskedMethod) and method.steps and request.keep < 1:
+        budget_beside_adapters(method, walk, request.keep)
 
 
 def compress_source(

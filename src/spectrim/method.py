@@ -233,19 +233,28 @@ class Components:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedMethod(LayerMethod):
-    """A method that trains one score for each component on top of its spectra; everything else stays frozen."""
+class TrainedMethod(LayerMethod):
+    """A method that trains, end to end, on windows of text; with `steps=0` it is its closed form."""
 
     steps: int = 0
     batch_size: int = 32
     learning_rate: float = 0.005
-    project_every: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self.info.name, "steps", self.steps, 0, 1_000_000)
         require_range(self.info.name, "batch_size", self.batch_size, 1, 65_536)
         require_range(self.info.name, "learning_rate", self.learning_rate, 1e-9, 10.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedMethod(TrainedMethod):
+    """A method that trains one score for each component on top of its spectra; everything else stays frozen."""
+
+    project_every: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require_range(self.info.name, "project_every", self.project_every, 1, 1_000_000)
 
     @abstractmethod
@@ -263,6 +272,48 @@ class LearnedMethod(LayerMethod):
     @abstractmethod
     def score_on_return(self, components: Components) -> Tensor:
         """The score (K,) from which a pruned component goes on when it is taken back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedMethod(TrainedMethod):
+    """A method that trains one mask for each component, under a pressure towards the size, and adapters beside them."""
+
+    adapter_rank: int = 32
+    adapter_alpha: float = 16.0
+    mask_start: float = 0.02
+    pressure: float = 1e-3
+    pressure_every: int = 4
+    reach: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self.info.name, "adapter_rank", self.adapter_rank, 1, 65_536)
+        require_range(self.info.name, "adapter_alpha", self.adapter_alpha, 0.0, 65_536.0)
+        require_range(self.info.name, "mask_start", self.mask_start, 1e-6, 1.0)
+        require_range(self.info.name, "pressure", self.pressure, 0.0, 1e6)
+        require_range(self.info.name, "pressure_every", self.pressure_every, 1, 1_000_000)
+        require_range(self.info.name, "reach", self.reach, 0.01, 1.0)
+
+    @property
+    @abstractmethod
+    def compares_with_dense(self) -> bool:
+        """Whether `loss` looks at the dense model's logits."""
+
+    @abstractmethod
+    def loss(self, student_logits: Tensor, ids: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        """Scalar training loss from logits (B, S, V) of tokens (B, S), the pressure apart."""
+
+    @abstractmethod
+    def mask_rate(self) -> float:
+        """Peak learning rate of the masks."""
+
+    @abstractmethod
+    def press(self, mask: Tensor) -> Tensor:
+        """Gradient (K,) of the penalty on the masks, at pressure 1."""
+
+    @abstractmethod
+    def next_pressure(self, pressure: float, fell: float, needed: float) -> float:
+        """The pressure for the next steps; the mask values that must go fell by `fell`, `needed` was due."""
 
 
 def require_choice(method: str, name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from spectrim.data import (
 from spectrim.engines.pipeline import check_keep
 from spectrim.engines.recovery import recovery_of
 from spectrim.errors import InputError, UsageError
-from spectrim.method import LayerMethod, LearnedMethod
+from spectrim.method import LayerMethod, TrainedMethod
 from spectrim.models.load import Source, check_vocabulary, context_length
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
@@ -100,7 +100,7 @@ def read_text(request: Request, source: Source) -> TextRead:
 
 def cut_windows(request: Request, method: LayerMethod, dense: PreTrainedModel, text: TextRead) -> WindowsInUse:
     """Calibration, training and evaluation windows, and what there is to say about them."""
-    learns = (isinstance(method, LearnedMethod) and method.steps > 0) or any(
+    learns = (isinstance(method, TrainedMethod) and method.steps > 0) or any(
         step.steps for step in recovery_of(method, request.recover)
     )
     length = min(request.calib_length, context_length(dense.config) or request.calib_length)

@@ -4,7 +4,7 @@
 2. measure the statistics the method needs, in one pass over the calibration windows
 3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
-5. learned methods: train scores on the spectra                                          engines/learned.py
+5. trained methods: scores on the spectra, or masks and adapters         engines/learned.py, engines/masked.py
 6. encode each layer, put it in place
 7. recovery: refit, block refinement, distillation                                       engines/recovery.py
 """
@@ -24,11 +24,12 @@ from spectrim.engines.closed_form import AfterClosedForm, identity, pack_closed_
 from spectrim.engines.layerwise import Plan, apply_plan, check_weights, decompose_all, plan_ranks
 from spectrim.engines.learned import Learned, skeleton, train_scores
 from spectrim.engines.loop import Checkpoint
+from spectrim.engines.masked import train_masks
 from spectrim.engines.measure import Progress, measure
 from spectrim.engines.recovery import Recovered, recover, recovery_of
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
-from spectrim.method import LayerMethod, LearnedMethod, Replacement, Stats
+from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Replacement, Stats, TrainedMethod
 from spectrim.models.walk import Walk, device_of, find_layers
 
 CPU_BATCH, GPU_BATCH = 4, 32
@@ -84,16 +85,19 @@ def compress_model(
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
     run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows)
-    learns = isinstance(method, LearnedMethod) and method.steps > 0 and keep < 1
+    learns = isinstance(method, TrainedMethod) and method.steps > 0 and keep < 1
     spectra, plan, checkpoint = run.closed_form_or_saved(calibration, checkpoint, learned=learns)
     training = calibration if training is None else training
     student = skeleton(dense)
     learned = None
-    if isinstance(method, LearnedMethod) and learns:
+    common = {"seed": seed, "progress": progress, "checkpoint": checkpoint}
+    if learns:
         with timed(clock, "learn"):
-            learned = train_scores(
-                method, dense, walk, spectra, keep, training, seed=seed, progress=progress, checkpoint=checkpoint
-            )
+            if isinstance(method, MaskedMethod):
+                learned = train_masks(method, dense, walk, spectra, keep, training, **common)
+            else:
+                assert isinstance(method, LearnedMethod)
+                learned = train_scores(method, dense, walk, spectra, keep, training, **common)
         plan = learned.plan
         placed = apply_plan(student, walk, plan, learned.factors, learned=True)
     else:
