@@ -281,7 +281,8 @@ class MaskedMethod(TrainedMethod):
     adapter_rank: int = 32
     adapter_alpha: float = 16.0
     mask_start: float = 0.02
-    pressure: float = 1e-3
+    pressure: float = 0.0
+    """At the start. 0: in units of the masks' gradients, see engines/masked.py."""
     pressure_every: int = 4
     reach: float = 0.5
 

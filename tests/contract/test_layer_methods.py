@@ -73,6 +73,7 @@ def two_sided_metric(method: Any, stats: Stats) -> Metric:
 
 OWN_METRIC: dict[str, Callable[[Any, Stats], Metric]] = {
     "svd": lambda method, stats: (None, None),
+    "acip": lambda method, stats: (None, None),
     "asvd": lambda method, stats: (None, torch.diag(stats.mean_abs ** (2 * method.alpha))),
     "svd-llm": lambda method, stats: (None, stats.gram),
     "two-sided": two_sided_metric,

@@ -31,6 +31,8 @@ from spectrim.nn.masked import MaskedLinear
 STAGE = "masks"
 LATEST = 0.5
 """Masks are fixed at the latest after this share of the steps that follow `reach`: adapters need the rest."""
+FIRST_PRESSURE = 0.25
+"""Where none is given, the pressure starts here, in units of the root mean square of the masks' gradients (ours)."""
 MOST_PRESSURE = 1e12
 
 
@@ -50,9 +52,9 @@ def train_masks(
 
     Raises UsageError when the adapters alone take more than `keep`, NumericalError as `train` does.
     """
-    budget = budget_beside_adapters(method, walk, keep)
+    budget_beside_adapters(method, walk, keep)
     student = skeleton(teacher)
-    pressing = Pressing(method, walk, relax(method, student, walk, spectra, seed), budget)
+    pressing = Pressing(method, walk, relax(method, student, walk, spectra, seed), keep)
     layers = pressing.masked
     adapters = {f"{n}.{part}": getattr(la, part) for n, la in layers.items() for part in ("up", "down")}
     training = Training(
@@ -140,11 +142,12 @@ def step_loss(method: MaskedMethod, student: PreTrainedModel, teacher: PreTraine
 class Pressing:
     """The masks of all layers on their way to the budget, and the pressure on them."""
 
-    def __init__(self, method: MaskedMethod, walk: Walk, masked: Mapping[str, MaskedLinear], budget: int) -> None:
-        self.method, self.walk, self.masked, self.budget = method, walk, masked, budget
+    def __init__(self, method: MaskedMethod, walk: Walk, masked: Mapping[str, MaskedLinear], keep: float) -> None:
+        self.method, self.walk, self.masked, self.keep = method, walk, masked, keep
+        self.budget = budget_beside_adapters(method, walk, keep)
         self.tables = tables_of(method, walk)
         self.biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
-        self.pressure, self.level = method.pressure, method.mask_start
+        self.pressure, self.level = method.pressure or FIRST_PRESSURE, method.mask_start
         self.reached_by = max(1, math.ceil(method.reach * method.steps))
         self.latest = self.reached_by + math.ceil(LATEST * (method.steps - self.reached_by))
         self.keeps: list[float] = []
@@ -167,11 +170,17 @@ class Pressing:
 
     def press(self, _step: int) -> None:
         """Add the penalty's gradient; kept out of the loss so that the losses told are the model's."""
-        if self.plan is not None or self.pressure == 0:
+        if self.plan is not None:
             return
+        pressure = self.pressure if self.method.pressure else self.pressure * self.gradient_size()
         for layer in self.masked.values():
-            pressed = self.pressure * self.method.press(layer.m.detach())
+            pressed = pressure * self.method.press(layer.m.detach())
             layer.m.grad = pressed if layer.m.grad is None else layer.m.grad.add_(pressed)
+
+    def gradient_size(self) -> Tensor:
+        """Root mean square of the loss's gradients at all masks; it grows with the loss if that starts at 0 (KL)."""
+        gradients = [layer.m.grad for layer in self.masked.values() if layer.m.grad is not None]
+        return torch.cat(gradients).square().mean().sqrt() if gradients else torch.zeros(())
 
     def numbers(self) -> int:
         """What all weights would store now."""
@@ -216,6 +225,7 @@ class Pressing:
             "fixed_at_step": step,
             "keep_before_cut": (numbers + self.biases) / self.walk.numbers,
             "pressure_at_end": self.pressure,
+            "pressure_unit": "1" if self.method.pressure else "root mean square of the masks' gradients",
             "returned": returned,
             "cut": cut,
             "dense_layers": whole,
@@ -242,12 +252,11 @@ class Pressing:
         """A size that the pressure did not reach, said."""
         assert self.plan is not None
         reached, step = self.facts["keep_before_cut"], self.facts["fixed_at_step"]
-        wanted = (self.budget + self.biases) / self.walk.numbers
-        if reached <= wanted:
+        if reached <= self.keep:
             return []
         return [
             f"after {step} of {self.method.steps} steps the masks stood at keep {reached:.4f}, above the request "
-            f"{wanted:.4f}: {self.facts['cut']} components were cut by the order so far, and the adapters trained for "
+            f"{self.keep:g}: {self.facts['cut']} components were cut by the order so far, and the adapters trained for "
             f"{self.method.steps - step} steps; take more steps (--set steps=...) or more pressure (--set pressure=...)"
         ]
 

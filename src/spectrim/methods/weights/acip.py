@@ -54,6 +54,7 @@ class ACIP(MaskedMethod):
                 "batch_size": 4,
                 "learning_rate": 5e-5,
                 "mask_learning_rate": 5e-5,
+                "pressure": 1e-3,
                 "growth": 1.01,
             }
         }
