@@ -21,14 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.data import Windows
-from spectrim.engines.layerwise import weight_budget
-from spectrim.engines.masked import budget_beside_adapters
+from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import InputError, NumericalError
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import finalise, round_to, write_folder
-from spectrim.method import LayerMethod, MaskedMethod
+from spectrim.method import LayerMethod
 from spectrim.models.load import (
     Source,
     check_against_config,
@@ -97,10 +96,7 @@ def foresee(request: Request, method: LayerMethod, source: Source) -> None:
     pick_device(request.device)
     pick_dtype(request.dtype, source.dtype)
     check_against_config(source)
-    walk = find_layers(meta_model(source.config))
-    weight_budget(walk, request.keep, method.storage)
-    if isinstance(method, MaskedMethod) and method.steps and request.keep < 1:
-        budget_beside_adapters(method, walk, request.keep)
+    budget_of(method, find_layers(meta_model(source.config)), request.keep)
 
 
 def compress_source(

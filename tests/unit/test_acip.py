@@ -1,6 +1,7 @@
 """ACIP: masks, penalty, order, exact cut, folding and counting against slow oracles; runs on a tiny random Llama."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from command_line import PLAIN, call, small_model
 from memory_checkpoint import Killed, MemoryCheckpoint, kill_at
+from spectrim import job
 from spectrim.engines import measure
 from spectrim.engines.layerwise import decompose_all
 from spectrim.engines.learned import Learned, skeleton
@@ -357,6 +360,38 @@ def test_pressure_follows_the_schedule():
     assert tracked.next_pressure(1.0, fell=0.3, needed=0.2) == pytest.approx(1 / growth)
     assert tracked.next_pressure(1.0, fell=0.3, needed=math.inf) == pytest.approx(growth)
     assert ACIP(growth=1.5).next_pressure(2.0, fell=0.0, needed=1.0) == 3.0
+
+
+# ---------- on the command line
+
+
+def test_the_command_line_counts_what_it_wrote_and_reports_how_it_came_there(tmp_path):
+    folder = small_model(tmp_path / "model")
+    options = ("--method", "acip", "--keep", "0.7", "--set", "steps=12", "--set", "adapter_rank=2")
+    small = ("--set", "batch_size=2", "--train-windows", "8")
+    with mock.patch.object(job, "reload_difference", return_value=0.0):
+        answer = call("compress", folder, "--out", tmp_path / "out", *PLAIN, "--json", *options, *small)
+    assert answer.code == 0, answer.err
+    report = answer.json
+    assert 0.66 < report["stored"]["keep"] <= 0.7
+    assert report["stored"]["linear_numbers"] == report["stored"]["linear_numbers_planned"]
+    learning = report["learning"]
+    assert len(learning["losses"]) == len(learning["keeps"]) == 12
+    assert learning["keeps"][-1] == pytest.approx(report["stored"]["keep"])
+    assert learning["details"]["fixed_at_step"] < 12
+    assert report["text"]["training"]["windows"] == 8
+    assert not call("plan", folder, "--json", *options).json["ranks_known"]
+
+
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_adapters_that_do_not_fit_are_refused_before_weights_are_read(tmp_path, command):
+    folder = small_model(tmp_path / "model")
+    out = ("--out", tmp_path / "out") if command == "compress" else ()
+    with mock.patch.object(job, "load_dense", side_effect=AssertionError("loaded")):
+        answer = call(command, folder, *out, "--method", "acip", "--keep", "0.5")
+    assert answer.code == 2
+    assert "adapters of rank 32 alone take" in answer.message
+    assert not (tmp_path / "out").exists()
 
 
 # ---------- going on

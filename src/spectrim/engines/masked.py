@@ -24,7 +24,7 @@ from spectrim.engines.pack import fill, with_prefix
 from spectrim.errors import UsageError
 from spectrim.linalg.extinction import cost_table, counts_within, numbers_of, order_of
 from spectrim.linalg.factor import Spectrum
-from spectrim.method import MaskedMethod, Target
+from spectrim.method import LayerMethod, MaskedMethod, Target
 from spectrim.models.walk import Layer, Walk
 from spectrim.nn.masked import MaskedLinear
 
@@ -94,6 +94,13 @@ def tables_of(method: MaskedMethod, walk: Walk) -> list[Tensor]:
     """What each layer stores at 0, 1, ... components, its adapter included."""
     pivot = method.storage == "pivot"
     return [cost_table(la.outputs, la.inputs, method.adapter_rank, pivot=pivot) for la in walk.layers]
+
+
+def budget_of(method: LayerMethod, walk: Walk, keep: float) -> int:
+    """Numbers that all weights may take by any method; UsageError when the least that it stores does not fit."""
+    if isinstance(method, MaskedMethod) and method.steps and keep < 1:
+        return budget_beside_adapters(method, walk, keep)
+    return weight_budget(walk, keep, method.storage)
 
 
 def budget_beside_adapters(method: MaskedMethod, walk: Walk, keep: float) -> int:
@@ -229,7 +236,7 @@ class Pressing:
             "returned": returned,
             "cut": cut,
             "dense_layers": whole,
-            "adapter_numbers": sum(la.up.numel() + la.down.numel() for la in self.masked.values()),
+            "adapter_parameters": sum(la.up.numel() + la.down.numel() for la in self.masked.values()),
         }
         after = numbers_of(counts, self.tables) + self.biases
         return Plan(targets=targets, numbers_before=self.walk.numbers, numbers_after=after)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import plan_ranks, weight_budget
+from spectrim.engines.layerwise import plan_ranks
+from spectrim.engines.masked import budget_of
 from spectrim.method import LayerMethod, MaskedMethod, Stat, TrainedMethod
 from spectrim.models.load import Source, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
@@ -31,7 +32,7 @@ def estimate(
     """The plan as a dict; `rank` is None where it depends on what calibration will measure."""
     model = meta_model(source.config)
     walk = find_layers(model)
-    budget = weight_budget(walk, keep, method.storage)
+    budget = budget_of(method, walk, keep)
     uniform = method.allocation == "uniform" and not (isinstance(method, MaskedMethod) and method.steps)
     layers = _layers(method, walk, keep, uniform)
     after = sum(row["numbers"] for row in layers) if uniform else budget + walk.numbers - sum_weights(walk)
