@@ -19,11 +19,20 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from reference_data import TEXTS, held_out, training_windows, unpack_model
+from reference_data import (
+    CALIBRATION_WINDOWS,
+    TEXTS,
+    calibration_windows,
+    held_out,
+    load_ids,
+    tokenise_training,
+    unpack_model,
+)
 from tasks import Judge
 
 from spectrim.data import load_tasks, load_tokenizer, sample_windows
@@ -104,6 +113,9 @@ GROUPS: dict[str, list[Row]] = {
     ],
 }  # fmt: skip
 
+FOLDERS = {(f"soco --preset {preset}", keep) for preset in ("best", "balanced") for keep in (0.8, 0.5)}
+"""Results that `--folders` writes whole, for benchmarks/tasks.py."""
+
 Work = tuple[Row, float, int]
 
 
@@ -128,15 +140,26 @@ class Bench:
         folder = unpack_model(args.data, scratch)
         self.device = pick_device(args.device)
         self.dense = load_dense(resolve(str(folder)), self.device)
-        self.calibration, self.training = training_windows(args.data, folder, args.cache)
-        self.training = self.training[: args.train_windows]
+        self.calibration, self.cache, self.train_windows = (
+            calibration_windows(args.data, folder),
+            args.cache,
+            args.train_windows,
+        )
         self.texts = {name: ids[: args.eval_windows] for name, ids in held_out(args.data).items()}
         self.calibration = self.calibration[: args.calib_windows]
         self.gradient_windows = args.gradient_windows
         self.batch_size = 64 if self.device.type == "cuda" else 8
         self.tasks = args.data / "tasks" if args.tasks else None
         self.folder = folder
+        self.folders = args.out / "folders" if args.folders else None
         self._judge: Judge | None = None
+
+    @cached_property
+    def training(self) -> torch.Tensor:
+        """The training windows, which the parent process tokenises meanwhile."""
+        while not self.cache.exists():
+            time.sleep(0.2)
+        return load_ids(self.cache)[CALIBRATION_WINDOWS:][: self.train_windows]
 
     def judge(self) -> Judge:
         """The dense model's answers to the tasks, when first asked for."""
@@ -158,13 +181,16 @@ class Bench:
     def row(self, row: Row, keep: float, seed: int) -> dict[str, Any]:
         """Compress, count what is written, judge."""
         method = make_method(row.method, row.preset, dict(row.options))
+        trains = bool(row.recover) or getattr(method, "steps", 0) > 0 or getattr(method, "distil_steps", 0) > 0
+        if trains:
+            assert len(self.training)  # wait for them before the clock starts
         clock = time.perf_counter()
         calibration = self.calibration
         if row.calib == "self":
             count, length = calibration.shape
             calibration = sample_windows(self.dense, length=length, count=count, seed=seed).ids
         outcome = compress_model(
-            self.dense, method, keep, calibration, self.training, recovery=row.recover,
+            self.dense, method, keep, calibration, self.training if trains else None, recovery=row.recover,
             gradient_windows=self.gradient_windows, seed=seed,
         )  # fmt: skip
         seconds = time.perf_counter() - clock
@@ -179,6 +205,12 @@ class Bench:
             found |= {text: quality.perplexity, f"{text}.kl": quality.kl, f"{text}.agreement": quality.agreement}
         if outcome.learned:
             found |= {"losses": outcome.learned.losses[::10], "returned": outcome.learned.returned}
+        if self.folders is not None and (row.label, keep) in FOLDERS:
+            write_folder(
+                self.folders / f"{row.label.split()[-1]}-{keep}",
+                finalise(outcome, torch.bfloat16, base_model="ref-llama-24m"),
+                self.folder,
+            )
         if row.tasks and self.tasks is not None:
             found["tasks"] = {
                 result.task: {
@@ -247,6 +279,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", help="default: those of each row")
     parser.add_argument("--jobs", type=int, default=1, help="processes beside each other on the device")
     parser.add_argument("--tasks", action="store_true", help=f"also {TASK_ITEMS} items of each task, for rows with it")
+    parser.add_argument("--folders", action="store_true", help="write the models of best and balanced to OUT/folders")
     parser.add_argument("--gradient-windows", type=int)
     parser.add_argument("--calib-windows", type=int, default=256)
     parser.add_argument("--train-windows", type=int)
@@ -268,9 +301,9 @@ def main() -> None:
             old.unlink()
         model = Path(shared) / "model"
         model.mkdir()
-        training_windows(args.data, unpack_model(args.data, model), args.cache)
         own = ["--claims", str(args.claims), "--cache", str(args.cache), "--until", str(args.until)]
         jobs = [subprocess.Popen([sys.executable, *sys.argv, *own]) for _ in range(args.jobs)]
+        tokenise_training(args.data, unpack_model(args.data, model), args.cache)
         failed = sum(job.wait() != 0 for job in jobs)
         rows = [json.loads(path.read_text()) for path in sorted(args.claims.glob("*.json"), key=lambda p: int(p.stem))]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

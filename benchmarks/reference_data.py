@@ -47,12 +47,29 @@ def cut(ids: np.ndarray, count: int | None = None) -> np.ndarray:
     return ids[: whole * WINDOW].reshape(whole, WINDOW)
 
 
+def training_text(data: Path, characters: int = -1) -> str:
+    """The packed head of the training text, or the first `characters` of it."""
+    with lzma.open(data / "training.txt.xz", "rt", encoding="utf-8") as file:
+        return file.read(characters)
+
+
+def calibration_windows(data: Path, model: Path) -> Tensor:
+    """The first 256 windows (256, 512) of the training text."""
+    ids = tokens_of(load_tokenizer(model), training_text(data, 5 * PIECE_CHARS), CALIBRATION_WINDOWS * WINDOW)
+    return torch.from_numpy(cut(ids, CALIBRATION_WINDOWS).astype(np.int64))
+
+
+def tokenise_training(data: Path, model: Path, cache: Path) -> None:
+    """All windows of the training text into `cache`, which appears complete."""
+    beside = cache.with_suffix(".part.npy")
+    np.save(beside, cut(tokens_of(load_tokenizer(model), training_text(data))))
+    beside.rename(cache)
+
+
 def training_windows(data: Path, model: Path, cache: Path) -> tuple[Tensor, Tensor]:
     """Calibration windows (256, 512) and training windows (N, 512): the head of the training text, and what follows."""
     if not cache.exists():
-        with lzma.open(data / "training.txt.xz", "rt", encoding="utf-8") as file:
-            text = file.read()
-        np.save(cache, cut(tokens_of(load_tokenizer(model), text)))
+        tokenise_training(data, model, cache)
     windows = load_ids(cache)
     return windows[:CALIBRATION_WINDOWS], windows[CALIBRATION_WINDOWS:]
 

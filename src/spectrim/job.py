@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.data import Windows
-from spectrim.engines.layerwise import weight_budget
+from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import InputError, NumericalError, UsageError
@@ -114,7 +114,7 @@ def foresee(request: Request, method: LayerMethod, source: Source) -> None:
     pick_device(request.device)
     pick_dtype(request.dtype, source.dtype)
     check_against_config(source)
-    weight_budget(find_layers(meta_model(source.config)), request.keep, method.storage)
+    budget_of(method, find_layers(meta_model(source.config)), request.keep)
 
 
 def compress_source(

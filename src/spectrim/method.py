@@ -23,12 +23,9 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import NumericalError, UsageError, did_you_mean
-from spectrim.linalg.allocate import factor_cost, pivot_cost
-from spectrim.linalg.factor import Factors, Spectrum, balance, truncate
-from spectrim.linalg.pivot import Pivots, from_pivots, pack_mask, to_pivots, unpack_mask
+from spectrim.linalg.factor import Spectrum, truncate
+from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode
 
-Codec = Literal["dense", "factor", "pivot"]
-Storage = Literal["factor", "pivot"]
 Allocation = Literal["uniform", "global"]
 
 
@@ -83,84 +80,6 @@ class Coupling:
 
     input_shrinkage: float
     output_shrinkage: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What one layer is to become."""
-
-    rank: int
-    codec: Codec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replacement:
-    """One compressed layer: its codec, its tensors named as in the file, its bias, and the error it predicts."""
-
-    codec: Codec
-    rank: int
-    tensors: Mapping[str, Tensor]
-    bias: Tensor | None = None
-    predicted_error: float = 0.0
-
-    @property
-    def numbers(self) -> int:
-        """Stored numbers, everything counted."""
-        bias = 0 if self.bias is None else self.bias.numel()
-        return bias + sum(t.numel() for t in self.tensors.values())
-
-    def dense(self) -> Tensor:
-        """The weight (O, I) this layer now stands for."""
-        if self.codec == "dense":
-            return self.tensors["weight"]
-        if self.codec == "factor":
-            return self.tensors["U.weight"] @ self.tensors["V.weight"]
-        rows, coefficients = self.tensors["pivot.weight"], self.tensors["rest.weight"]
-        mask = unpack_mask(self.tensors["mask"], len(rows) + len(coefficients))
-        return from_pivots(Pivots(rows, coefficients, mask))
-
-
-def dense_replacement(weight: Tensor, bias: Tensor | None = None) -> Replacement:
-    """A layer that stays as it is."""
-    return Replacement(codec="dense", rank=min(weight.shape), tensors=MappingProxyType({"weight": weight}), bias=bias)
-
-
-def encode(
-    factors: Factors, codec: Codec, *, like: Tensor, bias: Tensor | None = None, error: float = 0.0
-) -> Replacement:
-    """Factors (float64) in the given codec, cast once to the dtype of `like`."""
-    if codec == "factor":
-        left, right = balance(factors)
-        tensors = {"U.weight": left, "V.weight": right}
-    elif codec == "pivot":
-        pivots = to_pivots(factors)
-        tensors = {
-            "pivot.weight": pivots.rows,
-            "rest.weight": pivots.coefficients,
-            "mask": pack_mask(pivots.mask),
-        }
-    else:
-        raise AssertionError(f"cannot encode factors as {codec!r}")
-    stored = {
-        name: tensor.to(like.dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-        for name, tensor in tensors.items()
-    }
-    return Replacement(
-        codec=codec,
-        rank=factors.left.shape[1],
-        tensors=MappingProxyType(stored),
-        bias=bias,
-        predicted_error=error,
-    )
-
-
-def stored_numbers(outputs: int, inputs: int, target: Target) -> int:
-    """Numbers that a weight (bias apart) takes in the given codec at the given rank."""
-    rank = torch.tensor(target.rank)
-    if target.codec == "dense":
-        return outputs * inputs
-    cost = factor_cost if target.codec == "factor" else pivot_cost
-    return int(cost(outputs, inputs, rank))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,19 +174,28 @@ class Components:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedMethod(LayerMethod):
-    """A method that trains one score for each component on top of its spectra; everything else stays frozen."""
+class TrainedMethod(LayerMethod):
+    """A method that trains, end to end, on windows of text; with `steps=0` it is its closed form."""
 
     steps: int = 0
     batch_size: int = 32
     learning_rate: float = 0.005
-    project_every: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self.info.name, "steps", self.steps, 0, 1_000_000)
         require_range(self.info.name, "batch_size", self.batch_size, 1, 65_536)
         require_range(self.info.name, "learning_rate", self.learning_rate, 1e-9, 10.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedMethod(TrainedMethod):
+    """A method that trains one score for each component on top of its spectra; everything else stays frozen."""
+
+    project_every: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require_range(self.info.name, "project_every", self.project_every, 1, 1_000_000)
 
     @abstractmethod
@@ -285,6 +213,49 @@ class LearnedMethod(LayerMethod):
     @abstractmethod
     def score_on_return(self, components: Components) -> Tensor:
         """The score (K,) from which a pruned component goes on when it is taken back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedMethod(TrainedMethod):
+    """A method that trains one mask for each component, under a pressure towards the size, and adapters beside them."""
+
+    adapter_rank: int = 32
+    adapter_alpha: float = 16.0
+    mask_start: float = 0.02
+    pressure: float = 0.0
+    """At the start. 0: in units of the masks' gradients, see engines/masked.py."""
+    pressure_every: int = 4
+    reach: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self.info.name, "adapter_rank", self.adapter_rank, 1, 65_536)
+        require_range(self.info.name, "adapter_alpha", self.adapter_alpha, 0.0, 65_536.0)
+        require_range(self.info.name, "mask_start", self.mask_start, 1e-6, 1.0)
+        require_range(self.info.name, "pressure", self.pressure, 0.0, 1e6)
+        require_range(self.info.name, "pressure_every", self.pressure_every, 1, 1_000_000)
+        require_range(self.info.name, "reach", self.reach, 0.01, 1.0)
+
+    @property
+    @abstractmethod
+    def compares_with_dense(self) -> bool:
+        """Whether `loss` looks at the dense model's logits."""
+
+    @abstractmethod
+    def loss(self, student_logits: Tensor, ids: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        """Scalar training loss from logits (B, S, V) of tokens (B, S), the pressure apart."""
+
+    @abstractmethod
+    def mask_rate(self) -> float:
+        """Peak learning rate of the masks."""
+
+    @abstractmethod
+    def press(self, mask: Tensor) -> Tensor:
+        """Gradient (K,) of the penalty on the masks, at pressure 1."""
+
+    @abstractmethod
+    def next_pressure(self, pressure: float, fell: float, needed: float) -> float:
+        """The pressure for the next steps; the mask values that must go fell by `fell`, `needed` was due."""
 
 
 def require_choice(method: str, name: str, value: object, allowed: tuple[str, ...]) -> None:

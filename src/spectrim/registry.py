@@ -11,6 +11,7 @@ METHODS = {
     "asvd": "spectrim.methods.weights.asvd:ASVD",
     "svd-llm": "spectrim.methods.weights.svd_llm:SVDLLM",
     "two-sided": "spectrim.methods.weights.two_sided:TwoSided",
+    "acip": "spectrim.methods.weights.acip:ACIP",
     "soco": "spectrim.methods.weights.soco:SoCo",
 }
 

@@ -20,7 +20,7 @@ from spectrim.engines.descent import STEPS
 from spectrim.engines.pipeline import check_keep
 from spectrim.engines.recovery import RECOVERY_BATCH, recovery_of
 from spectrim.errors import InputError, UsageError
-from spectrim.method import LayerMethod, LearnedMethod
+from spectrim.method import LayerMethod, LearnedMethod, TrainedMethod
 from spectrim.models.load import Source, check_vocabulary, context_length
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
@@ -124,16 +124,16 @@ def training_windows(request: Request, method: LayerMethod) -> int:
     """How many windows learning may use: those asked for, else as many as the longest trained stage goes through."""
     if request.train_windows is not None:
         return request.train_windows
-    own = method.steps * method.batch_size if isinstance(method, LearnedMethod) else 0
-    if own and request.any_size:
-        own = request.any_size_steps * method.batch_size
+    own = 0
+    if isinstance(method, TrainedMethod) and method.steps:
+        own = (request.any_size_steps if request.any_size else method.steps) * method.batch_size
     most = max([own, *((step.steps or 0) * RECOVERY_BATCH for step in recovery_of(method, request.recover))])
     return min(most, MOST_SAMPLED) if request.calib == "self" else most
 
 
 def has_steps(request: Request, method: LayerMethod) -> bool:
     """Whether the run, as configured, trains anything."""
-    learns = isinstance(method, LearnedMethod) and method.steps > 0
+    learns = isinstance(method, TrainedMethod) and method.steps > 0
     return learns or any(step.steps for step in recovery_of(method, request.recover))
 
 

@@ -28,9 +28,10 @@ import spectrim.methods
 from spectrim.errors import SpectrimError, UsageError
 from spectrim.linalg.allocate import factor_cost, pivot_cost
 from spectrim.linalg.curvature import add_gram
-from spectrim.method import Codec, LayerMethod, LearnedMethod, Stat, Stats, Target, dense_replacement, stored_numbers
+from spectrim.method import LayerMethod, LearnedMethod, Stat, Stats
 from spectrim.nn.linears import LINEARS
 from spectrim.registry import METHODS, make_method, method_class
+from spectrim.replacement import Codec, Target, dense_replacement, stored_numbers
 
 SHAPES = [(20, 12), (12, 20), (15, 15)]
 CODECS: tuple[Codec, ...] = ("factor", "pivot")
@@ -73,6 +74,7 @@ def two_sided_metric(method: Any, stats: Stats) -> Metric:
 
 OWN_METRIC: dict[str, Callable[[Any, Stats], Metric]] = {
     "svd": lambda method, stats: (None, None),
+    "acip": lambda method, stats: (None, None),
     "asvd": lambda method, stats: (None, torch.diag(stats.mean_abs ** (2 * method.alpha))),
     "svd-llm": lambda method, stats: (None, stats.gram),
     "two-sided": two_sided_metric,

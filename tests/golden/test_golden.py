@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.method import LayerMethod, Stats, Target
+from spectrim.method import LayerMethod, Stats
 from spectrim.registry import METHODS, make_method
+from spectrim.replacement import Target
 
 FILE = Path(__file__).with_name("layer_methods.json")
 COMMAND = "python tests/golden/test_golden.py --write"

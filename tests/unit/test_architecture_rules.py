@@ -79,14 +79,22 @@ def test_nn_imports_only_torch_linalg_and_itself():
 
 
 def test_the_contract_imports_only_torch_errors_and_linalg():
-    assert foreign(ROOT / "method.py", ("torch", "spectrim.errors", "spectrim.linalg")) == []
+    assert foreign(ROOT / "method.py", ("torch", "spectrim.errors", "spectrim.linalg", "spectrim.replacement")) == []
+    assert foreign(ROOT / "replacement.py", ("torch", "spectrim.linalg")) == []
     assert foreign(ROOT / "errors.py", ()) == []
 
 
 def test_methods_import_only_the_contract_linalg_nn_and_their_own_folder():
     for path in files_in("methods"):
         folder = module_name(path.parent / "__init__.py")
-        allowed = ("torch", "spectrim.method", "spectrim.linalg", "spectrim.nn", "spectrim.errors")
+        allowed = (
+            "torch",
+            "spectrim.method",
+            "spectrim.replacement",
+            "spectrim.linalg",
+            "spectrim.nn",
+            "spectrim.errors",
+        )
         own = (folder,) if path.parent != ROOT / "methods" else ()
         assert foreign(path, allowed + own) == [], path
 

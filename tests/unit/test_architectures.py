@@ -38,6 +38,7 @@ ARCHITECTURES = (
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "svd": (LowRankLinear, {}),
     "two-sided": (PivotLinear, {}),
+    "acip": (LowRankLinear, {"steps": 3, "batch_size": 2, "adapter_rank": 2}),
     "soco": (PivotLinear, {"steps": 3, "batch_size": 2, "project_every": 1}),
 }
 CASES = [(a, m) for a in ARCHITECTURES for m in METHODS]

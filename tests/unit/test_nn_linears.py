@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from spectrim.linalg.factor import Spectrum, decompose, truncate
 from spectrim.linalg.pivot import from_pivots, pack_mask, to_pivots, unpack_mask
-from spectrim.method import Codec, encode
 from spectrim.nn.linears import LINEARS, LowRankLinear, PivotLinear
 from spectrim.nn.scored import ScoredLinear
+from spectrim.replacement import Codec, encode
 
 OUTPUTS, INPUTS, RANK = 13, 9, 4
 CODECS: tuple[Codec, ...] = ("factor", "pivot")

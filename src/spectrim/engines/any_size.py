@@ -22,7 +22,7 @@ from spectrim.engines.nested import Nested, nest, plan_at, slice_at
 from spectrim.engines.order import Order, closed_order
 from spectrim.engines.pipeline import closed_form, default_gradient_windows, timed
 from spectrim.errors import UsageError
-from spectrim.method import LayerMethod, LearnedMethod
+from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod
 from spectrim.models.walk import Walk, device_of, find_layers, linear_at
 
 ANCHORS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35)
@@ -68,6 +68,11 @@ def check_anchors(anchors: tuple[float, ...]) -> None:
 
 def check_method(method: LayerMethod, recovery: tuple[str, ...] = ()) -> None:
     """Steps that change factors for one size only cannot serve all sizes."""
+    if isinstance(method, MaskedMethod):
+        raise UsageError(
+            f"method {method.info.name} trains masks and adapters for one size; for --any-size take a method that "
+            "learns scores (soco) or none (two-sided, svd-llm, ...)"
+        )
     distil_steps = getattr(method, "distil_steps", 0)
     if distil_steps:
         raise UsageError(

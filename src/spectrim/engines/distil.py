@@ -25,10 +25,11 @@ from spectrim.engines.stream import low_rank_layers
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.metric import Root, root_of, shrink
-from spectrim.method import Stat, encode
+from spectrim.method import Stat
 from spectrim.models.walk import Walk
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.spectral import SpectralLinear
+from spectrim.replacement import encode
 
 Metric = tuple[Root | None, Root | None]
 """Roots of the output and the input metric of a layer."""

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
 from spectrim.linalg.factor import Factors, Spectrum, truncate
-from spectrim.method import Codec, LayerMethod, Replacement, Stats, Storage, Target, dense_replacement, encode
+from spectrim.method import LayerMethod, Stats
 from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
+from spectrim.replacement import Codec, Replacement, Storage, Target, dense_replacement, encode
 
 
 @dataclass(frozen=True, kw_only=True)

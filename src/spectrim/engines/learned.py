@@ -8,7 +8,8 @@ harden    the last masks and scores become factors of the ranks they imply
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Learned:
     keeps: tuple[float, ...]
     returned: int
     warnings: tuple[str, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Further facts of one engine, JSON-ready."""
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:

@@ -13,8 +13,8 @@ from torch import Tensor
 from spectrim.engines.layerwise import Plan, weight_budget
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.linalg.ladder import cut, interpolate, ladder_costs
-from spectrim.method import Replacement, Storage, Target, dense_replacement, encode
 from spectrim.models.walk import Layer, Walk
+from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode
 
 
 @dataclass(frozen=True, kw_only=True)

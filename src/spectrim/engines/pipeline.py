@@ -6,7 +6,7 @@
 3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
 5. in running order, let each weight make up for the error before it, decompose it again engines/propagate.py
-6. learned methods: train scores on the spectra                                          engines/learned.py
+6. trained methods: scores on the spectra, or masks and adapters         engines/learned.py, engines/masked.py
 7. encode each layer, put it in place
 8. recovery: refit, block refinement, distillation                                       engines/recovery.py
 """
@@ -27,13 +27,15 @@ from spectrim.engines.couple import couple
 from spectrim.engines.layerwise import Plan, apply_plan, check_weights, decompose_all, plan_ranks
 from spectrim.engines.learned import Learned, skeleton, train_scores
 from spectrim.engines.loop import Checkpoint, Saved
+from spectrim.engines.masked import train_masks
 from spectrim.engines.measure import Progress, measure
 from spectrim.engines.propagate import propagate
 from spectrim.engines.recovery import Recovered, recover, recovery_of
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
-from spectrim.method import LayerMethod, LearnedMethod, Replacement, Stats
+from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Stats, TrainedMethod
 from spectrim.models.walk import Walk, device_of, find_layers
+from spectrim.replacement import Replacement
 
 CPU_BATCH, GPU_BATCH = 4, 32
 """Windows in one calibration batch."""
@@ -88,16 +90,19 @@ def compress_model(
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
     run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows)
-    learns = isinstance(method, LearnedMethod) and method.steps > 0 and keep < 1
+    learns = isinstance(method, TrainedMethod) and method.steps > 0 and keep < 1
     spectra, plan, checkpoint = run.closed_form_or_saved(calibration, checkpoint, learned=learns)
     training = calibration if training is None else training
     student = skeleton(dense)
     learned = None
-    if isinstance(method, LearnedMethod) and learns:
+    common = {"seed": seed, "progress": progress, "checkpoint": checkpoint}
+    if learns:
         with timed(clock, "learn"):
-            learned = train_scores(
-                method, dense, walk, spectra, keep, training, seed=seed, progress=progress, checkpoint=checkpoint
-            )
+            if isinstance(method, MaskedMethod):
+                learned = train_masks(method, dense, walk, spectra, keep, training, **common)
+            else:
+                assert isinstance(method, LearnedMethod)
+                learned = train_scores(method, dense, walk, spectra, keep, training, **common)
         plan = learned.plan
         placed = apply_plan(student, walk, plan, learned.factors, learned=True)
     else:

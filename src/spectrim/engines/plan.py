@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import plan_ranks, weight_budget
-from spectrim.method import LayerMethod, LearnedMethod, Stat
+from spectrim.engines.layerwise import plan_ranks
+from spectrim.engines.masked import budget_of
+from spectrim.method import LayerMethod, MaskedMethod, Stat, TrainedMethod
 from spectrim.models.load import Source, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
 
@@ -31,8 +32,8 @@ def estimate(
     """The plan as a dict; `rank` is None where it depends on what calibration will measure."""
     model = meta_model(source.config)
     walk = find_layers(model)
-    budget = weight_budget(walk, keep, method.storage)
-    uniform = method.allocation == "uniform"
+    budget = budget_of(method, walk, keep)
+    uniform = method.allocation == "uniform" and not (isinstance(method, MaskedMethod) and method.steps)
     layers = _layers(method, walk, keep, uniform)
     after = sum(row["numbers"] for row in layers) if uniform else budget + walk.numbers - sum_weights(walk)
     rest = untargeted_numbers(model, walk)
@@ -89,7 +90,7 @@ def _layers(method: LayerMethod, walk: Walk, keep: float, uniform: bool) -> list
 
 
 def _numbers(layer: Layer, target: Any) -> int:
-    from spectrim.method import stored_numbers
+    from spectrim.replacement import stored_numbers
 
     return stored_numbers(layer.outputs, layer.inputs, target) + layer.numbers - layer.weight_numbers
 
@@ -103,8 +104,8 @@ def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
     if Stat.OUTPUT_GRAD in method.needs:
         statistics += sum(la.outputs**2 for la in walk.layers) * 8
     rounds = 2 if method.rounds else 1
-    learned = spectra // 2 if isinstance(method, LearnedMethod) and method.steps else 0
-    batch = method.batch_size if learned and isinstance(method, LearnedMethod) else 4
+    learned = spectra // 2 if isinstance(method, TrainedMethod) and method.steps else 0
+    batch = method.batch_size if learned and isinstance(method, TrainedMethod) else 4
     activations = batch * length * sum(3 * la.outputs + la.inputs for la in walk.layers) * 4
     return 4 * total + spectra + rounds * statistics + learned + activations
 
@@ -120,7 +121,7 @@ def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, 
     decomposition = sum(30.0 * max(la.outputs, la.inputs) ** 3 for la in walk.layers) * (1 + method.rounds)
     calibration = (forward * passes + gram * (1 + method.rounds)) if method.needs else 0.0
     learning = 0.0
-    if isinstance(method, LearnedMethod):
+    if isinstance(method, TrainedMethod):
         steps = method.steps + getattr(method, "distil_steps", 0)
         learning = 8.0 * total * steps * method.batch_size * length  # student there and back, teacher there
     return calibration + decomposition + learning

@@ -26,8 +26,9 @@ from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.stream import input_moments, start
 from spectrim.linalg.factor import Spectrum, drift_target, truncate
-from spectrim.method import LayerMethod, Stat, Stats, Target, dense_replacement
+from spectrim.method import LayerMethod, Stat, Stats
 from spectrim.models.walk import Layer, Walk, device_of, linear_at, shared_inputs, weight_of
+from spectrim.replacement import Target, dense_replacement
 
 
 @torch.no_grad()

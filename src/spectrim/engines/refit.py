@@ -18,9 +18,9 @@ from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.stream import input_moments, start
 from spectrim.errors import InputError
 from spectrim.linalg.factor import Factors, refit_left
-from spectrim.method import Replacement, encode
 from spectrim.models.walk import Walk, device_of, shared_inputs, weight_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.replacement import Replacement, encode
 
 
 @torch.no_grad()

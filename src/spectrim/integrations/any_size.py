@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from spectrim.engines.nested import Nested, plan_at, slice_at
 from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.linalg.ladder import are_levels, ladder_costs
-from spectrim.method import Replacement, Storage, Target
 from spectrim.models.walk import Layer, Walk, is_linear, path_in, weight_of
 from spectrim.nn.linears import LINEARS, LowRankLinear
+from spectrim.replacement import Replacement, Storage, Target
 from spectrim.store import TensorInfo, read_header
 
 NESTED = "nested"

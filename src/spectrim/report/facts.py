@@ -71,6 +71,7 @@ def describe_learning(outcome: Any) -> dict[str, Any] | None:
         "losses": [] if learned is None else list(learned.losses),
         "keeps": [] if learned is None else list(learned.keeps),
         "components_returned": 0 if learned is None else learned.returned,
+        "details": {} if learned is None else dict(learned.details),
         "distil_losses": list(outcome.distil_losses),
         "recovery": [
             {"step": str(done.step), "losses": [list(losses) for losses in done.losses]} for done in outcome.recovered

@@ -37,11 +37,11 @@ from spectrim.method import (
     MethodInfo,
     Stat,
     Stats,
-    Storage,
     require_choice,
     require_range,
 )
 from spectrim.methods.weights.two_sided import two_sided_spectrum
+from spectrim.replacement import Storage
 
 LARGEST_SCORE_ON_RETURN = 2.0
 """A component is never taken back at more than this score: the quadratic model does not reach further."""

@@ -26,17 +26,8 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.linalg.metric import quick_root, shrink
-from spectrim.method import (
-    Allocation,
-    Coupling,
-    LayerMethod,
-    MethodInfo,
-    Stat,
-    Stats,
-    Storage,
-    require_choice,
-    require_range,
-)
+from spectrim.method import Allocation, Coupling, LayerMethod, MethodInfo, Stat, Stats, require_choice, require_range
+from spectrim.replacement import Storage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,94 @@
+"""What a layer becomes: a rank and a codec that are asked for, and the tensors that are stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spectrim.linalg.allocate import factor_cost, pivot_cost
+from spectrim.linalg.factor import Factors, balance
+from spectrim.linalg.pivot import Pivots, from_pivots, pack_mask, to_pivots, unpack_mask
+
+Codec = Literal["dense", "factor", "pivot"]
+Storage = Literal["factor", "pivot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What one layer is to become."""
+
+    rank: int
+    codec: Codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """One compressed layer: its codec, its tensors named as in the file, its bias, and the error it predicts."""
+
+    codec: Codec
+    rank: int
+    tensors: Mapping[str, Tensor]
+    bias: Tensor | None = None
+    predicted_error: float = 0.0
+
+    @property
+    def numbers(self) -> int:
+        """Stored numbers, everything counted."""
+        bias = 0 if self.bias is None else self.bias.numel()
+        return bias + sum(t.numel() for t in self.tensors.values())
+
+    def dense(self) -> Tensor:
+        """The weight (O, I) this layer now stands for."""
+        if self.codec == "dense":
+            return self.tensors["weight"]
+        if self.codec == "factor":
+            return self.tensors["U.weight"] @ self.tensors["V.weight"]
+        rows, coefficients = self.tensors["pivot.weight"], self.tensors["rest.weight"]
+        mask = unpack_mask(self.tensors["mask"], len(rows) + len(coefficients))
+        return from_pivots(Pivots(rows, coefficients, mask))
+
+
+def dense_replacement(weight: Tensor, bias: Tensor | None = None) -> Replacement:
+    """A layer that stays as it is."""
+    return Replacement(codec="dense", rank=min(weight.shape), tensors=MappingProxyType({"weight": weight}), bias=bias)
+
+
+def encode(
+    factors: Factors, codec: Codec, *, like: Tensor, bias: Tensor | None = None, error: float = 0.0
+) -> Replacement:
+    """Factors (float64) in the given codec, cast once to the dtype of `like`."""
+    if codec == "factor":
+        left, right = balance(factors)
+        tensors = {"U.weight": left, "V.weight": right}
+    elif codec == "pivot":
+        pivots = to_pivots(factors)
+        tensors = {
+            "pivot.weight": pivots.rows,
+            "rest.weight": pivots.coefficients,
+            "mask": pack_mask(pivots.mask),
+        }
+    else:
+        raise AssertionError(f"cannot encode factors as {codec!r}")
+    stored = {
+        name: tensor.to(like.dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
+    return Replacement(
+        codec=codec,
+        rank=factors.left.shape[1],
+        tensors=MappingProxyType(stored),
+        bias=bias,
+        predicted_error=error,
+    )
+
+
+def stored_numbers(outputs: int, inputs: int, target: Target) -> int:
+    """Numbers that a weight (bias apart) takes in the given codec at the given rank."""
+    rank = torch.tensor(target.rank)
+    if target.codec == "dense":
+        return outputs * inputs
+    cost = factor_cost if target.codec == "factor" else pivot_cost
+    return int(cost(outputs, inputs, rank))
