@@ -7,6 +7,7 @@ distribution (the true Fisher, not the empirical one): they need no reference te
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -127,13 +128,16 @@ def hooks(
     """Forward hooks on every target layer that call back with its input; gradients through a hook on each output."""
     windows = torch.Size((1, 1))  # (B, S) of the present batch
 
+    def pass_on(call: OnGradient, name: str, x: Tensor, shape: torch.Size, gradient: Tensor) -> None:
+        call(name, gradient.detach(), x, shape)
+
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
             if on_input is not None:
                 on_input(name, x)
             if on_gradient is not None and output.requires_grad:
-                output.register_hook(lambda g, shape=windows: on_gradient(name, g.detach(), x, shape))
+                output.register_hook(partial(pass_on, on_gradient, name, x, windows))
 
         return hook
 
