@@ -125,8 +125,8 @@ def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, 
     if method.refinement is not None:
         coupled = sum(coupling_operations(la.outputs, la.inputs, length) for la in walk.layers) * windows
         calibration += (3 * forward + coupled) * (1 + method.rounds)
-    if method.error_share > 0:  # both models, once for each group of layers and once to go on
-        calibration += 10 * forward + 2 * gram
+    if method.error_share > 0:  # both models: to start, up to each of four groups of layers, and to go on
+        calibration += 8 * forward + 2 * gram
         decomposition *= (2 + method.rounds) / (1 + method.rounds)
     learning = 0.0
     if isinstance(method, LearnedMethod):
