@@ -67,10 +67,23 @@ class Row:
 ALL = (0.8, 0.6, 0.5, 0.4)
 GROUPS: dict[str, list[Row]] = {
     "presets": [
-        Row(label="soco --preset best", preset="best", keeps=ALL, tasks=True),
-        Row(label="soco --preset balanced", preset="balanced", keeps=ALL, tasks=True),
-        Row(label="soco --preset fast", preset="fast", keeps=ALL, tasks=True),
+        Row(label="soco --preset best", preset="best", keeps=(0.5, 0.8), tasks=True),
+        Row(label="soco --preset balanced", preset="balanced", keeps=(0.8, 0.5), tasks=True),
+        Row(label="soco --preset best", preset="best", keeps=(0.6, 0.4), tasks=True),
+        Row(label="soco --preset fast", preset="fast", keeps=(0.8, 0.5), tasks=True),
+        Row(label="soco --preset fast", preset="fast", keeps=(0.6, 0.4)),
+        Row(label="soco --preset balanced", preset="balanced", keeps=(0.6, 0.4)),
         Row(label="soco --preset fast --calib self", preset="fast", keeps=(0.8,), calib="self"),
+    ],
+    # Equal training: 300 steps of the same windows, everything counted.
+    "rivals": [
+        Row(label="svd-llm, kl:300", method="svd-llm", recover=("kl:300",), keeps=(0.5, 0.6), tasks=True),
+        Row(label="soco fast, kl:300", preset="fast", recover=("kl:300",), keeps=(0.5, 0.6)),
+        Row(
+            label="acip, 300 steps", method="acip", keeps=(0.5, 0.6),
+            options={"steps": 300, "target": "dense", "learning_rate": 0.003},
+        ),
+        Row(label="svd-llm, block:25", method="svd-llm", recover=("block:25",), keeps=(0.5, 0.6)),
     ],
     # The same steps and data: all on the factors, or the first of them on the scores.
     "scores-first": [
@@ -79,11 +92,6 @@ GROUPS: dict[str, list[Row]] = {
             label="scores 60, kl:240", preset="balanced", options={"steps": 60}, recover=("kl:240",), seeds=(0, 1, 2),
             keeps=(0.6, 0.5, 0.4),
         ),
-    ],
-    "rivals": [
-        Row(label="svd-llm, kl:1000", method="svd-llm", recover=("kl:1000",), keeps=(0.6, 0.5), tasks=True),
-        Row(label="svd-llm, block:100", method="svd-llm", recover=("block:100",), keeps=(0.6, 0.5)),
-        Row(label="acip, 1000 steps", method="acip", options={"steps": 1000}, keeps=(0.6, 0.5)),
     ],
     "ablation": [
         Row(

@@ -404,7 +404,7 @@ def test_damaged_tensors_are_refused(copied, name):
 @pytest.mark.parametrize(
     ("method", "options", "words"),
     [
-        ("soco", {"preset": "best"}, "distil_steps=1000"),
+        ("soco", {"preset": "best"}, "distil_steps=600"),
         ("svd-llm", {"update": "sequential"}, "refit"),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spectrim.linalg import curvature
-from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
+from spectrim.linalg.curvature import Coupled, add_coupled, add_gram, add_squares, clip_rows
 from spectrim.linalg.divergence import mean_kl
 
 
@@ -127,6 +127,133 @@ def test_squares_are_of_sums_over_tokens_not_sums_of_squares():
 def test_squares_refuse_batches_of_different_length():
     with pytest.raises(ValueError, match="shorter"):
         add_squares(zeros(1, 1), torch.ones(2, 3, 1), torch.ones(1, 3, 1))
+
+
+# ---------- add_coupled
+
+
+def empty(outputs: int, inputs: int) -> Coupled:
+    return Coupled(zeros(inputs, inputs), zeros(outputs, outputs), zeros(1)[0])
+
+
+def positive(seed: int, width: int) -> Tensor:
+    root = normal(seed, width, 2 * width).double()
+    return root @ root.mT / (2 * width)
+
+
+def correlated_sequences(seed: int, count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Gradients (B, S, 3) and inputs (B, S, 4) that keep a direction of their own through each sequence."""
+    g = normal(seed, count, 1, 3) * torch.tensor([3.0, 1.0, 0.5]) + 0.5 * normal(seed + 1, count, length, 3)
+    x = normal(seed + 2, count, 1, 4) * torch.tensor([0.3, 1.0, 1.0, 3.0]) + normal(seed + 3, count, length, 4)
+    return g, x
+
+
+@given(seed=st.integers(0, 1000), batch=st.integers(1, 4), length=st.integers(1, 6))
+def test_coupled_sums_equal_their_definition_over_each_sequence(seed, batch, length):
+    g, x = normal(seed, batch, length, 3), normal(seed + 1, batch, length, 5)
+    a_inverse, b_inverse = positive(seed + 2, 5), positive(seed + 3, 3)
+    total = empty(3, 5)
+    for rows, others in zip(g.split(2), x.split(2), strict=True):  # sums go on from batch to batch
+        add_coupled(total, rows, others, a_inverse.float(), b_inverse.float())
+    a, b, overlap = zeros(5, 5), zeros(3, 3), 0.0
+    for gradient, inputs in zip(g.double(), x.double(), strict=True):
+        whole = sum((torch.outer(u, v) for u, v in zip(gradient, inputs, strict=True)), zeros(3, 5))
+        a += whole.mT @ b_inverse @ whole / 3
+        b += whole @ a_inverse @ whole.mT / 5
+        vector = whole.mT.flatten()  # columns below each other
+        overlap += float(vector @ torch.kron(a_inverse, b_inverse) @ vector) / 15
+    tokens = batch * length
+    got_a, got_b = total.finish(tokens)
+    torch.testing.assert_close(got_a, a / tokens, rtol=1e-4, atol=1e-5 * float(a.max() / tokens))
+    want_b = b / tokens / (overlap / tokens)
+    torch.testing.assert_close(got_b, want_b, rtol=1e-4, atol=1e-5 * float(want_b.max()))
+    assert torch.equal(got_a, got_a.mT)
+    assert torch.equal(got_b, got_b.mT)
+
+
+def test_both_ways_of_coupling_give_the_same_sums():
+    g, x = correlated_sequences(5, 7, 9)
+    inverses = positive(6, 4).float(), positive(7, 3).float()
+    ways = []
+    for add in (curvature._add_through_weights, curvature._add_through_tokens):
+        ways.append(empty(3, 4))
+        add(ways[-1], g, x, *inverses)
+    for one, other in zip(*ways, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+def test_coupling_in_chunks_counts_every_sequence_once(monkeypatch):
+    g, x = correlated_sequences(8, 5, 2)
+    found = []
+    for chunk in (1, 8, 4096):  # 1, 2 and all sequences at once
+        monkeypatch.setattr(curvature, "CHUNK", chunk)
+        found.append(empty(3, 4))
+        add_coupled(found[-1], g, x, positive(9, 4).float(), positive(10, 3).float())
+    for part in zip(*found, strict=True):
+        torch.testing.assert_close(part[0], part[2], rtol=1e-5, atol=1e-6 * float(part[2].abs().max()))
+        torch.testing.assert_close(part[1], part[2], rtol=1e-5, atol=1e-6 * float(part[2].abs().max()))
+
+
+def test_independent_tokens_give_the_plain_pair_back():
+    """K-FAC's assumption holds: nothing is to be refined, the scale included."""
+    g, x = normal(1, 20_000, 4, 2) * torch.tensor([1.0, 3.0]), normal(2, 20_000, 4, 3) * torch.tensor([1.0, 2.0, 3.0])
+    plain = torch.kron(torch.diag(torch.tensor([1.0, 4.0, 9.0])), torch.diag(torch.tensor([1.0, 9.0]))).double()
+    total = empty(2, 3)
+    add_coupled(
+        total, g, x, torch.diag(torch.tensor([1.0, 4.0, 9.0])).inverse(), torch.diag(torch.tensor([1.0, 1 / 9]))
+    )
+    a, b = total.finish(80_000)
+    assert float((torch.kron(a, b) - plain).norm()) < 0.03 * float(plain.norm())
+
+
+def test_one_step_brings_the_factors_nearer_to_the_fisher_matrix():
+    """In the divergence that the alternation lowers: tr(K^-1 F) + log det K for K = A (x) B, F = E[vec G vec G^T]."""
+    g, x = correlated_sequences(3, 4000, 5)
+    whole = (g.mT @ x).double().mT.flatten(1)
+    fisher = whole.mT @ whole / (4000 * 5)
+    rows, others = g.flatten(0, 1).double(), x.flatten(0, 1).double()
+    b0, a0 = rows.mT @ rows / len(rows), others.mT @ others / len(others)
+
+    def divergence(a: Tensor, b: Tensor) -> float:
+        pair = torch.kron(a, b)
+        return float(torch.linalg.solve(pair, fisher).trace() + torch.logdet(pair) - torch.logdet(fisher)) - 12
+
+    total = empty(3, 4)
+    add_coupled(total, g, x, a0.inverse().float(), b0.inverse().float())
+    a, b = total.finish(len(rows))
+    # Two factors changed at once: the scale is the one seen from the old pair, which the divergence minimises over.
+    size = float(torch.linalg.solve(torch.kron(a, b), fisher).trace()) / 12
+    kfac_size = float(torch.linalg.solve(torch.kron(a0, b0), fisher).trace()) / 12
+    assert divergence(a * size, b) < 0.6 * divergence(a0 * kfac_size, b0)
+    whitened = torch.linalg.solve(torch.kron(a0, b0), torch.kron(a, b)).trace() / 12
+    assert float(whitened) == pytest.approx(kfac_size, rel=1e-4)  # the mean curvature is what was measured
+
+
+# ---------- under autocast
+
+
+def test_autocast_of_the_pass_does_not_reach_the_sums():
+    """Found: hooks run inside autocast, and float32 products became bf16, with errors of 1e-3."""
+    rows, others = normal(1, 2, 40, 6), normal(2, 2, 40, 5)
+    inverses = torch.eye(5), torch.eye(6)
+
+    def sums() -> list[Tensor]:
+        gram, cross, squares, coupled = zeros(6, 6), zeros(6, 5), zeros(6, 5), empty(6, 5)
+        add_gram(gram, rows[0])
+        add_gram(cross, rows[0], others[0])
+        add_squares(squares, rows, others)
+        add_coupled(coupled, rows, others, *inverses)
+        return [gram, cross, squares, *coupled]
+
+    outside = sums()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (rows[0].mT @ rows[0]).dtype == torch.bfloat16  # autocast is on, and would be felt
+        inside = sums()
+        assert (rows[0].mT @ rows[0]).dtype == torch.bfloat16  # and is on again afterwards
+    for one, other in zip(outside, inside, strict=True):
+        assert torch.equal(one, other)
+    exact = rows[0].double().mT @ rows[0].double()
+    assert float((inside[0] - exact).norm()) <= 1e-6 * float(exact.norm())
 
 
 # ---------- clip_rows

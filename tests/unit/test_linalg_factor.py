@@ -12,6 +12,7 @@ from spectrim.linalg.factor import (
     balance,
     decompose,
     descending_eigh,
+    drift_target,
     randomised_factors,
     refit_left,
     solve_symmetric,
@@ -289,3 +290,59 @@ def test_solve_symmetric_of_nothing_is_zero():
     assert torch.equal(
         solve_symmetric(torch.zeros(3, 3, dtype=torch.float64), normal(1, 3, 2)), torch.zeros(3, 2, dtype=torch.float64)
     )
+
+
+# ---------- drift_target
+
+
+def drifted(seed: int, tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    """Inputs (N, I) of a dense model, and what a compressed one makes of them: shrunk, mixed, noisy."""
+    x = normal(seed, tokens, width)
+    return x, 0.8 * x + 0.3 * x @ normal(seed + 1, width, width) / width**0.5 + 0.2 * normal(seed + 2, tokens, width)
+
+
+@pytest.mark.parametrize("mix", [0.3, 1.0])
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+@pytest.mark.parametrize("tokens", [50, 5])  # of 8 inputs: with 5 tokens S is singular
+def test_the_drift_target_is_the_least_squares_answer(mix, ridge, tokens):
+    x, y = drifted(1, tokens, 8)
+    weight = normal(2, 6, 8)
+    cross, gram = x.mT @ y / tokens, y.mT @ y / tokens
+    damping = ridge * gram.trace() / 8
+    system = torch.cat([y / tokens**0.5, damping.sqrt() * torch.eye(8, dtype=torch.float64)])
+    change = torch.cat([mix * (x - y) @ weight.mT / tokens**0.5, torch.zeros(8, 6, dtype=torch.float64)])
+    want = weight + torch.linalg.lstsq(system, change, driver="gelsd").solution.mT
+    torch.testing.assert_close(drift_target(weight, cross, gram, mix=mix, ridge=ridge), want, rtol=1e-7, atol=1e-7)
+
+
+def test_without_drift_or_without_a_share_the_weight_stays():
+    x, y = drifted(3, 40, 8)
+    weight = normal(4, 6, 8)
+    cross, gram = x.mT @ y / 40, y.mT @ y / 40
+    assert torch.equal(drift_target(weight, cross, gram, mix=0.0), weight)
+    torch.testing.assert_close(drift_target(weight, gram, gram, mix=1.0), weight)
+    dead = torch.zeros(8, 8, dtype=torch.float64)
+    assert torch.equal(drift_target(weight, dead, dead, mix=0.5), weight)
+
+
+def test_the_drift_target_has_no_scale_of_its_own():
+    x, y = drifted(5, 40, 8)
+    weight = normal(6, 6, 8)
+    cross, gram = x.mT @ y / 40, y.mT @ y / 40
+    want = drift_target(weight, cross, gram, mix=0.5)
+    torch.testing.assert_close(drift_target(weight, 1e6 * cross, 1e6 * gram, mix=0.5), want)
+
+
+def test_following_the_drift_lowers_the_error_at_equal_rank():
+    x, y = drifted(7, 400, 12)
+    weight = normal(8, 10, 12)
+    cross, gram = x.mT @ y / 400, y.mT @ y / 400
+
+    def error(target: Tensor, metric: Tensor) -> float:
+        kept = truncate(decompose(target, right=root_of(metric)), 6)
+        return float((x @ weight.mT - y @ (kept.left @ kept.right).mT).square().sum(1).mean())
+
+    stays = error(weight, x.mT @ x / 400)
+    same_target = error(weight, gram)
+    half, full = (error(drift_target(weight, cross, gram, mix=mix), gram) for mix in (0.5, 1.0))
+    assert full < half < 0.95 * min(stays, same_target)

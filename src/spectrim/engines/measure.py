@@ -136,9 +136,8 @@ def hooks(
     """Forward hooks on every target layer that call back with its input; gradients through a hook on each output."""
     windows = torch.Size((1, 1))  # (B, S) of the present batch
 
-    def told(name: str, x: Tensor, shape: torch.Size, gradient: Tensor) -> None:
-        assert on_gradient is not None
-        on_gradient(name, gradient.detach(), x, shape)
+    def pass_on(call: OnGradient, name: str, x: Tensor, shape: torch.Size, gradient: Tensor) -> None:
+        call(name, gradient.detach(), x, shape)
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -146,7 +145,7 @@ def hooks(
             if on_input is not None:
                 on_input(name, x)
             if on_gradient is not None and output.requires_grad:
-                output.register_hook(partial(told, name, x, windows))
+                output.register_hook(partial(pass_on, on_gradient, name, x, windows))
 
         return hook
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.layerwise import plan_ranks
 from spectrim.engines.masked import budget_of
+from spectrim.linalg.curvature import coupling_operations
 from spectrim.method import LayerMethod, MaskedMethod, Stat, TrainedMethod
 from spectrim.models.load import Source, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
@@ -103,6 +104,8 @@ def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
         statistics += sum(la.inputs**2 for la in walk.layers) * 8
     if Stat.OUTPUT_GRAD in method.needs:
         statistics += sum(la.outputs**2 for la in walk.layers) * 8
+    if method.refinement is not None:  # sums in float64 and inverses in float32 beside the plain ones
+        statistics = statistics * 5 // 2
     rounds = 2 if method.rounds else 1
     learned = spectra // 2 if isinstance(method, TrainedMethod) and method.steps else 0
     batch = method.batch_size if learned and isinstance(method, TrainedMethod) else 4
@@ -120,6 +123,12 @@ def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, 
         gram += sum(2.0 * la.outputs**2 for la in walk.layers) * tokens
     decomposition = sum(30.0 * max(la.outputs, la.inputs) ** 3 for la in walk.layers) * (1 + method.rounds)
     calibration = (forward * passes + gram * (1 + method.rounds)) if method.needs else 0.0
+    if method.refinement is not None:
+        coupled = sum(coupling_operations(la.outputs, la.inputs, length) for la in walk.layers) * windows
+        calibration += (3 * forward + coupled) * (1 + method.rounds)
+    if method.error_share > 0:  # both models: to start, up to each of four groups of layers, and to go on
+        calibration += 8 * forward + 2 * gram
+        decomposition *= (2 + method.rounds) / (1 + method.rounds)
     learning = 0.0
     if isinstance(method, TrainedMethod):
         steps = method.steps + getattr(method, "distil_steps", 0)

@@ -5,6 +5,7 @@ block is called with beside them (positions, masks) is kept too, once where it i
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +101,9 @@ def input_moments(dense: Stream, small: Stream, block: int, name: str) -> tuple[
     try:
         for batch, hidden in enumerate(dense.hidden):
             seen.clear()
-            dense.run(block, batch)
-            small.run(block, batch)
+            for stream in (dense, small):
+                with suppress(_Seen):
+                    stream.run(block, batch)
             rows = {key: x.reshape(-1, x.shape[-1]) for key, x in seen.items()}
             if any(key not in rows or len(rows[key]) != hidden.shape[:-1].numel() for key in ("dense", "small")):
                 return None
@@ -120,11 +122,16 @@ def input_moments(dense: Stream, small: Stream, block: int, name: str) -> tuple[
     return cross / tokens, gram / tokens
 
 
+class _Seen(Exception):
+    """No error: the way out of a block once the input is known."""
+
+
 def _store(seen: dict[str, Tensor], key: str) -> Callable[..., None]:
-    """A hook that puts a layer's input into `seen[key]`."""
+    """A hook that puts a layer's input into `seen[key]` and leaves the block: the rest of it is not needed."""
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen[key] = inputs[0]
+        raise _Seen
 
     return hook
 

@@ -70,14 +70,48 @@ def add_coupled(total: Coupled, gradients: Tensor, inputs: Tensor, a_inverse: Te
     Dutilleul 1999), which is the A (x) B nearest to E[vec G vec G^T] in Kullback-Leibler divergence. K-FAC (Martens and
     Grosse 2015) takes E[x x^T] and E[g g^T], as if the terms of G were independent of each other and g of x.
     """
-    outputs, columns = gradients.shape[-1], inputs.shape[-1]
+    outputs, columns, length = gradients.shape[-1], inputs.shape[-1], gradients.shape[1]
+    weights, tokens = _costs(outputs, columns, length)
+    add = _add_through_weights if weights < tokens else _add_through_tokens
+    count = max(1, CHUNK // max(outputs, columns, length))
     with full_precision(total.input.device):
-        for gradient, rows in zip(gradients, inputs, strict=True):
-            whole = gradient.float().mT @ rows.float()
-            left, right = b_inverse @ whole, whole @ a_inverse
-            total.input.add_(left.mT @ whole, alpha=1 / outputs)
-            total.output.add_(right @ whole.mT, alpha=1 / columns)
-            total.overlap.add_((left * right).sum(dtype=torch.float64), alpha=1 / (outputs * columns))
+        for g, x in zip(gradients.float().split(count), inputs.float().split(count), strict=True):
+            add(total, g, x, a_inverse, b_inverse)
+
+
+def coupling_operations(outputs: int, inputs: int, length: int) -> int:
+    """Floating-point operations of `add_coupled` for one sequence of this length."""
+    return min(_costs(outputs, inputs, length))
+
+
+def _costs(outputs: int, inputs: int, length: int) -> tuple[int, int]:
+    """Operations through weights and through tokens."""
+    through_weights = 2 * length * outputs * inputs + 4 * outputs * inputs * (outputs + inputs)
+    return through_weights, 4 * length * (outputs**2 + inputs**2) + 4 * length**2 * (outputs + inputs)
+
+
+def _add_through_weights(total: Coupled, g: Tensor, x: Tensor, a_inverse: Tensor, b_inverse: Tensor) -> None:
+    """From the gradients G at the weight, (B, O, I): the fewer operations for long sequences."""
+    outputs, columns = g.shape[-1], x.shape[-1]
+    whole = g.mT @ x
+    left, right = b_inverse @ whole, whole @ a_inverse
+    total.input.add_(left.flatten(0, 1).mT @ whole.flatten(0, 1), alpha=1 / outputs)
+    total.output.add_(_side_by_side(right) @ _side_by_side(whole).mT, alpha=1 / columns)
+    total.overlap.add_((left * right).sum(dtype=torch.float64), alpha=1 / (outputs * columns))
+
+
+def _add_through_tokens(total: Coupled, g: Tensor, x: Tensor, a_inverse: Tensor, b_inverse: Tensor) -> None:
+    """The same from what each token has in common with each other one, (B, S, S): g^T B0^-1 g' and x^T A0^-1 x'."""
+    outputs, columns = g.shape[-1], x.shape[-1]
+    of_gradients, of_inputs = g @ b_inverse @ g.mT, x @ a_inverse @ x.mT
+    total.input.add_(x.flatten(0, 1).mT @ (of_gradients @ x).flatten(0, 1), alpha=1 / outputs)
+    total.output.add_(g.flatten(0, 1).mT @ (of_inputs @ g).flatten(0, 1), alpha=1 / columns)
+    total.overlap.add_((of_gradients * of_inputs).sum(dtype=torch.float64), alpha=1 / (outputs * columns))
+
+
+def _side_by_side(matrices: Tensor) -> Tensor:
+    """Matrices (B, O, I) as one (O, B I)."""
+    return matrices.transpose(0, 1).flatten(1)
 
 
 def clip_rows(rows: Tensor, *, ratio: float) -> Tensor:

@@ -62,7 +62,7 @@ class SoCo(LearnedMethod):
         {
             "fast": {"steps": 0, "distil_steps": 0},
             "balanced": {"steps": 400, "distil_steps": 0},
-            "best": {"steps": 0, "distil_steps": 1000},
+            "best": {"steps": 0, "distil_steps": 600},
         }
     )
     default_preset: ClassVar = "balanced"
