@@ -31,6 +31,7 @@ pytestmark = pytest.mark.faults
 
 STEPS, DISTIL_STEPS = 6, 4
 KL = "recovery 0 kl"
+KL_METRIC = f"{KL} metric"
 DIFFER = {"report.json", "manifest.json"}
 """The report tells seconds, memory and where it was taken up again; the manifest has the report's checksum."""
 TOLD = ("seconds", "peak_memory_bytes", "resumed", "folder")
@@ -127,7 +128,7 @@ def killed_at(name: str, count: int, *words: object) -> None:
         ("state-synced", 4, 2, None),
         ("state-renamed", 4, 3, None),
         ("state-saved", STEPS + 1, STEPS, None),
-        ("state-synced", STEPS + 4, STEPS, 2),
+        ("state-synced", STEPS + 5, STEPS, 2),  # the metric of distillation is written before its first state
         ("staged", 1, STEPS, DISTIL_STEPS),
         ("before-publish", 1, STEPS, DISTIL_STEPS),
     ],
@@ -137,7 +138,8 @@ def test_killed_at_a_point_and_typed_again(
 ) -> None:
     out = tmp_path / "out"
     resumed = [] if scores is None else [("closed form", 1)]
-    resumed += [(stage, step) for stage, step in (("scores", scores), (KL, distilled)) if step]
+    metric = None if distilled is None else 1
+    resumed += [(stage, n) for stage, n in (("scores", scores), (KL_METRIC, metric), (KL, distilled)) if n]
     killed_at(name, count, *words, "--out", out)
     assert not out.exists()
     answer = call(*words, "--out", out)
@@ -477,7 +479,7 @@ def test_other_tensors_under_an_old_header_are_noticed(tmp_path: Path) -> None:
     ("damage", "stage", "left"),
     [
         ("truncated", "scores", [("closed form", 1)]),
-        ("flipped", KL, [("closed form", 1), ("scores", STEPS)]),
+        ("flipped", KL, [("closed form", 1), ("scores", STEPS), (KL_METRIC, 1)]),
         ("edited", "closed form", []),
         ("removed", "closed form", []),
     ],
@@ -486,7 +488,7 @@ def test_a_damaged_state_is_told_and_its_stage_starts_anew(
     words: list[str], whole: Path, tmp_path: Path, damage: str, stage: str, left: list[tuple[str, int]]
 ) -> None:
     out = tmp_path / "out"
-    killed_at("state-saved", STEPS + 3, *words, "--out", out)
+    killed_at("state-saved", STEPS + 4, *words, "--out", out)
     path = WorkFolder(tmp_path / "out.resume").state_path(stage)
     raw = path.read_bytes()
     if damage == "truncated":
@@ -501,7 +503,7 @@ def test_a_damaged_state_is_told_and_its_stage_starts_anew(
     assert answer.code == 0, answer.err
     assert taken_up(out) == left  # what came after the damaged stage is not taken up either
     warnings = report_of(out)["warnings"]
-    later = {"closed form": 2, "scores": 1, KL: 0}[stage]
+    later = {"closed form": 3, "scores": 2, KL: 0}[stage]
     assert len([w for w in warnings if "on which it was built" in w]) == later
     if damage != "removed":
         assert f"{stage} starts anew, which costs time and changes no number" in warnings[0]
@@ -542,7 +544,7 @@ def test_a_disk_that_is_full_all_the_time_still_gives_the_result(words: list[str
     with mock.patch("spectrim.store.state.save_file", side_effect=full):
         answer = call(*words, "--out", out)
     assert answer.code == 0, answer.err
-    assert len(report_of(out)["warnings"]) == 1 + STEPS + DISTIL_STEPS
+    assert len(report_of(out)["warnings"]) == 1 + STEPS + 1 + DISTIL_STEPS  # closed form and metric
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not (tmp_path / "out.resume").exists()
 

@@ -463,4 +463,4 @@ def test_a_diverged_training_exits_with_5_and_publishes_nothing(
     assert answer.code == 5
     assert says in answer.message
     assert answer.out == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.resume"]  # the last good state

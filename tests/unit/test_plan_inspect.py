@@ -124,7 +124,8 @@ def test_the_plan_counts_more_work_for_methods_that_do_more(models: dict[str, Pa
         plan["seconds"] == plan["operations"] / (plan["matrix_rate_per_s"] * plan_module.EFFICIENCY) for plan in plans
     )
     memory = [plan["peak_memory_bytes"] for plan in plans]
-    assert memory == sorted(memory)
+    assert memory[:4] == sorted(memory[:4])
+    assert memory[4] > 2 * memory[2]  # best trains factors, balanced scores: either takes far more than the closed form
 
 
 def test_a_plan_for_a_compressed_folder_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

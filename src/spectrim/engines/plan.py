@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.layerwise import plan_ranks
 from spectrim.engines.masked import budget_of
+from spectrim.engines.recovery import RECOVERY_BATCH
 from spectrim.linalg.curvature import coupling_operations
 from spectrim.method import LayerMethod, MaskedMethod, Stat, TrainedMethod
 from spectrim.models.load import Source, meta_model
@@ -97,7 +98,7 @@ def _numbers(layer: Layer, target: Any) -> int:
 
 
 def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
-    """Model in float32, spectra and statistics in float64, activations of one batch."""
+    """Model in float32, spectra and statistics in float64, activations of a batch; or distillation, if that is more."""
     spectra = sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in walk.layers) * 8
     statistics = 0
     if Stat.GRAM in method.needs:
@@ -107,10 +108,15 @@ def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
     if method.refinement is not None:  # sums in float64 and inverses in float32 beside the plain ones
         statistics = statistics * 5 // 2
     rounds = 2 if method.rounds else 1
+    token = length * sum(3 * la.outputs + la.inputs for la in walk.layers) * 4
     learned = spectra // 2 if isinstance(method, TrainedMethod) and method.steps else 0
     batch = method.batch_size if learned and isinstance(method, TrainedMethod) else 4
-    activations = batch * length * sum(3 * la.outputs + la.inputs for la in walk.layers) * 4
-    return 4 * total + spectra + rounds * statistics + learned + activations
+    peak = 4 * total + spectra + rounds * statistics + learned + batch * token
+    if getattr(method, "distil_steps", 0):  # roots of the metric, factors with gradient and two moments, beside spectra
+        roots = sum(la.inputs**2 + la.outputs**2 for la in walk.layers) * 8
+        factors = 4 * 4 * sum(la.weight_numbers for la in walk.layers)
+        peak = max(peak, 4 * total + spectra + roots + factors + RECOVERY_BATCH * token)
+    return peak
 
 
 def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, length: int) -> float:
