@@ -198,6 +198,11 @@ class LearnedMethod(TrainedMethod):
         super().__post_init__()
         require_range(self.info.name, "project_every", self.project_every, 1, 1_000_000)
 
+    @property
+    def newton_steps(self) -> int:
+        """Newton steps on the scores in the closed form, see engines/newton.py."""
+        return 0
+
     @abstractmethod
     def loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Scalar training loss from logits (B, S, V)."""

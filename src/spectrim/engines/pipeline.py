@@ -6,6 +6,7 @@
 3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
 5. in running order, let each weight make up for the error before it, decompose it again engines/propagate.py
+   Newton steps on the scores of what is kept, if the method asks for them              engines/newton.py
 6. trained methods: scores on the spectra, or masks and adapters         engines/learned.py, engines/masked.py
 7. encode each layer, put it in place
 8. recovery: refit, block refinement, distillation                                       engines/recovery.py
@@ -29,6 +30,7 @@ from spectrim.engines.learned import Learned, skeleton, train_scores
 from spectrim.engines.loop import Checkpoint, Saved
 from spectrim.engines.masked import train_masks
 from spectrim.engines.measure import Progress, measure
+from spectrim.engines.newton import newton_scores
 from spectrim.engines.propagate import propagate
 from spectrim.engines.recovery import Recovered, recover, recovery_of
 from spectrim.errors import UsageError
@@ -107,7 +109,7 @@ def compress_model(
         placed = apply_plan(student, walk, plan, learned.factors, learned=True)
     else:
         with timed(clock, "encode"):
-            placed = apply_plan(student, walk, plan, spectra, learned=run.propagates)
+            placed = apply_plan(student, walk, plan, spectra, learned=run.changes)
     recovered = recover(
         steps, student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed, progress=progress,
         checkpoint=checkpoint,
@@ -163,6 +165,12 @@ class _Run:
         """True when weights change before they are cut, those that stay dense too: they then fit one size only."""
         return self.one_size and self.method.error_share > 0 and self.keep < 1
 
+    @property
+    def changes(self) -> bool:
+        """True when layers that stay dense are not what they were."""
+        scored = isinstance(self.method, LearnedMethod) and self.method.newton_steps > 0
+        return self.propagates or (self.one_size and self.keep < 1 and scored)
+
     def closed_form_or_saved(
         self, ids: Tensor, checkpoint: Checkpoint | None, *, learned: bool
     ) -> tuple[dict[str, Spectrum], Plan, Checkpoint | None]:
@@ -177,7 +185,7 @@ class _Run:
             spectra, plan, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run)
 
         def pack() -> Saved:
-            changed = learned or self.propagates
+            changed = learned or self.changes
             return pack_closed_form(spectra, plan, run, learned=learned, changed=changed, warnings=self.warnings)
 
         keeper = SavedFirst(checkpoint, CLOSED_FORM, pack, kept=saved is not None)
@@ -195,6 +203,19 @@ class _Run:
             spectra, plan = self.decide(stats)
         if self.propagates:
             self.propagate(spectra, plan, stats, ids)
+        if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
+            with timed(self.clock, "newton"):
+                newton_scores(
+                    self.method,
+                    self.dense,
+                    self.walk,
+                    spectra,
+                    plan,
+                    self.round_windows(ids),
+                    steps=self.method.newton_steps,
+                    batch_size=self.batch_size,
+                    progress=self.progress,
+                )
         return spectra, plan
 
     def round_windows(self, ids: Tensor) -> Tensor:

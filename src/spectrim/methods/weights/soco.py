@@ -60,9 +60,9 @@ class SoCo(LearnedMethod):
     needs: ClassVar = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {
-            "fast": {"steps": 0, "distil_steps": 0},
-            "balanced": {"steps": 400, "distil_steps": 0},
-            "best": {"steps": 0, "distil_steps": 600},
+            "fast": {"newton": 1, "steps": 0, "distil_steps": 0},
+            "balanced": {"newton": 0, "steps": 400, "distil_steps": 0},
+            "best": {"newton": 0, "steps": 0, "distil_steps": 600},
         }
     )
     default_preset: ClassVar = "balanced"
@@ -75,6 +75,7 @@ class SoCo(LearnedMethod):
     basis: Literal["two-sided", "svd"] = "two-sided"
     input_shrinkage: float = 0.01
     output_shrinkage: float = 0.2
+    newton: int = 0
     steps: int = 300
     distil_steps: int = 0
     explore: float = 0.0
@@ -86,6 +87,7 @@ class SoCo(LearnedMethod):
         require_choice("soco", "basis", self.basis, ("two-sided", "svd"))
         require_choice("soco", "coupling", self.coupling, ("none", "sequence"))
         require_range("soco", "propagate", self.propagate, 0.0, 1.0)
+        require_range("soco", "newton", self.newton, 0, 100)
         require_range("soco", "distil_steps", self.distil_steps, 0, 1_000_000)
         for name in ("input_shrinkage", "output_shrinkage", "explore", "refine"):
             require_range("soco", name, getattr(self, name), 0.0, 1.0)
@@ -101,6 +103,11 @@ class SoCo(LearnedMethod):
     def error_share(self) -> float:
         """As asked for."""
         return self.propagate
+
+    @property
+    def newton_steps(self) -> int:
+        """As asked for."""
+        return self.newton
 
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """Components in the chosen basis, strongest first by what losing each costs to second order."""

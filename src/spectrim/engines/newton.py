@@ -1,0 +1,154 @@
+"""Scores without training: Newton steps on the scores of all kept components at once.
+
+    g_i = d E[KL(dense || compressed)] / d score_i       measured once, one pass there and back over calibration windows
+    step_i = -g_i / (e_i + damping * mean e)             e_i, the energy, is the curvature that the metric predicts
+    scores = 1 + t step,  t the best of LENGTHS on windows held out from the gradient; no step where none helps
+
+The curvature is that of each layer alone; across layers it adds up, hence lengths well below 1. Kept components make up
+for those that went, as learned scores do, for the price of one gradient: at keep 0.5 it is a good part of what 400
+steps of training give (docs/soco.md).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.engines.layerwise import Plan
+from spectrim.engines.learned import relax, skeleton, step_loss
+from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.errors import NumericalError
+from spectrim.linalg.factor import Spectrum
+from spectrim.method import LearnedMethod
+from spectrim.models.walk import Walk, device_of
+from spectrim.nn.scored import ScoredLinear
+
+LENGTHS = (0.1, 0.2, 0.4, 0.8)
+DAMPING = 0.1
+LARGEST_MOVE = 1.0
+"""No score is asked to move further than this before the length is applied: the quadratic model does not reach."""
+HELD_OUT = 8
+"""One window in so many chooses the length of the step and gives no gradient."""
+
+
+def newton_scores(
+    method: LearnedMethod,
+    dense: PreTrainedModel,
+    walk: Walk,
+    spectra: dict[str, Spectrum],
+    plan: Plan,
+    ids: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Fold the scores of `steps` Newton steps into the kept components of `spectra`, in place; returns the lengths.
+
+    `ids` (windows, length). The ranks of `plan` stay. A length of 0 says that no step helped on the held-out windows.
+    """
+    count = max(1, len(ids) // HELD_OUT)
+    held_out, given = ids[-count:], ids[:-count] if len(ids) > count else ids
+    student = skeleton(dense)
+    scored = relax(student, walk, spectra)
+    for name, layer in scored.items():
+        if plan.targets[name].codec != "dense":
+            layer.mask[plan.targets[name].rank :] = 0
+    taken: list[float] = []
+    with frozen(student), frozen(dense):
+        for step in range(steps):
+            if progress is not None:
+                progress("newton", step, steps)
+            moves = directions(scored, score_gradients(method, dense, student, scored, given, batch_size))
+            length = best_length(method, dense, student, scored, moves, held_out, batch_size)
+            move(scored, moves, length)
+            taken.append(length)
+            if length == 0:
+                break
+    for name, layer in scored.items():
+        scores = (layer.scores.detach() * layer.mask + (1 - layer.mask)).double()
+        spectrum = spectra[name]
+        spectra[name] = Spectrum(spectrum.left * scores, spectrum.right, spectrum.energy * scores.square())
+    if progress is not None:
+        progress("newton", steps, steps)
+    return taken
+
+
+def directions(scored: Mapping[str, ScoredLinear], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The damped Newton step (K,) of every layer, 0 for what is pruned."""
+    steps = {}
+    for name, layer in scored.items():
+        curvature = layer.energy * layer.scores.detach().double().square()
+        floor = DAMPING * curvature.mean()
+        if float(floor) == 0:  # a layer of zeros
+            steps[name] = torch.zeros_like(layer.mask)
+            continue
+        step = (-gradients[name].double() / (curvature + floor)).clamp(-LARGEST_MOVE, LARGEST_MOVE)
+        steps[name] = (step * layer.mask).to(layer.scores.dtype)
+    return steps
+
+
+def score_gradients(
+    method: LearnedMethod,
+    dense: PreTrainedModel,
+    student: PreTrainedModel,
+    scored: Mapping[str, ScoredLinear],
+    ids: Tensor,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """The gradient (K,) of the method's mean loss over all windows by every score."""
+    for layer in scored.values():
+        layer.scores.requires_grad_(True)
+        layer.scores.grad = None
+    for batch in ids.split(batch_size):
+        (step_loss(method, student, dense, batch.to(device_of(dense))) * len(batch) / len(ids)).backward()
+    found = {}
+    for name, layer in scored.items():
+        gradient = layer.scores.grad
+        found[name] = torch.zeros_like(layer.scores) if gradient is None else gradient  # an expert never routed to
+        layer.scores.requires_grad_(False).grad = None
+        if not bool(torch.isfinite(found[name]).all()):
+            raise NumericalError(
+                f"{name}: the gradient of its scores is not finite; leave the step out (--set newton=0), or check the "
+                "calibration text"
+            )
+    return found
+
+
+@torch.no_grad()
+def best_length(
+    method: LearnedMethod,
+    dense: PreTrainedModel,
+    student: PreTrainedModel,
+    scored: Mapping[str, ScoredLinear],
+    moves: Mapping[str, Tensor],
+    ids: Tensor,
+    batch_size: int,
+) -> float:
+    """The length with the least loss on `ids`, among 0 and LENGTHS; looks no further once it rises."""
+    device = device_of(dense)
+
+    def loss() -> float:
+        total = 0.0
+        for batch in ids.split(batch_size):
+            with autocast(device):
+                total += float(step_loss(method, student, dense, batch.to(device))) * len(batch) / len(ids)
+        return total
+
+    best, least = 0.0, loss()
+    for length in LENGTHS:
+        move(scored, moves, length)
+        found = loss()
+        move(scored, moves, -length)
+        if not found < least:
+            break
+        best, least = length, found
+    return best
+
+
+@torch.no_grad()
+def move(scored: Mapping[str, ScoredLinear], moves: Mapping[str, Tensor], length: float) -> None:
+    """scores += length * moves."""
+    for name, layer in scored.items():
+        layer.scores.data.add_(moves[name], alpha=length)
