@@ -45,7 +45,7 @@ from spectrim.report.facts import environment
 from spectrim.store import open_checkpoint
 
 UNIFORM_FACTORS = {"storage": "factor", "allocation": "uniform", "rounds": 0, "coupling": "none", "propagate": 0.0}
-PLAIN = {"rounds": 1, "coupling": "none", "propagate": 0.0}
+PLAIN = {"rounds": 1, "coupling": "none", "propagate": 0.0, "newton": 0}
 TASK_ITEMS = 1000
 
 
@@ -99,9 +99,11 @@ GROUPS: dict[str, list[Row]] = {
             recover=("kl:300",),
         ),
         Row(label="svd-llm, pivot, kl:300", method="svd-llm", options={"storage": "pivot"}, recover=("kl:300",)),
-        Row(label="fast, no coupling, no propagation", preset="fast", options=PLAIN),
+        Row(label="fast, plain metric alone", preset="fast", options=PLAIN),
+        Row(label="fast, no Newton step", preset="fast", options={"newton": 0}),
         Row(label="fast, no propagation", preset="fast", options={"propagate": 0.0}),
-        Row(label="fast, no coupling", preset="fast", options={"coupling": "none"}),
+        Row(label="fast, coupled", preset="fast", options={"coupling": "sequence"}),
+        Row(label="fast, coupled, no Newton step", preset="fast", options={"coupling": "sequence", "newton": 0}),
         Row(label="fast, factor storage", preset="fast", options={"storage": "factor"}),
         Row(label="balanced, factor storage", preset="balanced", options={"storage": "factor"}),
         Row(label="balanced, phase 3 only", preset="balanced", options={"explore": 0.0, "refine": 0.0}),
