@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg.factor import (
+    DRIFT_TOKENS,
     Factors,
     Spectrum,
     balance,
@@ -17,6 +18,7 @@ from spectrim.linalg.factor import (
     refit_left,
     solve_symmetric,
     tail_energy,
+    token_share,
     truncate,
 )
 from spectrim.linalg.metric import root_of
@@ -331,6 +333,41 @@ def test_the_drift_target_has_no_scale_of_its_own():
     cross, gram = x.mT @ y / 40, y.mT @ y / 40
     want = drift_target(weight, cross, gram, mix=0.5)
     torch.testing.assert_close(drift_target(weight, 1e6 * cross, 1e6 * gram, mix=0.5), want)
+
+
+def test_the_share_of_the_drift_grows_with_the_tokens_for_each_input():
+    shares = [token_share(tokens, 512) for tokens in (0, 1, 512, 4096, 131_072, 10_000_000)]
+    assert shares == sorted(set(shares))
+    assert shares[0] == 0
+    assert shares[-1] > 0.999
+    assert token_share(DRIFT_TOKENS * 512, 512) == pytest.approx(0.5)
+    assert token_share(4096, 64) == token_share(8192, 128)  # only their ratio counts
+    assert token_share(131_072, 384) > token_share(131_072, 1024) >= 0.9
+
+
+def test_few_tokens_make_up_for_the_drift_better_by_their_share_than_in_full_or_not_at_all():
+    """Judged on the moments of 20,000 tokens; the noise of x' is as large as what was lost, in part of its inputs."""
+    width = 24
+    weight, mixing = normal(1, 16, width), normal(2, width, width) / width**0.5
+
+    def moments(seed: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        x = normal(seed, tokens, width)
+        y = 0.9 * x + 0.2 * x @ mixing + 0.7 * normal(seed + 1, tokens, width)
+        return x.mT @ x / tokens, x.mT @ y / tokens, y.mT @ y / tokens
+
+    plain, true_cross, true_gram = moments(3, 20_000)
+
+    def error(target: Tensor) -> float:
+        """E|| W x - W' x' ||^2."""
+        both = weight @ true_cross @ target.mT
+        return float((weight @ plain @ weight.mT - 2 * both + target @ true_gram @ target.mT).trace())
+
+    share, found = token_share(72, width), []
+    for seed in range(100, 120):
+        _, cross, gram = moments(seed, 72)
+        found.append([error(drift_target(weight, cross, gram, mix=mix, ridge=0.0)) for mix in (0.0, share, 1.0)])
+    none, some, full = torch.tensor(found).mean(0).tolist()
+    assert some < 0.95 * min(none, full)
 
 
 def test_following_the_drift_lowers_the_error_at_equal_rank():
