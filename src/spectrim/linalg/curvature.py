@@ -80,8 +80,8 @@ def add_coupled(total: Coupled, gradients: Tensor, inputs: Tensor, a_inverse: Te
 
 
 HALF_TRUST = 24
-"""Windows at which a coupled covariance counts as much as the plain one; see `window_share`. Chosen on builtin:tiny, where
-16 windows made the coupled pair worse than the plain one (docs/log.md); 256 windows still count for 0.91."""
+"""Windows at which a coupled covariance counts as much as the plain one; see `window_share`. Chosen on builtin:tiny,
+where 16 windows made the coupled pair worse than the plain one (docs/log.md); 256 windows still count for 0.91."""
 
 
 def window_share(windows: int) -> float:

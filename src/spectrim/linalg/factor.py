@@ -151,9 +151,9 @@ weights for what is noise there; as much again as an average direction has still
 
 
 DRIFT_TOKENS = 12
-"""Tokens for each input at which a measured drift is trusted by half; see `token_share`. Tokens of running text resemble
-each other, so it is far above 1. Chosen on builtin:tiny, where 4,096 tokens for 256 to 1,024 inputs made the full
-correction worse than none (docs/log.md); 131,072 tokens for 1,024 inputs still count for 0.91."""
+"""Tokens for each input at which a measured drift is trusted by half; see `token_share`. Tokens of running text
+resemble each other, so it is far above 1. Chosen on builtin:tiny, where 4,096 tokens made the full correction worse
+than none (docs/log.md); 131,072 tokens for 1,024 inputs still count for 0.91."""
 
 
 def token_share(tokens: int, inputs: int) -> float:
