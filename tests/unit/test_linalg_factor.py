@@ -342,32 +342,24 @@ def test_the_share_of_the_drift_grows_with_the_tokens_for_each_input():
     assert shares[-1] > 0.999
     assert token_share(DRIFT_TOKENS * 512, 512) == pytest.approx(0.5)
     assert token_share(4096, 64) == token_share(8192, 128)  # only their ratio counts
-    assert token_share(131_072, 384) > token_share(131_072, 1024) >= 0.9
+    assert token_share(131_072, 384) > token_share(131_072, 1024) > 0.98
 
 
-def test_few_tokens_make_up_for_the_drift_better_by_their_share_than_in_full_or_not_at_all():
-    """Judged on the moments of 20,000 tokens; the noise of x' is as large as what was lost, in part of its inputs."""
-    width = 24
-    weight, mixing = normal(1, 16, width), normal(2, width, width) / width**0.5
-
-    def moments(seed: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        x = normal(seed, tokens, width)
-        y = 0.9 * x + 0.2 * x @ mixing + 0.7 * normal(seed + 1, tokens, width)
-        return x.mT @ x / tokens, x.mT @ y / tokens, y.mT @ y / tokens
-
-    plain, true_cross, true_gram = moments(3, 20_000)
-
-    def error(target: Tensor) -> float:
-        """E|| W x - W' x' ||^2."""
-        both = weight @ true_cross @ target.mT
-        return float((weight @ plain @ weight.mT - 2 * both + target @ true_gram @ target.mT).trace())
-
-    share, found = token_share(72, width), []
+def test_the_share_of_few_tokens_is_nearer_to_the_truth_than_all_of_the_drift_or_none():
+    """Moments known from how x' is made; most of the drift is noise that x' does not explain."""
+    width, noise = 24, 0.3
+    weight, tokens = normal(1, 16, width), 8 * width
+    share = token_share(tokens, width)
+    truth = weight / (1 + noise**2)  # of W x, seen through x' = x + noise
+    found = []
     for seed in range(100, 120):
-        _, cross, gram = moments(seed, 72)
-        found.append([error(drift_target(weight, cross, gram, mix=mix, ridge=0.0)) for mix in (0.0, share, 1.0)])
+        x = normal(seed, tokens, width)
+        y = x + noise * normal(seed + 1000, tokens, width)
+        cross, gram = x.mT @ y / tokens, y.mT @ y / tokens
+        targets = [drift_target(weight, cross, gram, mix=mix, ridge=0.0) for mix in (0.0, share, 1.0)]
+        found.append([float((target - truth).square().sum()) for target in targets])
     none, some, full = torch.tensor(found).mean(0).tolist()
-    assert some < 0.95 * min(none, full)
+    assert some < 0.85 * min(none, full)
 
 
 def test_following_the_drift_lowers_the_error_at_equal_rank():

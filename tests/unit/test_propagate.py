@@ -233,11 +233,11 @@ def test_on_a_cpu_it_runs_over_the_gradient_windows(monkeypatch):
 
 def test_learned_scores_go_on_from_the_propagated_spectra():
     method = make_method("soco", options={"steps": 4, "batch_size": 8, "project_every": 2})
-    outcome = compress_model(tiny("llama"), method, 0.9, IDS)
+    outcome = compress_model(tiny("llama"), method, 0.9, IDS, gradient_windows=len(IDS))
     assert outcome.learned is not None
     dense = tiny("llama")
     name = "model.layers.1.mlp.down_proj"
-    stays = compress_model(dense, dataclasses.replace(method, propagate=0.0), 0.9, IDS)
+    stays = compress_model(dense, dataclasses.replace(method, propagate=0.0), 0.9, IDS, gradient_windows=len(IDS))
     assert stays.learned is not None
     one, other = (o.learned.factors[name] for o in (outcome, stays) if o.learned is not None)
     difference = float((one.left @ one.right - other.left @ other.right).norm())
