@@ -17,6 +17,7 @@ from spectrim.engines.couple import couple
 from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.errors import NumericalError
+from spectrim.linalg.curvature import toward, window_share
 from spectrim.method import Coupling, Stat, Stats
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
@@ -76,13 +77,28 @@ def test_the_pair_equals_the_oracle(architecture, batch_size, known_labels):
     walk = find_layers(model)
     plain = measure(model, walk, IDS, PLAIN, batch_size=batch_size)
     found = couple(model, walk, IDS, plain, HOW, batch_size=batch_size)
-    expected = oracle(model, IDS, plain)
+    expected, share = oracle(model, IDS, plain), window_share(len(IDS))
     assert list(found) == [la.name for la in walk.layers]
     for name, stats in found.items():
-        for got, want in zip((stats.get(Stat.GRAM), stats.get(Stat.OUTPUT_GRAD)), expected[name], strict=True):
+        for stat, coupled in zip((Stat.GRAM, Stat.OUTPUT_GRAD), expected[name], strict=True):
+            got, want = stats.get(stat), toward(plain[name].get(stat), coupled, share)
             assert got.dtype == torch.float64
             assert float((got - want).abs().max()) < 1e-4 * float(want.abs().max()), name
         assert stats.tokens == plain[name].tokens
+
+
+@pytest.mark.parametrize(("half", "end"), [(0, "coupled"), (1e12, "plain")])
+def test_the_two_ends_are_the_coupled_pair_and_the_plain_one(half, end, known_labels, monkeypatch):
+    monkeypatch.setattr("spectrim.linalg.curvature.HALF_TRUST", half)
+    model = tiny("llama")
+    walk = find_layers(model)
+    plain = measure(model, walk, IDS, PLAIN)
+    found, coupled = couple(model, walk, IDS, plain, HOW), oracle(model, IDS, plain)
+    for name, stats in found.items():
+        both = plain[name].get(Stat.GRAM), plain[name].get(Stat.OUTPUT_GRAD)
+        wants = coupled[name] if end == "coupled" else both
+        for got, want in zip((stats.get(Stat.GRAM), stats.get(Stat.OUTPUT_GRAD)), wants, strict=True):
+            assert float((got - want).abs().max()) < 1e-4 * float(want.abs().max()), name
 
 
 def test_layers_that_share_an_input_no_longer_share_its_matrix(known_labels):
@@ -113,6 +129,7 @@ def test_labels_are_those_of_the_first_pass(monkeypatch):
 
 
 def test_gradients_are_clipped_as_in_the_first_pass(known_labels, monkeypatch):
+    monkeypatch.setattr("spectrim.linalg.curvature.HALF_TRUST", 0)  # the plain pair is that of unclipped gradients
     model = tiny("llama")
     walk = find_layers(model)
     plain = measure(model, walk, IDS, PLAIN)
@@ -200,6 +217,7 @@ def test_tokens_of_an_expert_count_as_one_sequence_a_batch(known_labels):
     backward_from_fixed_labels(wide, IDS)
     g = wide.get_submodule(name).weight.grad
     want = g.mT @ torch.linalg.inv(shrunk(plain[name].get(Stat.OUTPUT_GRAD), 0.2)) @ g / 32 / plain[name].tokens
+    want = toward(plain[name].get(Stat.GRAM), want, window_share(1))
     assert float((found[name].get(Stat.GRAM) - want).abs().max()) < 1e-4 * float(want.abs().max())
 
 

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spectrim.linalg import curvature
-from spectrim.linalg.curvature import Coupled, add_coupled, add_gram, add_squares, clip_rows
+from spectrim.linalg.curvature import (
+    HALF_TRUST,
+    Coupled,
+    add_coupled,
+    add_gram,
+    add_squares,
+    clip_rows,
+    toward,
+    window_share,
+)
 from spectrim.linalg.divergence import mean_kl
 
 
@@ -227,6 +236,58 @@ def test_one_step_brings_the_factors_nearer_to_the_fisher_matrix():
     assert divergence(a * size, b) < 0.6 * divergence(a0 * kfac_size, b0)
     whitened = torch.linalg.solve(torch.kron(a0, b0), torch.kron(a, b)).trace() / 12
     assert float(whitened) == pytest.approx(kfac_size, rel=1e-4)  # the mean curvature is what was measured
+
+
+# ---------- few windows
+
+
+def test_the_share_of_the_coupled_pair_grows_with_the_windows():
+    shares = [window_share(n) for n in (0, 1, 4, 16, 64, 256, 4096)]
+    assert shares == sorted(set(shares))
+    assert shares[0] == 0
+    assert window_share(HALF_TRUST) == pytest.approx(0.5)
+    assert window_share(256) > 0.97
+    assert window_share(4) < 0.01
+    assert 0.99 < shares[-1] < 1
+
+
+@given(seed=st.integers(0, 10_000), share=st.floats(0, 1), size=st.floats(1e-6, 1e6))
+def test_toward_mixes_directions_at_equal_trace_and_sizes_in_logarithms(seed, share, size):
+    plain, coupled = positive(seed, 5), size * positive(seed + 1, 5)
+    got = toward(plain, coupled, share)
+    shape = (1 - share) * plain / plain.trace() + share * coupled / coupled.trace()
+    torch.testing.assert_close(got / got.trace(), shape, rtol=1e-9, atol=1e-12)
+    want = (1 - share) * plain.trace().log() + share * coupled.trace().log()
+    assert float(got.trace().log()) == pytest.approx(float(want), abs=1e-9)
+
+
+def test_toward_ends_at_both_covariances():
+    plain, coupled = positive(1, 6), 7 * positive(2, 6)
+    assert torch.equal(toward(plain, coupled, 0.0), plain)
+    torch.testing.assert_close(toward(plain, coupled, 1.0), coupled, rtol=1e-12, atol=0)
+
+
+def test_shrunk_moments_are_nearer_to_the_truth_than_both_ends():
+    """Windows of 5 correlated tokens: 50,000 for the truth and the plain side, HALF_TRUST for the coupled one."""
+
+    def pair(seed: int, windows: int) -> tuple[Tensor, Tensor]:
+        g, x = correlated_sequences(seed, windows, 5)
+        rows, others = g.flatten(0, 1).double(), x.flatten(0, 1).double()
+        b0, a0 = rows.mT @ rows / len(rows), others.mT @ others / len(others)
+        total = empty(3, 4)
+        add_coupled(total, g, x, a0.inverse().float(), b0.inverse().float())
+        return a0, total.finish(len(rows))[0]
+
+    def distance(found: Tensor) -> float:
+        return float((found / found.trace() - truth / truth.trace()).norm())
+
+    plain, truth = pair(3, 50_000)
+    ends, between = [], []
+    for seed in range(100, 140):
+        coupled = pair(seed, HALF_TRUST)[1]
+        ends.append((distance(plain), distance(coupled)))
+        between.append(distance(toward(plain, coupled, window_share(HALF_TRUST))))
+    assert sum(between) < 0.85 * min(sum(e) for e in zip(*ends, strict=True))
 
 
 # ---------- under autocast

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg.factor import (
+    DRIFT_TOKENS,
     Factors,
     Spectrum,
     balance,
@@ -17,6 +18,7 @@ from spectrim.linalg.factor import (
     refit_left,
     solve_symmetric,
     tail_energy,
+    token_share,
     truncate,
 )
 from spectrim.linalg.metric import root_of
@@ -331,6 +333,33 @@ def test_the_drift_target_has_no_scale_of_its_own():
     cross, gram = x.mT @ y / 40, y.mT @ y / 40
     want = drift_target(weight, cross, gram, mix=0.5)
     torch.testing.assert_close(drift_target(weight, 1e6 * cross, 1e6 * gram, mix=0.5), want)
+
+
+def test_the_share_of_the_drift_grows_with_the_tokens_for_each_input():
+    shares = [token_share(tokens, 512) for tokens in (0, 1, 512, 4096, 131_072, 10_000_000)]
+    assert shares == sorted(set(shares))
+    assert shares[0] == 0
+    assert shares[-1] > 0.999
+    assert token_share(DRIFT_TOKENS * 512, 512) == pytest.approx(0.5)
+    assert token_share(4096, 64) == token_share(8192, 128)  # only their ratio counts
+    assert token_share(131_072, 384) > token_share(131_072, 1024) > 0.98
+
+
+def test_the_share_of_few_tokens_is_nearer_to_the_truth_than_all_of_the_drift_or_none():
+    """Moments known from how x' is made; most of the drift is noise that x' does not explain."""
+    width, noise = 24, 0.3
+    weight, tokens = normal(1, 16, width), 8 * width
+    share = token_share(tokens, width)
+    truth = weight / (1 + noise**2)  # of W x, seen through x' = x + noise
+    found = []
+    for seed in range(100, 120):
+        x = normal(seed, tokens, width)
+        y = x + noise * normal(seed + 1000, tokens, width)
+        cross, gram = x.mT @ y / tokens, y.mT @ y / tokens
+        targets = [drift_target(weight, cross, gram, mix=mix, ridge=0.0) for mix in (0.0, share, 1.0)]
+        found.append([float((target - truth).square().sum()) for target in targets])
+    none, some, full = torch.tensor(found).mean(0).tolist()
+    assert some < 0.85 * min(none, full)
 
 
 def test_following_the_drift_lowers_the_error_at_equal_rank():

@@ -3,7 +3,9 @@
     first pass     A0 = E[x x^T], B0 = E[g g^T] over single tokens                       engines/measure.py
     this one       A = E[G^T B0^-1 G] / O,  B = E[G A0^-1 G^T] / (c I)                   linalg/curvature.add_coupled
                    G = sum of g x^T over the tokens of one calibration window
+    result         between the two, nearer to (A, B) the more windows there were          linalg/curvature.toward
 
+With few windows (A, B) is noisier than (A0, B0), for which every token is a sample of its own.
 A0 and B0 are shrunk as the method shrinks them. Labels are those of the first pass: same seed, same batches.
 
 Memory: layers that share an input share A0 but no longer A, which also depends on their gradients; during the pass
@@ -21,7 +23,7 @@ from spectrim.engines import measure as plain_measure
 from spectrim.engines.layerwise import solver_errors_of
 from spectrim.engines.measure import Progress, autocast, frozen, hooks, in_sequences
 from spectrim.errors import NumericalError
-from spectrim.linalg.curvature import Coupled, add_coupled, clip_rows
+from spectrim.linalg.curvature import Coupled, add_coupled, clip_rows, toward, window_share
 from spectrim.linalg.metric import quick_root, shrink
 from spectrim.method import Coupling, Stat, Stats
 from spectrim.models.walk import Walk, device_of
@@ -45,6 +47,7 @@ class _Sums:
 
     total: Coupled
     tokens: int = 0
+    windows: int = 0  # how many G, each of them one sample
 
 
 def couple(
@@ -69,10 +72,10 @@ def couple(
     def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
         (a, b), own = sides[name], sums[name]
         rows = clip_rows(gradient.reshape(-1, gradient.shape[-1]), ratio=plain_measure.GRADIENT_CLIP)
-        add_coupled(
-            own.total, in_sequences(b.rows(rows), windows), in_sequences(a.rows(x), windows), a.inverse, b.inverse
-        )
+        g = in_sequences(b.rows(rows), windows)
+        add_coupled(own.total, g, in_sequences(a.rows(x), windows), a.inverse, b.inverse)
         own.tokens += len(rows)
+        own.windows += len(g)
 
     device = device_of(model)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -114,7 +117,12 @@ def _refined(name: str, plain: Stats, sums: _Sums, sides: tuple[_Side, _Side]) -
     if overlap == 0:
         return plain
     a, b = sums.total.finish(sums.tokens)
-    refined = dataclasses.replace(plain, gram=a * sides[0].scale, output_grad=b * sides[1].scale)
+    share = window_share(sums.windows)
+    refined = dataclasses.replace(
+        plain,
+        gram=toward(plain.get(Stat.GRAM), a * sides[0].scale, share),
+        output_grad=toward(plain.get(Stat.OUTPUT_GRAD), b * sides[1].scale, share),
+    )
     if not refined.is_finite():
         raise NumericalError(
             f"{name}: the coupled covariances are not finite (overlap {overlap:g} over {sums.tokens} tokens; no NaN or "

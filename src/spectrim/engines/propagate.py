@@ -3,8 +3,9 @@
 Going through the blocks, and inside a block through the groups of layers that share an input:
 
     x  the group's input in the dense model, x' in the compressed one (everything before it already placed)
-    W* = W + mix W (E[x x'^T] - S) (S + ridge)^-1,  S = E[x' x'^T]           linalg/factor.drift_target
-    W* is decomposed in the method's metric, with S for the input Gram, and cut to the planned rank
+    W* = W + t mix W (E[x x'^T] - S) (S + ridge)^-1,  S = E[x' x'^T]         linalg/factor.drift_target
+    W* is decomposed in the method's metric, with a share t of S in its input Gram, and cut to the planned rank
+    t  how far moments of so many inputs can be trusted over so many tokens   linalg/factor.token_share
 
 A layer that stays dense becomes W* itself: the correction costs nothing there. Unlike refit, which solves for one
 factor when the other is chosen, both factors are chosen for the new target. All components of W* are kept in the
@@ -25,7 +26,7 @@ from spectrim.engines.layerwise import Plan, decompose_layer, solver_errors_of, 
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.stream import input_moments, start
-from spectrim.linalg.factor import Spectrum, drift_target, truncate
+from spectrim.linalg.factor import Spectrum, drift_target, token_share, truncate
 from spectrim.method import LayerMethod, Stat, Stats
 from spectrim.models.walk import Layer, Walk, device_of, linear_at, shared_inputs, weight_of
 from spectrim.replacement import Target, dense_replacement
@@ -63,7 +64,7 @@ def propagate(
                         unpaired.append(name)
                     else:
                         weight = weight_of(dense.get_submodule(name)).double()
-                        spectra[name] = _corrected(method, layers[name], weight, stats[name], moments)
+                        spectra[name] = _corrected(method, layers[name], weight, stats[name], moments, ids.numel())
                     _place(student, name, spectra[name], plan.targets[name])
             for stream in (full, small):
                 stream.advance(block)
@@ -73,16 +74,19 @@ def propagate(
 
 
 def _corrected(
-    method: LayerMethod, layer: Layer, weight: Tensor, stats: Stats, moments: tuple[Tensor, Tensor]
+    method: LayerMethod, layer: Layer, weight: Tensor, stats: Stats, moments: tuple[Tensor, Tensor], tokens: int
 ) -> Spectrum:
-    """All components of W* in the method's metric."""
+    """All components of W* in the method's metric; target and metric move by what the tokens are worth."""
     cross, gram = moments
+    share = token_share(tokens, len(gram))
     with solver_errors_of(layer, "the input Gram matrix of the compressed model"):
-        target = drift_target(weight, cross, gram, mix=method.error_share)
+        target = drift_target(weight, cross, gram, mix=share * method.error_share)
     # Energies stay in units of the loss: a coupled Gram matrix carries the size of the token correlation with it.
-    size = stats.get(Stat.GRAM).diagonal().sum() / gram.diagonal().sum()
+    first = stats.get(Stat.GRAM)
+    size = first.diagonal().sum() / gram.diagonal().sum()
     scaled = gram * size if bool(torch.isfinite(size)) else gram  # an input that never fires has no size
-    return decompose_layer(method, layer, target, dataclasses.replace(stats, gram=scaled))
+    mixed = (1 - share) * first + share * scaled
+    return decompose_layer(method, layer, target, dataclasses.replace(stats, gram=mixed))
 
 
 def _place(student: PreTrainedModel, name: str, spectrum: Spectrum, target: Target) -> None:

@@ -79,6 +79,34 @@ def add_coupled(total: Coupled, gradients: Tensor, inputs: Tensor, a_inverse: Te
             add(total, g, x, a_inverse, b_inverse)
 
 
+HALF_TRUST = 40
+"""Windows at which a coupled covariance counts as much as the plain one; see `window_share`. Chosen on builtin:tiny,
+where 16 windows made the coupled pair worse than the plain one, 64 better (docs/log.md); 256 still count for 0.98."""
+
+
+def window_share(windows: int) -> float:
+    """How much of a coupled covariance to take after this many windows, in [0, 1): N^2 / (N^2 + HALF_TRUST^2).
+
+    Each window gives one G, and nothing averages over tokens: the squared error of A is v / N, with v the variance of
+    G^T B0^-1 G / O. The plain A0 has many more samples, and a bias d that no number of them takes away. The mix
+    (1 - s) A0 + s A has the squared error (1 - s)^2 d^2 + s^2 v / N, least at s = 1 / (1 + v / (N d^2)): Ledoit and
+    Wolf's (2004) argument, with A0 in the place of the identity. v is not fixed: B0^-1 comes from the same windows, and
+    its own error of order 1 / N multiplies that of G. Where windows are few, so that s matters, v / N falls as 1 / N^2.
+    """
+    return windows**2 / (windows**2 + HALF_TRUST**2)
+
+
+def toward(plain: Tensor, coupled: Tensor, share: float) -> Tensor:
+    """A covariance (n, n) between two: directions mixed at equal trace, `share` of them from `coupled`; then the size.
+
+    A coupled covariance is larger than the plain one where tokens are correlated. Mixed as they are, it would take
+    more than its share. The size goes from one trace to the other by the same share, in logarithms. 0 gives `plain`,
+    1 `coupled`, both of which must have a positive trace.
+    """
+    ratio = coupled.diagonal().sum() / plain.diagonal().sum()
+    return ratio**share * ((1 - share) * plain + share / ratio * coupled)
+
+
 def coupling_operations(outputs: int, inputs: int, length: int) -> int:
     """Floating-point operations of `add_coupled` for one sequence of this length."""
     return min(_costs(outputs, inputs, length))

@@ -150,6 +150,24 @@ DRIFT_RIDGE = 0.1
 weights for what is noise there; as much again as an average direction has still lets the strong ones through."""
 
 
+DRIFT_TOKENS = 16
+"""Tokens for each input at which a measured drift is trusted by half; see `token_share`. Tokens of running text
+resemble each other, so it is far above 1. Chosen on builtin:tiny, where 4,096 tokens made the full correction worse
+than none (docs/log.md); 131,072 tokens for 1,024 inputs still count for 0.98."""
+
+
+def token_share(tokens: int, inputs: int) -> float:
+    """How far to trust moments of `inputs` numbers over this many tokens, in [0, 1): T^2 / (T^2 + (DRIFT_TOKENS I)^2).
+
+    C - S has a relative error of the order of sqrt(I / T). Solved for with S, it makes I coefficients for each output,
+    which fit noise too: with e^2 the part of the drift that x' explains and f^2 the rest, a share m of the answer has
+    the error (1 - m)^2 e^2 + m^2 f^2 I / T, least at m = 1 / (1 + (f^2 / e^2) I / T). S^-1 and the metric come from the
+    same tokens, with an error of order I / T of their own that multiplies it. Where tokens are few, so that m matters,
+    the second term goes as (I / T)^2.
+    """
+    return tokens**2 / (tokens**2 + (DRIFT_TOKENS * inputs) ** 2)
+
+
 def drift_target(weight: Tensor, cross: Tensor, gram: Tensor, *, mix: float, ridge: float = DRIFT_RIDGE) -> Tensor:
     """The weight (O, I) that makes up for inputs x' having drifted from x: W + mix W (C - S) (S + r)^-1.
 
