@@ -36,7 +36,7 @@ def run_any_size(
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     text = read_text(request, source)
     dense = load_dense(source, device)
-    texts = cut_windows(request, method, dense, text)
+    texts = cut_windows(request, method, dense, text, progress=progress)
     sizes = compress_any_size(
         dense,
         method,

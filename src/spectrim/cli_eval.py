@@ -1,19 +1,27 @@
 """`spectrim eval`: a model on text and on tasks, beside its dense model."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectrim.cli_options import Device, Json, ModelArg, Seed, Size, Tokenizer
-from spectrim.errors import UsageError
+from spectrim.errors import InputError, UsageError
 from spectrim.terminal import emit, print_table, progress_printer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from spectrim.data import Windows
+    from spectrim.models.load import Source
 
 
 def eval_(
     folder: ModelArg,
     size: Size = None,
     against: Annotated[str | None, typer.Option(help="the dense model, for KL and agreement")] = None,
-    text: Annotated[str, typer.Option(help="text file(s), hub data set or builtin:stdlib")] = "builtin:stdlib",
+    text: Annotated[
+        str, typer.Option(help="text file(s), hub data set, builtin:stdlib, or self: sampled from --against")
+    ] = "builtin:stdlib",
     windows: Annotated[int, typer.Option(help="how many windows, at most", min=1)] = 40,
     length: Annotated[int, typer.Option(help="tokens in a window; stride is the same", min=2)] = 512,
     speed: Annotated[bool, typer.Option(help="also measure tokens per second, in the stored dtype")] = True,
@@ -29,7 +37,7 @@ def eval_(
 
     import torch
 
-    from spectrim.data import evaluation_windows, load_tasks, load_texts, load_tokenizer
+    from spectrim.data import held_out_samples, load_tasks
     from spectrim.evaluate.language import evaluate
     from spectrim.evaluate.speed import decode_tokens_per_s
     from spectrim.evaluate.tasks import evaluate_tasks
@@ -38,24 +46,27 @@ def eval_(
 
     if task_limit is not None and not tasks:
         raise UsageError("--task-limit applies to --tasks, which is not given")
+    if text == "self" and against is None:
+        raise UsageError("--text self samples the text from the dense model; name it with --against")
     asked = load_tasks(tasks, limit=task_limit, seed=seed) if tasks else None
     where, sources = pick_device(device), {"model": resolve(folder)}
     if against is not None:
         sources["dense"] = resolve(against)
-    words = load_tokenizer(tokenizer or sources["model"].folder)
+    words = None if text == "self" and asked is None else _tokenizer(tokenizer, sources["model"])
     length = min(length, *(context_length(source.config) or length for source in sources.values()))
-    tokens = evaluation_windows(load_texts(text, split="evaluation"), words, length=length, count=windows)
+    read = None if text == "self" or words is None else _read(text, words, length, windows)
     models = {
         name: load_model(source, where, torch.float32, size=size if name == "model" else None)
         for name, source in sources.items()
     }
+    tokens = read or held_out_samples(models["dense"], length=length, count=windows, seed=seed)
     facts: dict[str, Any] = {"text": tokens.source, "note": tokens.note, "sha256": tokens.sha256, "size": size}
     for name, model in models.items():
         check_vocabulary(model, tokens.ids)
         quality = evaluate(model, tokens.ids, dense=models.get("dense") if name == "model" else None)
         facts[name] = dataclasses.asdict(quality)
     results = []
-    if asked is not None:
+    if asked is not None and words is not None:
         progress = progress_printer(json_)
         results = evaluate_tasks(models["model"], words, asked.tasks, dense=models.get("dense"), progress=progress)
         facts |= {"tasks": [task_table.facts(result) for result in results], "tasks_skipped": asked.skipped}
@@ -76,3 +87,18 @@ def eval_(
             task_table.show(results, asked.skipped)
 
     emit(facts, json_, show)
+
+
+def _tokenizer(given: str | None, source: "Source") -> "PreTrainedTokenizerBase":
+    from spectrim.data import load_tokenizer
+
+    try:
+        return load_tokenizer(given or source.folder)
+    except InputError as error:
+        raise InputError(f"{error}, or --text self --against DENSE, which needs no tokenizer") from error
+
+
+def _read(text: str, words: "PreTrainedTokenizerBase", length: int, windows: int) -> "Windows":
+    from spectrim.data import evaluation_windows, load_texts
+
+    return evaluation_windows(load_texts(text, split="evaluation"), words, length=length, count=windows)

@@ -138,7 +138,7 @@ def compress_source(
     _say(progress, "load", 0, 1)
     dense = load_dense(source, device)
     load_s = time.perf_counter() - clock
-    texts = cut_windows(request, method, dense, text)
+    texts = cut_windows(request, method, dense, text, progress=progress)
     if resume is not None:
         resume.folder.claim(text_fields(texts))
     with nullcontext() if resume is None else resume.signals():

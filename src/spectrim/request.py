@@ -11,12 +11,14 @@ from spectrim.data import (
     Windows,
     calibration_windows,
     evaluation_windows,
+    held_out_samples,
     load_texts,
     load_tokenizer,
     sample_windows,
 )
 from spectrim.engines.any_size import ANCHORS, check_anchors, check_method
 from spectrim.engines.descent import STEPS
+from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import check_keep
 from spectrim.engines.recovery import RECOVERY_BATCH, recovery_of
 from spectrim.errors import InputError, UsageError
@@ -106,17 +108,17 @@ class TextRead:
 
 
 def read_text(request: Request, source: Source) -> TextRead:
-    """Tokenizer and text; only `calib="self"` with `eval="none"` works without a tokenizer."""
+    """Tokenizer and text; `calib="self"` with `eval="self"` or "none" needs neither."""
     calibration = evaluation = tokenizer = None
     if request.calib != "self":
         calibration = load_texts(request.calib, split="calibration", max_chars=MAX_CHARS)
-    if request.eval != "none":
+    if request.eval not in ("none", "self"):
         evaluation = load_texts(request.eval, split="evaluation", max_chars=MAX_CHARS)
     if calibration or evaluation:
         try:
             tokenizer = load_tokenizer(request.tokenizer or source.folder)
         except InputError as error:
-            raise InputError(f"{error} --eval none") from error
+            raise InputError(f"{error}, or --calib self --eval self, which need no tokenizer") from error
     return TextRead(tokenizer=tokenizer, calibration=calibration, evaluation=evaluation)
 
 
@@ -137,14 +139,21 @@ def has_steps(request: Request, method: LayerMethod) -> bool:
     return learns or any(step.steps for step in recovery_of(method, request.recover))
 
 
-def cut_windows(request: Request, method: LayerMethod, dense: PreTrainedModel, text: TextRead) -> WindowsInUse:
+def cut_windows(
+    request: Request,
+    method: LayerMethod,
+    dense: PreTrainedModel,
+    text: TextRead,
+    *,
+    progress: Progress | None = None,
+) -> WindowsInUse:
     """Calibration, training and evaluation windows, and what there is to say about them."""
     learns = has_steps(request, method)
     length = min(request.calib_length, context_length(dense.config) or request.calib_length)
     count = request.calib_windows
     wanted = max(count, training_windows(request, method)) if learns else count
     if text.calibration is None:
-        windows = sample_windows(dense, length=length, count=wanted, seed=request.seed)
+        windows = sample_windows(dense, length=length, count=wanted, seed=request.seed, progress=progress)
     else:
         windows = calibration_windows(text.calibration, text.tokenizer, length=length, count=wanted, seed=request.seed)
     warnings = list(windows.warnings) if not learns or len(windows.ids) < count else []
@@ -161,6 +170,10 @@ def cut_windows(request: Request, method: LayerMethod, dense: PreTrainedModel, t
         warnings += [f"evaluation: {warning}" for warning in evaluation.warnings]
         if request.eval == request.calib and not request.eval.startswith("builtin:"):
             warnings.append("calibrated and evaluated on the same text: the figures flatter the result")
+    elif request.eval == "self":
+        evaluation = held_out_samples(
+            dense, length=length, count=request.eval_windows, seed=request.seed, progress=progress
+        )
     for cut in (windows, evaluation):
         if cut is not None:
             check_vocabulary(dense, cut.ids)

@@ -381,7 +381,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     for options in ((), ("--calib", "self", "--eval", "builtin:stdlib")):
         message = refused(INPUT, model, *options, where=tmp_path)
         assert f"no tokenizer in {model}" in message
-        assert message.endswith("pass --tokenizer or --calib self --eval none")
+        assert message.endswith("pass --tokenizer FOLDER, or --calib self --eval self, which need no tokenizer")
     report = accepted(model, "--calib", "self", where=tmp_path)
     assert report["text"]["calibration"]["source"] == "self"
     assert report["quality"] is None

@@ -295,9 +295,9 @@ def test_load_tokenizer(tokenizer):
 
 def test_a_folder_without_tokenizer_lists_what_it_holds(tmp_path: Path):
     shutil.copy(TINY / "config.json", tmp_path)
-    with pytest.raises(InputError, match=r"no tokenizer in .*: found \['config\.json'\]; pass --tokenizer or"):
+    with pytest.raises(InputError, match=r"no tokenizer in .*: found \['config\.json'\]; pass --tokenizer FOLDER"):
         load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="no such folder; pass --tokenizer or --calib self"):
+    with pytest.raises(InputError, match="no such folder; pass --tokenizer FOLDER"):
         load_tokenizer(tmp_path / "missing")
 
 

@@ -6,6 +6,7 @@ from spectrim.data.windows import (
     Windows,
     calibration_windows,
     evaluation_windows,
+    held_out_samples,
     load_tokenizer,
     sample_windows,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "Windows",
     "calibration_windows",
     "evaluation_windows",
+    "held_out_samples",
     "load_tasks",
     "load_texts",
     "load_tokenizer",

@@ -4,7 +4,8 @@ Letters in tensor names: N windows, B windows in a batch, L tokens in a window, 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -21,8 +22,12 @@ EVALUATION_PIECE_CHARS = 200_000  # part of the definition of every published fi
 CALIBRATION_PIECE_CHARS = 20_000
 CALIBRATION_EXCESS = 4  # tokens looked at for each token used
 PIECES_AT_ONCE = 4
-CPU_SAMPLING_BATCH, LARGEST_SAMPLING_BATCH = 16, 512
-SAMPLING_CACHE_BYTES = 2**33
+# Most and, on a CPU, fewest windows sampled at a time, and the key/value cache (bytes) that they may take.
+CPU_SAMPLING_BATCHES, LARGEST_SAMPLING_BATCH = (16, 64), 512
+CPU_CACHE_BYTES, SAMPLING_CACHE_BYTES = 2**30, 2**33
+HELD_OUT_SEED = 2**62  # added to a run's seed for the samples that judge it
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total), `done` from 0 or 1 up to `total`."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -56,13 +61,19 @@ class Windows:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer stored in a model folder; code from the folder is never run."""
     folder = Path(folder)
+    if folder.is_file():
+        raise InputError(
+            f"no tokenizer in {folder}: it is a file; pass --tokenizer FOLDER, a folder that transformers' "
+            "AutoTokenizer reads (tokenizer.json and tokenizer_config.json)"
+        )
     if not folder.is_dir():
-        raise InputError(f"no tokenizer in {folder}: no such folder; pass --tokenizer or --calib self")
+        raise InputError(f"no tokenizer in {folder}: no such folder; pass --tokenizer FOLDER")
     found = sorted(entry.name for entry in folder.iterdir())
-    remedy = f"found {found[:20]}; pass --tokenizer or --calib self"
+    remedy = f"found {found[:20]}; pass --tokenizer FOLDER"
     # Without any of these files AutoTokenizer may invent an empty tokenizer from config.json.
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise InputError(f"no tokenizer in {folder}: {remedy}")
+    _check_sentencepiece(folder, remedy)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
@@ -71,6 +82,27 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
         raise InputError(f"no tokenizer in {folder}: it has no vocabulary for 'a b'; {remedy}")
     return tokenizer
+
+
+def _check_sentencepiece(folder: Path, remedy: str) -> None:
+    """Say what is missing where a folder holds a SentencePiece model alone; transformers would name another package."""
+    models = sorted(path.name for path in folder.glob("*.model"))
+    others = [pattern for pattern in TOKENIZER_FILES if pattern not in ("*.model", "tokenizer_config.json")]
+    if not models or any(any(folder.glob(pattern)) for pattern in others):
+        return
+    missing = [package for package in ("sentencepiece", "google.protobuf") if not _importable(package)]
+    if missing:
+        raise InputError(
+            f"no tokenizer in {folder}: {models[0]} is a SentencePiece model, and packages that read it are not "
+            f"installed ({', '.join(missing)}): pip install sentencepiece protobuf; {remedy}"
+        )
+
+
+def _importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
 
 
 def calibration_windows(
@@ -102,7 +134,13 @@ def evaluation_windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, *, leng
 
 
 def sample_windows(
-    model: PreTrainedModel, *, length: int, count: int, seed: int, batch_size: int | None = None
+    model: PreTrainedModel,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> Windows:
     """Text drawn from the model's own distribution at temperature 1; the starting token is left out."""
     _check_sizes(length=length, count=count, batch_size=1 if batch_size is None else batch_size)
@@ -121,23 +159,37 @@ def sample_windows(
     was_training = model.training
     model.eval()
     try:
-        rows = [
-            _sample_batch(model, start_B.to(model.device), uniform_BL.to(model.device))
-            for start_B, uniform_BL in zip(start_N.split(batch_size), uniform_NL.split(batch_size), strict=True)
-        ]
+        rows: list[Tensor] = []
+        for start_B, uniform_BL in zip(start_N.split(batch_size), uniform_NL.split(batch_size), strict=True):
+            rows.append(_sample_batch(model, start_B.to(model.device), uniform_BL.to(model.device)))
+            if progress is not None:
+                progress("sample", sum(map(len, rows)), count)
     finally:
         model.train(was_training)
     note = f"sampled from the model at temperature 1, seed {seed}, starting from {started} (not in the windows)"
     return _windows(torch.cat(rows), source="self", note=note, warnings=())
 
 
+def held_out_samples(
+    model: PreTrainedModel, *, length: int, count: int, seed: int, progress: Progress | None = None
+) -> Windows:
+    """Windows for judging, sampled from the dense model with a seed that calibration of the same run never has.
+
+    On them a model's cross-entropy exceeds the dense model's by their KL divergence, in expectation.
+    """
+    held_out = (seed + HELD_OUT_SEED) % 2**63
+    windows = sample_windows(model, length=length, count=count, seed=held_out, progress=progress)
+    return replace(windows, note=f"{windows.note}; the dense model's own distribution, not text that people wrote")
+
+
 def sampling_batch(model: PreTrainedModel, length: int) -> int:
-    """Windows sampled at a time: 16 on a CPU; on a GPU as many as have a key/value cache of SAMPLING_CACHE_BYTES."""
-    if model.device.type == "cpu":
-        return CPU_SAMPLING_BATCH
+    """Windows sampled at a time: as many as the key/value cache has room for, on a CPU from 16 to 64."""
     config = model.config.get_text_config()
     # Grouped-query attention needs less than this: an upper bound that every architecture has.
     token_bytes = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    if model.device.type == "cpu":
+        fewest, most = CPU_SAMPLING_BATCHES
+        return max(fewest, min(most, CPU_CACHE_BYTES // (token_bytes * length)))
     return max(1, min(LARGEST_SAMPLING_BATCH, SAMPLING_CACHE_BYTES // (token_bytes * length)))
 
 
