@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import spectrim.errors
+from spectrim.data import windows as windows_module
 from spectrim.data.files import SEPARATOR_LINE
 from spectrim.data.sources import Texts, load_texts
 from spectrim.data.windows import (
@@ -20,8 +21,10 @@ from spectrim.data.windows import (
     draw,
     encode,
     evaluation_windows,
+    held_out_samples,
     load_tokenizer,
     sample_windows,
+    sampling_batch,
     spread_pieces,
 )
 from spectrim.errors import InputError, NumericalError, UsageError
@@ -285,6 +288,46 @@ def test_start_token_without_bos(model, changes, started: str):
     assert windows.ids.shape == (2, 3)
 
 
+def test_samples_that_judge_are_none_of_the_calibration(model):
+    """Torch's generator ignores the upper half of a seed, which once made the two the same."""
+    own = sample_windows(model, length=8, count=4, seed=3).ids
+    judging = held_out_samples(model, length=8, count=4, seed=3)
+    assert judging.ids.shape == (4, 8)
+    assert (judging.ids[:, 0] == model.config.bos_token_id).all()
+    assert not any(torch.equal(a, b) for a in own[:, :7] for b in judging.ids[:, 1:])
+    assert torch.equal(held_out_samples(model, length=8, count=4, seed=3).ids, judging.ids)
+    assert "first of each window" in judging.note
+    assert "not text that people wrote" in judging.note
+
+
+def test_the_dense_model_judged_on_its_samples_has_its_entropy(model):
+    """E[-log p] under p is the entropy; without the starting token the first places would be far above it."""
+    ids = held_out_samples(model, length=24, count=32, seed=0).ids
+    with torch.no_grad():
+        log_p = model(ids).logits[:, :-1].log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    loss = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
+    spread = (loss - entropy).std() / loss.numel() ** 0.5
+    assert abs(loss.mean() - entropy.mean()) < 4 * spread
+
+
+def test_sampling_tells_how_far_it_is(model):
+    told: list[tuple[str, int, int]] = []
+    sample_windows(model, length=2, count=5, seed=0, batch_size=2, progress=lambda *facts: told.append(facts))
+    assert told == [("sample", 2, 5), ("sample", 4, 5), ("sample", 5, 5)]
+
+
+@pytest.mark.parametrize(
+    ("device", "layers", "length", "windows"),
+    [("cpu", 2, 64, 64), ("cpu", 32, 512, 16), ("cuda", 2, 64, 512), ("cuda", 32, 2**20, 1)],
+)
+def test_windows_sampled_at_a_time_fit_the_memory(device: str, layers: int, length: int, windows: int):
+    config = SimpleNamespace(num_hidden_layers=layers, hidden_size=4096)
+    config.get_text_config = lambda: config
+    sampled: Any = SimpleNamespace(device=SimpleNamespace(type=device), config=config, dtype=torch.float32)
+    assert sampling_batch(sampled, length) == windows
+
+
 # ---------- tokenizer
 
 
@@ -299,6 +342,20 @@ def test_a_folder_without_tokenizer_lists_what_it_holds(tmp_path: Path):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no such folder; pass --tokenizer FOLDER"):
         load_tokenizer(tmp_path / "missing")
+
+
+def test_a_file_is_no_tokenizer_folder(tmp_path: Path):
+    (tmp_path / "tok512.json").write_text("[]")
+    with pytest.raises(InputError, match=r"tok512\.json: it is a file; pass --tokenizer FOLDER, a folder that"):
+        load_tokenizer(tmp_path / "tok512.json")
+
+
+def test_a_sentencepiece_model_names_the_package_that_reads_it(tmp_path: Path, monkeypatch):
+    shutil.copy(TINY / "config.json", tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"made")
+    monkeypatch.setattr(windows_module, "_importable", lambda package: False)
+    with pytest.raises(InputError, match=r"tokenizer\.model is a SentencePiece model.*pip install sentencepiece"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_damaged_tokenizer_is_an_input_error(tmp_path: Path):

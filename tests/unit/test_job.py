@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from command_line import TINY, change_weights, hashes, small_model, small_text
-from spectrim import job
+from command_line import TINY, call, change_weights, hashes, small_model, small_text
+from spectrim import any_size_job, job
 from spectrim.data import evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.learned import skeleton
 from spectrim.engines.recovery import recovery_of
@@ -235,6 +235,45 @@ def test_windows_are_no_longer_than_the_context(tmp_path: Path, quick_reload: No
     report = run(request(model, calib="self", calib_length=512), tmp_path / "out").report
     assert report["text"]["calibration"]["length"] == 16
     assert report["text"]["calibration"]["source"] == "self"
+
+
+@pytest.mark.parametrize("any_size", [False, True])
+def test_a_model_without_tokenizer_is_judged_on_its_own_samples(
+    tmp_path: Path, quick_reload: None, any_size: bool
+) -> None:
+    model = small_model(tmp_path / "model", tokenizer=False)
+    asked = request(model, keep=0.9, calib="self", eval="self", eval_windows=8, any_size=any_size, anchors=(0.9, 0.5))
+    if any_size:
+        with mock.patch.object(any_size_job, "reload_difference", return_value=0.0):
+            report = any_size_job.run_any_size(asked, tmp_path / "out")
+        figures, dense = report["sizes"][0]["quality"], report["dense"]
+    else:
+        report = run(asked, tmp_path / "out").report
+        figures, dense = report["quality"]["compressed"], report["quality"]["dense"]
+    text = report["text"]
+    assert text["evaluation"]["source"] == text["calibration"]["source"] == "self"
+    assert text["evaluation"]["sha256"] != text["calibration"]["sha256"]
+    assert "not text that people wrote" in (tmp_path / "out" / "README.md").read_text()
+    assert dense["tokens"] == 8 * 31
+    assert figures["kl"] > 0
+    answer = call(
+        "eval", tmp_path / "out", "--against", model, "--text", "self", "--windows", 8, "--length", 32, "--json"
+    )
+    assert answer.code == 0, answer.err
+    assert answer.json["sha256"] == text["evaluation"]["sha256"]
+    assert answer.json["model"]["kl"] == pytest.approx(figures["kl"], rel=1e-3)
+
+
+def test_eval_on_samples_needs_the_model_that_they_are_from(model: Path) -> None:
+    answer = call("eval", model, "--text", "self")
+    assert answer.code == 2
+    assert "--text self samples the text from the dense model; name it with --against" in answer.message
+
+
+def test_eval_without_a_tokenizer_says_what_needs_none(tmp_path: Path) -> None:
+    answer = call("eval", small_model(tmp_path / "model", tokenizer=False))
+    assert answer.code == 3
+    assert answer.message.endswith("or --text self --against DENSE, which needs no tokenizer")
 
 
 # ---- a learned method

@@ -25,7 +25,9 @@ PIECES_AT_ONCE = 4
 # Most and, on a CPU, fewest windows sampled at a time, and the key/value cache (bytes) that they may take.
 CPU_SAMPLING_BATCHES, LARGEST_SAMPLING_BATCH = (16, 64), 512
 CPU_CACHE_BYTES, SAMPLING_CACHE_BYTES = 2**30, 2**33
-HELD_OUT_SEED = 2**62  # added to a run's seed for the samples that judge it
+# Added to a run's seed for the samples that judge it. Odd and below 2**32: torch's generator on a CPU takes no notice
+# of higher bits.
+HELD_OUT_SEED = 0x9E3779B9
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total), `done` from 0 or 1 up to `total`."""
 TOKENIZER_FILES = (
@@ -140,9 +142,10 @@ def sample_windows(
     count: int,
     seed: int,
     batch_size: int | None = None,
+    with_start: bool = False,
     progress: Progress | None = None,
 ) -> Windows:
-    """Text drawn from the model's own distribution at temperature 1; the starting token is left out."""
+    """Text drawn from the model's own distribution at temperature 1, with or without the token it starts from."""
     _check_sizes(length=length, count=count, batch_size=1 if batch_size is None else batch_size)
     config = model.config.get_text_config()
     batch_size = batch_size or sampling_batch(model, length)
@@ -161,12 +164,14 @@ def sample_windows(
     try:
         rows: list[Tensor] = []
         for start_B, uniform_BL in zip(start_N.split(batch_size), uniform_NL.split(batch_size), strict=True):
-            rows.append(_sample_batch(model, start_B.to(model.device), uniform_BL.to(model.device)))
+            tokens_BL = _sample_batch(model, start_B.to(model.device), uniform_BL.to(model.device))
+            rows.append(torch.cat([start_B[:, None], tokens_BL[:, :-1]], dim=1) if with_start else tokens_BL)
             if progress is not None:
                 progress("sample", sum(map(len, rows)), count)
     finally:
         model.train(was_training)
-    note = f"sampled from the model at temperature 1, seed {seed}, starting from {started} (not in the windows)"
+    place = "the first of each window" if with_start else "not in the windows"
+    note = f"sampled from the model at temperature 1, seed {seed}, starting from {started} ({place})"
     return _windows(torch.cat(rows), source="self", note=note, warnings=())
 
 
@@ -175,10 +180,11 @@ def held_out_samples(
 ) -> Windows:
     """Windows for judging, sampled from the dense model with a seed that calibration of the same run never has.
 
-    On them a model's cross-entropy exceeds the dense model's by their KL divergence, in expectation.
+    They hold the token they start from: without it the dense model would be judged in contexts that it did not write
+    in. With it no model has a lower cross-entropy in expectation, and the excess of one is its KL divergence.
     """
     held_out = (seed + HELD_OUT_SEED) % 2**63
-    windows = sample_windows(model, length=length, count=count, seed=held_out, progress=progress)
+    windows = sample_windows(model, length=length, count=count, seed=held_out, with_start=True, progress=progress)
     return replace(windows, note=f"{windows.note}; the dense model's own distribution, not text that people wrote")
 
 
