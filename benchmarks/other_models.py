@@ -37,6 +37,7 @@ ROWS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "soco fast": ("soco", "fast", {}),
     "soco balanced, {steps} steps": ("soco", "balanced", {"batch_size": 8}),
 }
+NAMES = ("stories-260k", "babyllama-0.9m", "gpt2 shape, random", "opt shape, random", "tiny-llama-8m")
 TRAINED = {"tiny-llama-8m": torch.bfloat16, "babyllama-0.9m": torch.float32, "stories-260k": torch.float32}
 
 
@@ -118,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with the reference models")
     parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.5])
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--calib-windows", type=int, default=64)
@@ -132,6 +134,8 @@ def main() -> None:
     found: dict[str, Any] = {"environment": environment(), "settings": settings, "rows": []}
     until = time.time() + args.seconds
     for name, dense, dtype in models(args.shared):
+        if name not in args.models:
+            continue
         training = sample_windows(dense, length=args.length, count=args.train_windows, seed=args.seed).ids
         judging = held_out_samples(dense, length=args.length, count=args.eval_windows, seed=args.seed).ids
         ids = {"calibration": training[: args.calib_windows], "training": training, "evaluation": judging}
@@ -140,10 +144,7 @@ def main() -> None:
             for keep in args.keeps:
                 if time.time() < until:
                     found["rows"].append(row(name, dense, dtype, label, keep, ids, args))
-                    print(
-                        json.dumps({k: found["rows"][-1][k] for k in ("model", "label", "keep", "kl", "seconds")}),
-                        flush=True,
-                    )
+                    print(name, label, keep, cell(found["rows"][-1]), flush=True)
                     (args.out / "other-models.json").write_text(json.dumps(found, indent=1) + "\n")
     print(markdown(found))
 
