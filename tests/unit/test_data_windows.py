@@ -263,7 +263,8 @@ class Wrapped:
     """The model with another config, for the choice of the starting token."""
 
     def __init__(self, model, config) -> None:
-        self.model, self.config, self.device, self.training = model, config, model.device, False
+        self.model, self.config, self.training = model, config, False
+        self.device, self.dtype = model.device, model.dtype
 
     def __call__(self, *args, **options):
         return self.model(*args, **options)

@@ -116,6 +116,19 @@ def test_learned_scores_beat_the_closed_form_of_the_same_budget(model, walk, sta
     assert result.warnings == ()
 
 
+def test_where_the_schedule_starts_at_the_budget_the_given_ranks_are_those_of_the_first_step(model, walk, spectra, ids):
+    """Found: after propagation the ranks were planned again, others than those the weights were made for."""
+    method = SoCo(steps=2, refine=0.0, **DEFAULTS)
+    uneven = {name: s.energy * (4.0 if "mlp" in name else 1.0) for name, s in spectra.items()}
+    plan = plan_ranks(method, walk, uneven, KEEP)
+    assert plan.targets != plan_ranks(method, walk, {n: s.energy for n, s in spectra.items()}, KEEP).targets
+    result = train_scores(method, model, walk, spectra, KEEP, ids, plan=plan)
+    assert result.plan == plan
+    assert counted(walk, plan.targets, result.factors) == plan.numbers_after
+    falling = train_scores(SoCo(steps=10, explore=0.5, refine=0.3, **DEFAULTS), model, walk, spectra, KEEP, ids, plan=plan)
+    assert falling.plan != plan  # a schedule that starts above the budget plans as it comes down
+
+
 def counted(walk: Walk, targets, factors) -> int:
     """Stored numbers by the definition of the codecs, from the factors that training returned."""
     total = 0

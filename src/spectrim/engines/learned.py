@@ -56,16 +56,19 @@ def train_scores(
     keep: float,
     ids: Tensor,
     *,
+    plan: Plan | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Learned:
     """Learn scores for all components over `ids` (windows, length); the teacher is not changed.
 
+    `plan` gives the ranks to start from where the schedule starts at the budget: propagated weights were made for them.
+
     A checkpoint goes on from the same `spectra`, bit for bit: scores belong to one sign of each component.
     """
     student = skeleton(teacher)
-    support = Support(method, walk, relax(student, walk, spectra), keep)
+    support = Support(method, walk, relax(student, walk, spectra), keep, plan)
 
     training = Training(
         stage=STAGE,
@@ -101,13 +104,26 @@ def train_scores(
 class Support:
     """Which components are kept: masks that follow the method's budget, and what prices them."""
 
-    def __init__(self, method: LearnedMethod, walk: Walk, scored: Mapping[str, ScoredLinear], keep: float) -> None:
+    def __init__(
+        self,
+        method: LearnedMethod,
+        walk: Walk,
+        scored: Mapping[str, ScoredLinear],
+        keep: float,
+        plan: Plan | None = None,
+    ) -> None:
         self.method, self.walk, self.scored, self.keep = method, walk, scored, keep
         self.gradients = {name: torch.zeros_like(layer.scores) for name, layer in scored.items()}
         self.keeps: list[float] = []
         self.returned = 0
         self.budget = method.keep_at(0.0, keep) or keep
-        self.plan, _ = project(method, scored, walk, self.gradients, self.budget, first=True)
+        if plan is None or self.budget != keep:
+            plan, _ = project(method, scored, walk, self.gradients, self.budget, first=True)
+        else:
+            for name, layer in scored.items():
+                if plan.targets[name].codec != "dense":
+                    layer.mask[plan.targets[name].rank :] = 0
+        self.plan = plan
 
     def before_step(self, step: int) -> None:
         """Project onto the budget of the moment, every few steps."""

@@ -104,7 +104,7 @@ def compress_model(
                 learned = train_masks(method, dense, walk, spectra, keep, training, **common)
             else:
                 assert isinstance(method, LearnedMethod)
-                learned = train_scores(method, dense, walk, spectra, keep, training, **common)
+                learned = train_scores(method, dense, walk, spectra, keep, training, plan=plan, **common)
         plan = learned.plan
         placed = apply_plan(student, walk, plan, learned.factors, learned=True)
     else:
