@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from spectrim.cli import load_lines
+from spectrim.cli_options import load_lines
 from spectrim.job import Request, compress_source, run
 from spectrim.models.load import resolve
 
