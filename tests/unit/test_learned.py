@@ -125,7 +125,9 @@ def test_where_the_schedule_starts_at_the_budget_the_given_ranks_are_those_of_th
     result = train_scores(method, model, walk, spectra, KEEP, ids, plan=plan)
     assert result.plan == plan
     assert counted(walk, plan.targets, result.factors) == plan.numbers_after
-    falling = train_scores(SoCo(steps=10, explore=0.5, refine=0.3, **DEFAULTS), model, walk, spectra, KEEP, ids, plan=plan)
+    falling = train_scores(
+        SoCo(steps=10, explore=0.5, refine=0.3, **DEFAULTS), model, walk, spectra, KEEP, ids, plan=plan
+    )
     assert falling.plan != plan  # a schedule that starts above the budget plans as it comes down
 
 
