@@ -82,6 +82,7 @@ def refine_blocks(
                     warm_up=round(WARM_UP * steps),
                     floor=FLOOR,
                     clip=GRADIENT_NORM,
+                    recorded=False,
                     state=partial(pivot_buffers, layers_here),
                     restore=partial(restore_pivots, layers_here, stage=f"{stage} {block}"),
                 )

@@ -1,7 +1,7 @@
 """The training loop of everything that trains: scores, factors, single blocks.
 
 for each step:
-    learning rate -> before_step -> batch -> loss -> backward -> are loss and gradients finite?
+    learning rate -> before_step -> batch -> loss -> backward (replay.py) -> are loss and gradients finite?
     -> after_backward -> clip -> optimizer -> checkpoint, if one is due -> progress
 
 Nothing is changed by a step whose loss or gradient is not finite: the state before it is saved and the run stops.
@@ -10,7 +10,7 @@ Going on from a checkpoint gives the bits of a run that was not interrupted (whe
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from spectrim.engines.measure import Progress
 from spectrim.engines.pack import below, fill, find, fingerprint, pack, unpack, with_prefix
+from spectrim.engines.replay import Replay, Told
 from spectrim.errors import InputError, NumericalError
 
 WARM_UP_STEPS = 10
@@ -92,6 +93,9 @@ class Training:
     clip: float | None = None  # largest norm of all gradients together
     before_step: Callable[[int], None] | None = None
     after_backward: Callable[[int], None] | None = None
+    phase: Callable[[], Hashable] = lambda: None
+    """What the loss depends on beside its batch and living tensors (a GPU records the step, see replay.py)."""
+    recorded: bool = True  # False where the loss reads its batch on the host
     state: Callable[[], Buffers] = lambda: Buffers({}, {})
     restore: Callable[[Buffers], None] = lambda _: None
 
@@ -144,6 +148,7 @@ class _Loop:
         )
         self.order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(training.seed))
         self.device = next(iter(self.parameters.values())).device
+        self.compute = Replay(self.loss_and_gradients, [*self.parameters.values()], wanted=training.recorded)
         self.step = 0
         self.prepared = False  # before_step has run for the present step
         self.losses: list[Tensor] = []
@@ -156,11 +161,8 @@ class _Loop:
             own.before_step(step)
         self.prepared = True
         pick = self.order[(torch.arange(own.batch_size) + step * own.batch_size) % len(self.order)]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = own.loss(self.windows[pick].to(self.device))
-        loss.backward()
-        norm = self.gradient_norm()
-        told = torch.stack([loss.detach().to(self.device, torch.float32), norm.float()])
+        loss, norm = self.compute(self.windows[pick].to(self.device), own.phase())
+        told = torch.stack([loss.to(self.device, torch.float32), norm.float()])
         if not bool(torch.isfinite(told).all()):  # the one wait for the device in a step
             raise NotFinite(self.what_is_not_finite(loss))
         if own.after_backward is not None:
@@ -168,8 +170,14 @@ class _Loop:
         if own.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), own.clip)
         self.optimizer.step()
-        self.losses.append(loss.detach())
+        self.losses.append(loss)
         self.step, self.prepared = step + 1, False
+
+    def loss_and_gradients(self, batch: Tensor) -> Told:
+        """What a step computes before anything changes; the parameters hold no gradients yet."""
+        loss = self.training.loss(batch)
+        loss.backward()
+        return Told(loss.detach(), self.gradient_norm())
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Those that there are: an expert that no token reached has none."""
@@ -189,7 +197,7 @@ class _Loop:
         """The loss, or the first gradient by name; only read when the run stops."""
         at = f"at step {self.step} of {self.training.steps}"
         end = f"nothing was changed by it. {self.training.advice}"
-        value = float(loss.detach())
+        value = float(loss)
         if not math.isfinite(value):
             return f"{self.training.says}: the loss is {value} {at}; {end}"
         for name, gradient in self.gradients():

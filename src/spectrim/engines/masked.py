@@ -74,6 +74,7 @@ def train_masks(
         seed=seed,
         before_step=pressing.before_step,
         after_backward=pressing.press,
+        phase=lambda: pressing.plan is None,
         state=pressing.state,
         restore=pressing.restore,
     )
