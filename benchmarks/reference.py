@@ -73,6 +73,7 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="soco --preset fast", preset="fast", keeps=(0.8, 0.5), tasks=True),
         Row(label="soco --preset fast", preset="fast", keeps=(0.6, 0.4)),
         Row(label="soco --preset balanced", preset="balanced", keeps=(0.6, 0.4)),
+        Row(label="soco --preset balanced", preset="balanced", keeps=(0.7, 0.35)),
         Row(label="soco --preset fast --calib self", preset="fast", keeps=(0.8,), calib="self"),
     ],
     # Equal training: 300 steps of the same windows, everything counted.
@@ -83,17 +84,17 @@ GROUPS: dict[str, list[Row]] = {
             label="acip, 300 steps", method="acip", keeps=(0.5, 0.6),
             options={"steps": 300, "target": "dense", "learning_rate": 0.003},
         ),
-        Row(label="svd-llm, block:25", method="svd-llm", recover=("block:25",), keeps=(0.5, 0.6)),
+        Row(label="svd-llm, block:300", method="svd-llm", recover=("block:300",), keeps=(0.5, 0.6)),
     ],
     # The same closed form, steps and data: all on the factors, or the first of them on the scores.
     "scores-first": [
         Row(
-            label="kl:300", preset="best", options={"distil_steps": 0}, recover=("kl:300",), seeds=(0, 1, 2),
-            keeps=(0.6, 0.5, 0.4),
+            label="kl:200", preset="best", options={"distil_steps": 0}, recover=("kl:200",), seeds=(0, 1, 2),
+            keeps=(0.5, 0.6, 0.4),
         ),
         Row(
-            label="scores 60, kl:240", preset="balanced", options={"steps": 60}, recover=("kl:240",), seeds=(0, 1, 2),
-            keeps=(0.6, 0.5, 0.4),
+            label="scores 40, kl:160", preset="balanced", options={"steps": 40}, recover=("kl:160",), seeds=(0, 1, 2),
+            keeps=(0.5, 0.6, 0.4),
         ),
     ],
     "ablation": [
