@@ -8,7 +8,7 @@ the first 300 windows of 512 tokens of each held-out text, without overlap. Each
 stored numbers are counted from the files' headers, and the figures are of the weights rounded as stored (bf16).
 
 Rows are shared out among `--jobs` processes on one device (their seconds are then longer than alone); every row is
-written to OUT/rows as it comes, so that a run that is cut short keeps what it has. `reference.json` holds them all.
+written to OUT/rows, and to `reference.json`, as it comes: a run that is cut short keeps what it has.
 """
 
 import argparse
@@ -79,7 +79,7 @@ GROUPS: dict[str, list[Row]] = {
     # Equal training: 300 steps of the same windows, everything counted.
     "rivals": [
         Row(label="svd-llm, kl:300", method="svd-llm", recover=("kl:300",), keeps=(0.5, 0.6), tasks=True),
-        Row(label="soco fast, kl:300", preset="fast", recover=("kl:300",), keeps=(0.5, 0.6)),
+        Row(label="soco best, 300 steps", preset="best", options={"distil_steps": 300}, keeps=(0.5, 0.6)),
         Row(
             label="acip, 300 steps", method="acip", keeps=(0.5, 0.6),
             options={"steps": 300, "target": "dense", "learning_rate": 0.003},
@@ -277,6 +277,7 @@ def run_rows(args: argparse.Namespace) -> None:
 def save(args: argparse.Namespace, number: int, row: dict[str, Any]) -> None:
     """Write one row and print it."""
     (args.claims / f"{number}.json").write_text(json.dumps(row))
+    gather(args)
     figures = " / ".join(f"{row[name]:.2f}" for name in TEXTS)
     print(
         f"{row['keep']:<5} {row['label']:36} seed {row['seed']} {figures:24} KL {row.get('novels.kl') or 0:.4f} "
@@ -285,8 +286,18 @@ def save(args: argparse.Namespace, number: int, row: dict[str, Any]) -> None:
     )
 
 
+def gather(args: argparse.Namespace) -> None:
+    """`reference.json` with all rows that there are: a run that is cut short leaves it too."""
+    rows = [json.loads(path.read_text()) for path in sorted(args.claims.glob("*.json"), key=lambda p: int(p.stem))]
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    results = {"environment": environment(), "model": "ref-llama-24m", "settings": settings, "rows": rows}
+    fresh = args.out / f"reference.{os.getpid()}"
+    fresh.write_text(json.dumps(results, indent=1))
+    fresh.replace(args.out / "reference.json")
+
+
 def main() -> None:
-    """Tokenise once, share the rows out, gather them."""
+    """Tokenise once, share the rows out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(".carry"))
     parser.add_argument("--out", type=Path, default=Path("results"))
@@ -323,10 +334,6 @@ def main() -> None:
         jobs = [subprocess.Popen([sys.executable, *sys.argv, *own]) for _ in range(args.jobs)]
         tokenise_training(args.data, unpack_model(args.data, model), args.cache)
         failed = sum(job.wait() != 0 for job in jobs)
-        rows = [json.loads(path.read_text()) for path in sorted(args.claims.glob("*.json"), key=lambda p: int(p.stem))]
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    results = {"environment": environment(), "model": "ref-llama-24m", "settings": settings, "rows": rows}
-    (args.out / "reference.json").write_text(json.dumps(results, indent=1))
     if failed:
         sys.exit(f"{failed} of {args.jobs} processes failed; the rows of the others are in {args.out}")
 

@@ -204,8 +204,8 @@ class LearnedMethod(TrainedMethod):
         return 0
 
     @abstractmethod
-    def loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Scalar training loss from logits (B, S, V)."""
+    def loss(self, student_logits: Tensor, ids: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Scalar training loss from logits (B, S, V) on windows `ids` (B, S)."""
 
     @abstractmethod
     def keep_at(self, progress: float, keep: float) -> float | None:

@@ -629,9 +629,8 @@ def test_learned_methods_schedule_ends_at_the_budget_and_prices_are_finite(metho
     assert all(0.4 <= keep <= 1.0 for keep in budgets)
     assert budgets == sorted(budgets, reverse=True)
     assert not budgets or budgets[-1] == 0.4
-    logits = normal(1, 2, 3, 7)
-    assert float(method.loss(logits, logits)) == pytest.approx(0.0, abs=1e-6)
-    assert float(method.loss(logits + normal(2, 2, 3, 7), logits)) > 0.01
+    logits, ids = normal(1, 2, 3, 7), torch.randint(0, 7, (2, 3), generator=torch.Generator().manual_seed(3))
+    assert float(method.loss(logits + normal(2, 2, 3, 7), ids, logits)) > float(method.loss(logits, ids, logits)) + 0.01
 
 
 # ---------- the registry

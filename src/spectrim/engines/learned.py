@@ -224,7 +224,7 @@ def step_loss(method: LearnedMethod, student: PreTrainedModel, teacher: PreTrain
         with torch.no_grad():
             teacher_logits = teacher(input_ids=batch, use_cache=False).logits
         student_logits = student(input_ids=batch, use_cache=False).logits
-    return method.loss(student_logits, teacher_logits)
+    return method.loss(student_logits, batch, teacher_logits)
 
 
 def remember(scored: Mapping[str, ScoredLinear], gradients: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """SoCo: learned singular spectrum (Li et al., arXiv 2502.15092), as reconstructed here; see docs/soco.md.
 
     W = P diag(s) Q^T,   W' = P diag(s * score) Q^T       P, s, Q frozen; one score a component, 1 at the start
-    loss = KL(dense || compressed), end to end, all layers at once
+    loss = (1 - share) KL(dense || compressed) + share E[-log p(next token)], end to end, all layers at once
 
     1. coarse compression   (the first `explore` of the steps): the budget falls from 1 to the request, quadratically;
                             at each projection the cheapest components of all layers are pruned
@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from spectrim.linalg.divergence import mean_kl
+from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.method import (
     Allocation,
@@ -82,6 +82,7 @@ class SoCo(LearnedMethod):
     explore: float = 0.0
     refine: float = 0.6
     hysteresis: float = 0.2
+    label_share: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +91,7 @@ class SoCo(LearnedMethod):
         require_range("soco", "propagate", self.propagate, 0.0, 1.0)
         require_range("soco", "newton", self.newton, 0, 100)
         require_range("soco", "distil_steps", self.distil_steps, 0, 1_000_000)
-        for name in ("input_shrinkage", "output_shrinkage", "explore", "refine"):
+        for name in ("input_shrinkage", "output_shrinkage", "explore", "refine", "label_share"):
             require_range("soco", name, getattr(self, name), 0.0, 1.0)
         require_range("soco", "explore + refine", self.explore + self.refine, 0.0, 1.0)
         require_range("soco", "hysteresis", self.hysteresis, 0.0, 100.0)
@@ -116,9 +117,9 @@ class SoCo(LearnedMethod):
             return two_sided_spectrum(weight, stats, self.input_shrinkage, self.output_shrinkage)
         return price_in_loss(decompose(weight), stats)
 
-    def loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Mean KL(dense || compressed) in nats a token."""
-        return mean_kl(student_logits, teacher_logits)
+    def loss(self, student_logits: Tensor, ids: Tensor, teacher_logits: Tensor) -> Tensor:
+        """KL(dense || compressed) and a little of the next-token loss, in nats a token; the last token has no label."""
+        return distillation_loss(student_logits[:, :-1], teacher_logits[:, :-1], ids[:, 1:], self.label_share)
 
     def keep_at(self, progress: float, keep: float) -> float | None:
         """Phases 1 to 3."""
