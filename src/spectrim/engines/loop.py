@@ -148,7 +148,7 @@ class _Loop:
         )
         self.order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(training.seed))
         self.device = next(iter(self.parameters.values())).device
-        self.compute = Replay(self.loss_and_gradients, [*self.parameters.values()], wanted=training.recorded)
+        self.replay = Replay([*self.parameters.values()], wanted=training.recorded)
         self.step = 0
         self.prepared = False  # before_step has run for the present step
         self.losses: list[Tensor] = []
@@ -161,7 +161,7 @@ class _Loop:
             own.before_step(step)
         self.prepared = True
         pick = self.order[(torch.arange(own.batch_size) + step * own.batch_size) % len(self.order)]
-        loss, norm = self.compute(self.windows[pick].to(self.device), own.phase())
+        loss, norm = self.replay(self.loss_and_gradients, self.windows[pick].to(self.device), own.phase())
         told = torch.stack([loss.to(self.device, torch.float32), norm.float()])
         if not bool(torch.isfinite(told).all()):  # the one wait for the device in a step
             raise NotFinite(self.what_is_not_finite(loss))

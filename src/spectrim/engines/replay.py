@@ -30,39 +30,43 @@ class Told(NamedTuple):
     norm: Tensor
 
 
+Compute = Callable[[Tensor], Told]
+
+
 class Replay:
     """Computes steps; records one as soon as that is possible, and anew whenever `phase` changes."""
 
-    def __init__(
-        self, compute: Callable[[Tensor], Told], parameters: list[nn.Parameter], *, wanted: bool = True
-    ) -> None:
-        self.compute, self.parameters = compute, parameters
+    def __init__(self, parameters: list[nn.Parameter], *, wanted: bool = True) -> None:
+        self.parameters = parameters
         devices = {parameter.device for parameter in parameters}
         self.possible = wanted and len(devices) == 1 and next(iter(devices)).type == "cuda"
         self.phase: Hashable = None
         self.ran = 0
         self.recorded: _Recorded | None = None
 
-    def __call__(self, batch: Tensor, phase: Hashable) -> Told:
-        """One step on `batch`; `phase` stands for whatever the step's code depends on beside living tensors."""
+    def __call__(self, compute: Compute, batch: Tensor, phase: Hashable) -> Told:
+        """One step on `batch`; `phase` stands for whatever `compute` depends on beside living tensors.
+
+        `compute` is not kept: it belongs to whoever owns this object, and the ring would hold on to GPU memory.
+        """
         if phase != self.phase:
             self.phase, self.ran, self.recorded = phase, 0, None
         if self.possible and self.recorded is None and self.ran >= EAGER_STEPS:
-            self._record(batch)
+            self._record(compute, batch)
         self.ran += 1
         if self.recorded is not None and self.recorded.batch.shape == batch.shape:
             return self.recorded.replay(batch)
         for parameter in self.parameters:
             parameter.grad = None
         with whole_windows():
-            return self.compute(batch)
+            return compute(batch)
 
-    def _record(self, batch: Tensor) -> None:
+    def _record(self, compute: Compute, batch: Tensor) -> None:
         for parameter in self.parameters:
             parameter.grad = None
         try:
             with whole_windows():
-                self.recorded = _Recorded(self.compute, self.parameters, batch)
+                self.recorded = _Recorded(compute, self.parameters, batch)
         except Exception as error:  # whatever it is, the same step without recording shows it or does without
             self.possible = False
             torch.cuda.synchronize()
@@ -72,7 +76,7 @@ class Replay:
 class _Recorded:
     """A step's kernels, with the memory they work in."""
 
-    def __init__(self, compute: Callable[[Tensor], Told], parameters: list[nn.Parameter], batch: Tensor) -> None:
+    def __init__(self, compute: Compute, parameters: list[nn.Parameter], batch: Tensor) -> None:
         self.batch = batch.clone()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
