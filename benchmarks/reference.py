@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ from reference_data import (
     tokenise_training,
     unpack_model,
 )
+from shared_closed_forms import ClosedForms
 from tasks import Judge
 
 from spectrim.data import load_tasks, load_tokenizer, sample_windows
@@ -110,6 +112,8 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="fast, coupled, no Newton step", preset="fast", options={"coupling": "sequence", "newton": 0}),
         Row(label="fast, factor storage", preset="fast", options={"storage": "factor"}),
         Row(label="balanced, factor storage", preset="balanced", options={"storage": "factor"}),
+        Row(label="balanced, no next-token loss", preset="balanced", options={"label_share": 0.0}),
+        Row(label="balanced, 0.3 next-token loss", preset="balanced", options={"label_share": 0.3}),
         Row(label="balanced, phase 3 only", preset="balanced", options={"explore": 0.0, "refine": 0.0}),
         Row(label="balanced, phases 1 and 3", preset="balanced", options={"explore": 0.3, "refine": 0.0}),
         Row(label="balanced, all phases", preset="balanced", options={"explore": 0.3, "refine": 0.3}),
@@ -166,6 +170,7 @@ class Bench:
         self.tasks = args.data / "tasks" if args.tasks else None
         self.folder = folder
         self.folders = args.out / "folders" if args.folders else None
+        self.closed_forms = ClosedForms() if args.share_closed_forms else None
         self._judge: Judge | None = None
 
     @cached_property
@@ -203,11 +208,12 @@ class Bench:
         if row.calib == "self":
             count, length = calibration.shape
             calibration = sample_windows(self.dense, length=length, count=count, seed=seed).ids
-        outcome = compress_model(
-            self.dense, method, keep, calibration, self.training if trains else None, recovery=row.recover,
-            gradient_windows=self.gradient_windows, seed=seed,
-        )  # fmt: skip
-        seconds = time.perf_counter() - clock
+        with nullcontext() if self.closed_forms is None else self.closed_forms.shared():
+            outcome = compress_model(
+                self.dense, method, keep, calibration, self.training if trains else None, recovery=row.recover,
+                gradient_windows=self.gradient_windows, seed=seed,
+            )  # fmt: skip
+        seconds = time.perf_counter() - clock + outcome.seconds.pop("taken", 0.0)
         round_to(outcome.model, torch.bfloat16)
         counted, size = counted_keep(outcome)
         found: dict[str, Any] = {
@@ -310,6 +316,9 @@ def main() -> None:
     parser.add_argument("--tasks", action="store_true", help=f"also {TASK_ITEMS} items of each task, for rows with it")
     parser.add_argument("--folders", action="store_true", help="write the models of best and balanced to OUT/folders")
     parser.add_argument("--gradient-windows", type=int)
+    parser.add_argument(
+        "--share-closed-forms", action="store_true", help="rows that differ only in training start from one closed form"
+    )
     parser.add_argument("--calib-windows", type=int, default=256)
     parser.add_argument("--train-windows", type=int)
     parser.add_argument("--eval-windows", type=int, default=300)

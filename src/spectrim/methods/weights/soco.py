@@ -62,7 +62,7 @@ class SoCo(LearnedMethod):
         {
             # Coupling takes longer than all the rest of the closed form on a CPU; one Newton step gives more for less.
             "fast": {"coupling": "none", "newton": 1, "steps": 0, "distil_steps": 0},
-            "balanced": {"steps": 400, "distil_steps": 0},
+            "balanced": {"steps": 400, "distil_steps": 0, "label_share": 0.1},
             "best": {"steps": 0, "distil_steps": 600},
         }
     )
@@ -82,7 +82,7 @@ class SoCo(LearnedMethod):
     explore: float = 0.0
     refine: float = 0.6
     hysteresis: float = 0.2
-    label_share: float = 0.1
+    label_share: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
