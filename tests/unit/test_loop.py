@@ -1,6 +1,8 @@
 """The training loop on a small regression: order, rates, what is checked before a step, and going on from a state."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -324,3 +326,24 @@ def test_nested_state_survives_json_with_its_key_types():
     assert torch.equal(tree["state"][0]["parts"][0], torch.ones(2))  # a copy
     with pytest.raises(AssertionError, match="a set cannot be kept"):
         pack({"x": {1}}, "o")
+
+
+def test_a_run_that_is_over_is_let_go_at_once():
+    """On a GPU it holds recorded steps: gigabytes that must not wait for the garbage collector."""
+    kept = nn.Parameter(torch.ones(3))
+
+    def training(weight: nn.Parameter) -> Training:
+        return Training(
+            stage="fit", label="fit", says="test", advice="", groups=[Group(parameters={"w": weight}, peak=0.1)],
+            loss=lambda batch: (batch @ weight).square().mean(), optimizer=torch.optim.Adam, steps=2, batch_size=2,
+        )  # fmt: skip
+
+    gc.disable()
+    try:
+        own = nn.Parameter(kept.detach().clone())
+        alive = weakref.ref(own)
+        train(training(own), WINDOWS)
+        del own
+        assert alive() is None
+    finally:
+        gc.enable()
