@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectrim.engines.loop import Saved
+from spectrim.engines.checkpoint import Saved
 
 
 @dataclass

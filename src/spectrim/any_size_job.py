@@ -16,17 +16,24 @@ from spectrim.engines.measure import Progress
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import copy_in, round_to, write_nested
 from spectrim.job import LOGIT_TOLERANCE, foresee, peak_memory, reload_difference
+from spectrim.method import LayerMethod
 from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
 from spectrim.models.walk import Walk, find_layers
 from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
 from spectrim.request import Request, cut_windows, read_text
+from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
 from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
 
 
 def run_any_size(
-    request: Request, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+    request: Request,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    options: ResumeOptions = ResumeOptions(),
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The whole job; returns the report. On any error the target is what it was before."""
+    """The whole job; returns the report. On any error the target is what it was before; `options` as in job.run."""
     started = time.perf_counter()
     method = request.check()
     source = resolve(request.model)
@@ -34,44 +41,59 @@ def run_any_size(
     device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
     needed = bytes_of_all_sizes(source, dtype)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
+    kept = resumable(request, method, source, out, options=options, reserve_bytes=needed, progress=progress)
+    with kept as resume:
+        sizes, report = compress_sizes(request, method, source, resume, progress)
+        with staged(out, overwrite=overwrite) as stage:
+            write_nested(stage, sizes, dtype, request.keep, source.folder, request.model)
+            written = open_checkpoint(stage)
+            report["stored"] |= {"model_numbers": written.numel, "model_bytes": written.nbytes}
+            default = sizes.at(request.keep)
+            round_to(default, dtype)
+            difference = reload_difference(stage, copy_in(default, dtype))
+            report["reload"] = {
+                "size": request.keep,
+                "relative_logit_difference": difference,
+                "allowed": LOGIT_TOLERANCE,
+            }
+            report["seconds"]["total"] = time.perf_counter() - started
+            report["peak_memory_bytes"] = peak_memory(device)
+            write_documents(stage, report)
+            write_manifest(
+                stage, facts={"tool": "spectrim", "method": method.to_config(), "source": source.name, "any_size": True}
+            )
+    report["folder"] = str(out)
+    return report
+
+
+def compress_sizes(
+    request: Request, method: LayerMethod, source: Source, resume: Resume, progress: Progress | None
+) -> tuple[AnySize, dict[str, Any]]:
+    """Text, model, all sizes, and the report on them; nothing is written but states."""
+    device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
     text = read_text(request, source)
     dense = load_dense(source, device)
     texts = cut_windows(request, method, dense, text, progress=progress)
-    sizes = compress_any_size(
-        dense,
-        method,
-        texts.calibration.ids,
-        None if texts.training is None else texts.training.ids,
-        anchors=request.anchors,
-        steps=request.any_size_steps,
-        dtype=dtype,
-        gradient_windows=request.gradient_windows,
-        seed=request.seed,
-        progress=progress,
-    )
-    sizes.warnings = (*sizes.warnings, *texts.warnings)
+    resume.folder.claim(text_fields(texts))
+    with resume.signals():
+        sizes = compress_any_size(
+            dense,
+            method,
+            texts.calibration.ids,
+            None if texts.training is None else texts.training.ids,
+            anchors=request.anchors,
+            steps=request.any_size_steps,
+            dtype=dtype,
+            gradient_windows=request.gradient_windows,
+            seed=request.seed,
+            progress=progress,
+            checkpoint=resume,
+        )
+    sizes.warnings = (*sizes.warnings, *texts.warnings, *resume.warnings)
     quality = judge_sizes(sizes, texts.evaluation, dtype, progress)
     report = build_any_size_report(dataclasses.asdict(request), source, sizes, texts, quality, dtype)
-    with staged(out, overwrite=overwrite) as stage:
-        write_nested(stage, sizes, dtype, request.keep, source.folder, request.model)
-        written = open_checkpoint(stage)
-        report["stored"] |= {"model_numbers": written.numel, "model_bytes": written.nbytes}
-        default = sizes.at(request.keep)
-        round_to(default, dtype)
-        difference = reload_difference(stage, copy_in(default, dtype))
-        report["reload"] = {
-            "size": request.keep,
-            "relative_logit_difference": difference,
-            "allowed": LOGIT_TOLERANCE,
-        }
-        report["seconds"]["total"] = time.perf_counter() - started
-        report["peak_memory_bytes"] = peak_memory(device)
-        write_documents(stage, report)
-        write_manifest(
-            stage, facts={"tool": "spectrim", "method": method.to_config(), "source": source.name, "any_size": True}
-        )
-    report["folder"] = str(out)
-    return report
+    report["resumed"] = resume.resumed
+    return sizes, report
 
 
 def bytes_of_all_sizes(source: Source, dtype: torch.dtype) -> int:

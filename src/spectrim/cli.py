@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli_eval import eval_
+from spectrim.cli_left import clean, resume, status, verify
 from spectrim.cli_options import (
     ANCHORS,
     Anchors,
@@ -27,17 +28,21 @@ from spectrim.cli_options import (
     Seed,
     Set,
     Size,
+    TakeLock,
     Tokenizer,
+    given_command,
     parse_anchors,
     parse_options,
     say_written,
 )
 from spectrim.errors import UsageError
-from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stderr, stdout, stoppable
+from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 app.command(name="eval")(eval_)
+for command in (verify, status, resume, clean):
+    app.command()(command)
 
 
 def main() -> None:
@@ -77,12 +82,14 @@ def compress(
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="discard OUT.resume of a stopped run, start anew")] = False,
-    save_every: Annotated[float, typer.Option(help="seconds between saved states of training", min=0)] = 60.0,
+    take_lock: TakeLock = False,
+    save_every: Annotated[float, typer.Option(help="seconds between saved states", min=0)] = 60.0,
     json_: Json = False,
 ) -> None:
     """Compress a model and write a folder that plain transformers loads."""
     from spectrim.job import Request, run
     from spectrim.report.card import table
+    from spectrim.resume import ResumeOptions
 
     sizes = parse_anchors(anchors)
     if keep is None:
@@ -93,12 +100,13 @@ def compress(
         train_windows=train_windows, eval=eval_, eval_windows=eval_windows, tokenizer=tokenizer, device=device,
         dtype=dtype, seed=seed, any_size=any_size, anchors=sizes, any_size_steps=any_size_steps,
     )  # fmt: skip
+    options = ResumeOptions(
+        save_every_s=save_every, restart=restart, take_lock=take_lock, command=given_command("compress")
+    )
     if any_size:
-        _compress_any_size(request, out, overwrite, json_)
+        _compress_any_size(request, out, overwrite, options, json_)
         return
-    report = run(
-        request, out, overwrite=overwrite, restart=restart, save_every_s=save_every, progress=progress_printer(json_)
-    ).report
+    report = run(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_)).report
 
     def show() -> None:
         print_table(
@@ -106,18 +114,16 @@ def compress(
             ["", "dense", "compressed"],
             [list(row) for row in table(report)],
         )
-        for taken_up in report.get("resumed", []):
-            stderr.print(f"resumed at step {taken_up['step']} of {taken_up['stage']}")
         say_written(out, report)
 
     emit(report, json_, show)
 
 
-def _compress_any_size(request: Any, out: Path, overwrite: bool, json_: bool) -> None:
+def _compress_any_size(request: Any, out: Path, overwrite: bool, options: Any, json_: bool) -> None:
     from spectrim.any_size_job import run_any_size
     from spectrim.report.any_size import size_header, size_table
 
-    report = run_any_size(request, out, overwrite=overwrite, progress=progress_printer(json_))
+    report = run_any_size(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_))
 
     def show() -> None:
         print_table(f"{request.model}, {report['method']['method']}", size_header(report), size_table(report))

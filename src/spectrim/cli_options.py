@@ -1,6 +1,7 @@
 """Options that several commands share, and what their text means."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,9 @@ Dtype = Annotated[
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="tokenizer folder, if the model has none")]
 Seed = Annotated[int, typer.Option(help="seeds everything that is random", min=0)]
+TakeLock = Annotated[
+    bool, typer.Option("--take-lock", help="go on although a process of another host may still work on OUT")
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
 
 
@@ -53,6 +57,12 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
+def given_command(name: str) -> tuple[str, ...]:
+    """The words after `spectrim` as they were typed, if they are those of the command `name`."""
+    words = tuple(word for word in sys.argv[1:] if word != "--restart")
+    return words if words[:1] == (name,) else ()
+
+
 def parse_anchors(text: str) -> tuple[float, ...]:
     """`"0.9,0.5"` to numbers."""
     try:
@@ -65,6 +75,8 @@ def parse_anchors(text: str) -> tuple[float, ...]:
 
 def say_written(out: Path, report: Mapping[str, Any], options: str = "") -> None:
     """Warnings, where the result is, and the three lines of Python that load it."""
+    for taken_up in report.get("resumed", []):
+        stderr.print(f"resumed at step {taken_up['step']} of {taken_up['stage']}")
     for warning in report["warnings"]:
         stderr.print(f"warning: {warning}")
     stdout.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)

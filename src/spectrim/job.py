@@ -3,7 +3,7 @@
 resolve and check the model -> preflight the output -> text -> load -> compress in memory -> evaluate
 -> write beside the target -> count what was written -> reload in a fresh process -> publish by one rename
 
-A run that trains keeps its state in OUT.resume until then: resume.py.
+Its state is kept in OUT.resume until then: resume.py.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from spectrim.models.walk import find_layers
 from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
 from spectrim.request import Request, cut_windows, read_text
-from spectrim.resume import SAVE_EVERY_S, Resume, resumable, text_fields
+from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
 from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
 
 LOGIT_TOLERANCE = 1e-3
@@ -77,21 +77,20 @@ def run(
     out: Path,
     *,
     overwrite: bool = False,
-    restart: bool = False,
-    save_every_s: float = SAVE_EVERY_S,
+    options: ResumeOptions = ResumeOptions(),
     progress: Progress | None = None,
 ) -> Compressed:
     """The whole job. On any error the target is what it was before.
 
-    A run that trains saves its state in `OUT.resume` every `save_every_s` seconds (0: after every step) and goes on
-    from the one it finds there; `restart` discards it. See resume.py.
+    Its state is saved in `OUT.resume` as `options` say; it goes on from the one it finds there. See resume.py.
     """
     started = time.perf_counter()
     method = request.check()
     source = resolve(request.model)
     foresee(request, method, source)
-    preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=source.checkpoint.nbytes)
-    kept = resumable(request, method, source, out, restart=restart, save_every_s=save_every_s, progress=progress)
+    needed = source.checkpoint.nbytes
+    preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
+    kept = resumable(request, method, source, out, options=options, reserve_bytes=needed, progress=progress)
     with kept as resume:
         compressed = compress_source(request, method, source, progress=progress, resume=resume)
         with staged(out, overwrite=overwrite) as stage:
@@ -125,7 +124,7 @@ def compress_source(
     progress: Progress | None = None,
     resume: Resume | None = None,
 ) -> Compressed:
-    """Load, compress and evaluate; nothing is written but the state of training, where `resume` is given."""
+    """Load, compress and evaluate; nothing is written but states, where `resume` is given."""
     if request.any_size:
         raise UsageError(
             "any_size: this makes one size; for a folder that holds all sizes use `spectrim compress --any-size`, or "

@@ -1,11 +1,12 @@
-"""A run that trains goes on where a killed one stopped, when the same command is given again.
+"""A run goes on where a killed one stopped, when the same command is given again.
 
-What is measured before training is measured again (it gives the same bytes); the steps are not. The state lies in
-OUT.resume (store/work.py), is saved every minute and on SIGINT and SIGTERM, and is only taken up by a run that would
+What engines save (sums over batches, spectra, scores, trained factors) lies in OUT.resume (store/work.py). It is
+written every minute, at the end of a stage and on SIGINT, SIGTERM and SIGHUP, and is only taken up by a run that would
 have come to the same state by itself: source, text, method, versions and device are compared first.
 """
 
 import dataclasses
+import inspect
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,20 +23,32 @@ import torch
 import transformers
 
 from spectrim import version
-from spectrim.engines.loop import Saved, train
-from spectrim.engines.measure import Progress
+from spectrim.engines.checkpoint import Saved
+from spectrim.engines.couple import couple
+from spectrim.engines.layerwise import decompose_all
+from spectrim.engines.loop import train
+from spectrim.engines.measure import Progress, measure
+from spectrim.engines.newton import newton_scores
+from spectrim.engines.parts import size_of
+from spectrim.engines.propagate import propagate
 from spectrim.errors import InputError, Interrupted, NumericalError, ResourceError, SpectrimError, UsageError
 from spectrim.method import LayerMethod
 from spectrim.models.load import Source, pick_device
-from spectrim.request import Request, WindowsInUse, has_steps
+from spectrim.request import Request, WindowsInUse
 from spectrim.store import disk
 from spectrim.store.manifest import measure_file
+from spectrim.store.points import point
 from spectrim.store.state import read_state, write_state
 from spectrim.store.work import WorkFolder, locked
 
 SAVE_EVERY_S = 60.0
 OVERHEAD = 30
-"""A state that takes s seconds to write is written every 30 s at most: 3 % of the time, however large it is."""
+"""A state that takes s seconds to write is written after 30 s of work at least: 3 % of the time, whatever its size."""
+FIRST_RATE = 2e8
+"""Bytes a second that are assumed to be hashed and written until it was measured."""
+STOPPERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ASKING = (train, measure, couple, decompose_all, propagate, newton_scores)
+"""What asks `due` after each of its steps, so that a signal can wait for the end of one."""
 
 _NOT_COMPARED = {
     *("model", "tokenizer"),  # compared by content: files, tokens
@@ -45,29 +59,48 @@ _NOT_COMPARED = {
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions:
+    """How a run treats the state of an earlier one, and how often it saves its own."""
+
+    save_every_s: float = SAVE_EVERY_S  # 0: after every step
+    restart: bool = False  # discard the state that is there
+    take_lock: bool = False  # also from a process on another host, of which nobody here knows whether it lives
+    command: tuple[str, ...] = ()  # words after `spectrim`, for `spectrim resume`; empty: not from the command line
+
+
 class Resume:
     """The `Checkpoint` of one run: loads and saves the state of its stages, and tells what it did."""
 
-    def __init__(self, folder: WorkFolder, *, save_every_s: float = SAVE_EVERY_S, progress: Progress | None = None):
+    def __init__(
+        self,
+        folder: WorkFolder,
+        *,
+        save_every_s: float = SAVE_EVERY_S,
+        reserve_bytes: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
         self.folder = folder
         self.resumed: list[dict[str, Any]] = []  # {"stage", "step"} of every state that was taken up
         self.warnings: list[str] = []
         self._save_every_s = save_every_s
+        self._reserve_bytes = reserve_bytes  # what the result will take on the same disk
         self._progress = progress
-        self._last = time.monotonic()
-        self._write_s = 0.0
+        self._last: float | None = None
+        self._write_s, self._rate = 0.0, FIRST_RATE
         self._kept: tuple[str, int] | None = None  # the newest state that is on disk
         self._good: set[Path] = set()  # states that this run has taken up or written
-        self._stage = ""  # the one that was begun last
         self._owed: tuple[str, Saved] | None = None  # a state of an earlier stage that could not be written yet
         self._stop: int | None = None  # the signal that waits for the step to end
 
-    def load(self, stage: str) -> Saved | None:
+    def load(self, stage: str, *, optional: bool = False) -> Saved | None:
         """The state of a stage; None if there is none, or none that is what was saved (told, and begun anew)."""
-        self._last, self._stage = time.monotonic(), stage
+        if self._last is None:
+            self._last = time.monotonic()
         path = self.folder.state_path(stage)
         if not os.path.lexists(path):
-            self._discard_later_stages(f"there is no state of {stage}")
+            if not optional:
+                self._discard_later_stages(f"there is no state of {stage}")
             return None
         try:
             saved = Saved(*read_state(path))
@@ -86,44 +119,72 @@ class Resume:
     def due(self) -> bool:
         """Whether a state should be saved now: a signal waits, or the last one is old enough."""
         wait_s = max(self._save_every_s, OVERHEAD * self._write_s) if self._save_every_s else 0.0
-        return self._stop is not None or time.monotonic() - self._last >= wait_s
+        return self._stop is not None or self._idle_s() >= wait_s
 
-    def save(self, stage: str, saved: Saved) -> None:
+    def worth(self, nbytes: int) -> bool:
+        """Whether so much is quickly written, measured by the time that it took to work out since the last state."""
+        wait_s = OVERHEAD * nbytes / self._rate if self._save_every_s else 0.0
+        return self._stop is not None or self._idle_s() >= wait_s
+
+    def _idle_s(self) -> float:
+        if self._last is None:
+            self._last = time.monotonic()
+        return time.monotonic() - self._last
+
+    def save(self, stage: str, saved: Saved, *, needed: bool = False) -> bool:
         """Put a state on disk. A disk that fails is told and costs no more: the older state is untouched and the run
         goes on. `Interrupted` when a signal waits for it.
         """
         began = time.monotonic()
-        is_training = stage == self._stage
         owed, self._owed = self._owed, None
+        is_kept = False
         try:
             if owed is not None:
                 self._write(*owed)
                 owed = None
             self._write(stage, saved)
-            self._kept = (stage, saved.step)
+            self._kept, is_kept = (stage, saved.step), True
         except ResourceError as error:
             self._warn(f"step {saved.step} of {stage} could not be saved for resuming: {error}")
             # What later stages rest on is given once; without it their states would be worth nothing.
-            self._owed = owed or (None if is_training else (stage, saved))
+            self._owed = owed or ((stage, saved) if needed else None)
         self._last = time.monotonic()
         self._write_s = self._last - began
-        if is_training:
-            self._leave_if_stopped()
+        nbytes = size_of(saved.tensors)
+        if is_kept and nbytes > 1e6:  # of a small one the seconds are those of two fsyncs
+            self._rate = nbytes / max(self._write_s, 1e-9)
+        if not needed:  # the state that it is needed for comes at once
+            self.leave_if_stopped()
+        return is_kept
+
+    def forget(self, *stages: str, why: str | None = None) -> None:
+        """Remove states that others stand for, or (`why`) that turned out to be of no use."""
+        names = [stage.replace(" ", "-") for stage in stages]
+        for path in self.folder.states():
+            if not any(path.stem == name or path.stem.startswith(name + "-") for name in names):
+                continue
+            disk.remove(path)
+            point("state-forgotten")
+            self._good.discard(path)
+            if why is not None:
+                self._warn(f"{path}: discarded: {why}")
+                self.resumed = [told for told in self.resumed if self.folder.state_path(told["stage"]) != path]
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """While this is open, SIGINT and SIGTERM in training wait for the step to end and its state to be saved.
+        """While this is open, SIGINT, SIGTERM and SIGHUP wait for the step to end and its state to be saved.
 
-        The loop asks `due` between steps and nowhere else, so a signal waits only while the loop is being run.
+        Only where the state will be asked for: in one of `ASKING`, or while one is being written. Elsewhere they stop
+        at once. A signal that was ignored when the program started (nohup) stays so.
         """
         if threading.current_thread() is not threading.main_thread():  # signals are the main thread's affair
             yield
             return
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: signal.getsignal(n) for n in STOPPERS}
         before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if is_running(train, frame):
+            if is_running(frame, *ASKING, Resume.save):
                 self._stop = number
                 signal.signal(number, signal.SIG_DFL)  # a second signal ends at once
             else:
@@ -137,7 +198,7 @@ class Resume:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        self._leave_if_stopped()
+        self.leave_if_stopped()
 
     def where(self) -> str:
         """Which state is kept, in words."""
@@ -146,12 +207,14 @@ class Resume:
         stage, step = self._kept
         return f"the state after step {step} of {stage} is kept in {self.folder.path}"
 
-    def _leave_if_stopped(self) -> None:
+    def leave_if_stopped(self) -> None:
+        """`Interrupted` if a signal came."""
         if self._stop is not None:
             raise Interrupted(f"stopped by {signal.Signals(self._stop).name}; {self.where()}", self._stop)
 
     def _write(self, stage: str, saved: Saved) -> None:
         path = self.folder.state_path(stage)
+        self.folder.require_space(size_of(saved.tensors) + self._reserve_bytes)
         write_state(path, *saved)
         self._good.add(path)
 
@@ -167,9 +230,10 @@ class Resume:
                 disk.remove(path)
 
 
-def is_running(function: Callable[..., Any], frame: FrameType | None) -> bool:
-    """Whether `frame` is a call of `function`, or was called by one at any depth."""
-    while frame is not None and frame.f_code is not function.__code__:
+def is_running(frame: FrameType | None, *functions: Callable[..., Any]) -> bool:
+    """Whether `frame` is a call of one of `functions`, or was called by one at any depth."""
+    codes = {function.__code__ for function in map(inspect.unwrap, functions)}
+    while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
     return frame is not None
 
@@ -181,28 +245,26 @@ def resumable(
     source: Source,
     out: Path,
     *,
-    restart: bool = False,
-    save_every_s: float = SAVE_EVERY_S,
+    options: ResumeOptions,
+    reserve_bytes: int,
     progress: Progress | None = None,
-) -> Iterator[Resume | None]:
-    """The run's work folder, gone when the block ends well; None (and no folder) for a run that trains nothing."""
-    if not has_steps(request, method) or request.keep == 1:
-        if restart:
-            raise UsageError(f"--restart: {method.info.name} trains nothing here, so nothing is resumed; leave it out")
-        yield None
-        return
-    if not save_every_s >= 0:
-        raise UsageError(f"--save-every must be at least 0 seconds, got {save_every_s:g}")
+) -> Iterator[Resume]:
+    """The run's work folder, gone when the block ends well, or when it ends before anything is worth keeping."""
+    if not options.save_every_s >= 0:
+        raise UsageError(f"--save-every must be at least 0 seconds, got {options.save_every_s:g}")
     facts = fingerprint(request, method, source)
-    with locked(out, restart=restart) as folder:
+    with locked(out, restart=options.restart, take_lock=options.take_lock) as folder:
         folder.claim(facts)
-        resume = Resume(folder, save_every_s=save_every_s, progress=progress)
+        folder.record(options.command)
+        resume = Resume(folder, save_every_s=options.save_every_s, reserve_bytes=reserve_bytes, progress=progress)
         try:
             yield resume
         except BaseException as error:
             if not folder.states():
                 folder.remove()
-            elif isinstance(error, SpectrimError) and not isinstance(error, Interrupted):
+            elif not isinstance(error, SpectrimError):
+                error.add_note(resume.where())  # for a signal that did not wait
+            elif not isinstance(error, Interrupted):
                 error.args = (f"{error}. {_way_on(error, resume)}",)
             raise
         if not folder.remove():
@@ -219,7 +281,7 @@ def _way_on(error: SpectrimError, resume: Resume) -> str:
 
 
 def fingerprint(request: Request, method: LayerMethod, source: Source) -> dict[str, Any]:
-    """All that decides the trained numbers, as far as it is known before text is read; see also `text_fields`."""
+    """All that decides the numbers, as far as it is known before text is read; see also `text_fields`."""
     asked = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NOT_COMPARED}
     files = [*source.checkpoint.shards, source.folder / "config.json"]
     return {
@@ -235,8 +297,8 @@ def fingerprint(request: Request, method: LayerMethod, source: Source) -> dict[s
 
 def text_fields(texts: WindowsInUse) -> dict[str, Any]:
     """The part of the fingerprint that pins the tokens."""
-    assert texts.training is not None, "a run that trains has training windows"
-    return {"tokens": {"calibration": texts.calibration.sha256, "training": texts.training.sha256}}
+    training = None if texts.training is None else texts.training.sha256
+    return {"tokens": {"calibration": texts.calibration.sha256, "training": training}}
 
 
 def device_name(device: torch.device) -> str:

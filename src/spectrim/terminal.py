@@ -6,8 +6,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spectrim.errors import Interrupted, ResourceError, SpectrimError
+from spectrim.store.writer import COMPLETE
 
 # Text is shown as it is: `[x]` in a path is no markup and `:b:` in generated code no emoji.
 stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -31,13 +32,14 @@ def exit_codes() -> Iterator[None]:
             raise
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             error = ResourceError(f"out of memory ({error}); take fewer or shorter windows, or --device cpu")
-        if isinstance(error, SpectrimError):
-            stderr.print("error: ", style="bold red", end="")
-            stderr.print(str(error))
-            sys.exit(error.exit_code)
-        stderr.print(f"internal error: {type(error).__name__}: {error}")
-        stderr.print("this is a bug of spectrim; run again with SPECTRIM_DEBUG=1 and report the traceback")
-        sys.exit(SpectrimError.exit_code)
+        with suppress(OSError):  # the terminal may be gone (SIGHUP); the exit code is then all there is to say
+            if isinstance(error, SpectrimError):
+                stderr.print("error: ", style="bold red", end="")
+                stderr.print(str(error))
+            else:
+                stderr.print(f"internal error: {type(error).__name__}: {error}")
+                stderr.print("this is a bug of spectrim; run again with SPECTRIM_DEBUG=1 and report the traceback")
+        sys.exit(error.exit_code if isinstance(error, SpectrimError) else SpectrimError.exit_code)
 
 
 class _Stop(BaseException):
@@ -49,21 +51,29 @@ class _Stop(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM become `Interrupted`: what is being written is removed, the target is untouched."""
+    """SIGINT, SIGTERM and SIGHUP become `Interrupted`: what is being written is removed, the target is untouched.
+
+    A signal that was ignored when the program started (nohup, a shell's background job) stays ignored.
+    """
 
     def stop(number: int, _frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second signal ends at once
         raise _Stop(number)
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     except _Stop as caught:
         name = signal.Signals(caught.signal_number).name
-        raise Interrupted(
-            f"stopped by {name}; nothing was published. To start again: {_again()}", caught.signal_number
-        ) from None
-    except Interrupted as caught:  # in training, with its state saved
+        notes = getattr(caught, "__notes__", [])  # what was kept, or that all was done
+        told = "; ".join(notes) if notes else "nothing was published"
+        if not any(note.endswith(COMPLETE) for note in notes):
+            told += f". To {'go on' if notes else 'start again'}: {_again()}"
+        raise Interrupted(f"stopped by {name}; {told}", caught.signal_number) from None
+    except Interrupted as caught:  # with its state saved
         raise Interrupted(f"{caught}. To go on: {_again()}", caught.signal_number) from None
     finally:
         for number, handler in before.items():
@@ -72,7 +82,12 @@ def stoppable() -> Iterator[None]:
 
 def _again() -> str:
     """The command that was given, for a shell; without --restart, which would throw away what it goes on from."""
-    return shlex.join(["spectrim", *(word for word in sys.argv[1:] if word != "--restart")])
+    return command_line(word for word in sys.argv[1:] if word != "--restart")
+
+
+def command_line(words: Iterable[str]) -> str:
+    """`spectrim WORDS`, for a shell."""
+    return shlex.join(["spectrim", *words])
 
 
 def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:
@@ -106,10 +121,16 @@ def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:
 
 def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
     """JSON on stdout, or the human view."""
-    if as_json:
-        sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
-    else:
-        show()
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        else:
+            show()
+        sys.stdout.flush()
+    except OSError as error:  # `> file` on a full disk, or a closed pipe; what was written before is complete
+        with suppress(OSError):
+            sys.stdout.close()  # what is left in its buffer would fail again at exit
+        raise ResourceError(f"stdout: {error.strerror} (errno {error.errno}); only this text was lost") from error
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.descent import STEPS, learn_order
 from spectrim.engines.layerwise import Plan, check_weights, swap, weight_budget
 from spectrim.engines.learned import skeleton
@@ -99,11 +100,12 @@ def compress_any_size(
     gradient_windows: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> AnySize:
     """All sizes of `dense` (weights in float32) from the last of the `anchors` up to 1, stored in `dtype`.
 
     `calibration` and `training` as in `compress_model`. `steps` are those of all anchors together, for methods that
-    train; a method whose own `steps` are 0 does not.
+    train; a method whose own `steps` are 0 does not. `checkpoint` as in `compress_model`.
     """
     check_anchors(anchors)
     check_method(method)
@@ -114,14 +116,17 @@ def compress_any_size(
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
     middle = min(max(MIDDLE, anchors[-1]), anchors[0])
-    spectra, _ = closed_form(
+    spectra, checkpoint = closed_form(
         dense, method, walk, middle, calibration, gradient_windows=gradient_windows, seed=seed, clock=clock,
-        progress=progress,
+        progress=progress, checkpoint=checkpoint,
     )  # fmt: skip
     if isinstance(method, LearnedMethod) and method.steps > 0:
         with timed(clock, "learn"):
             ids = calibration if training is None else training
-            order = learn_order(method, dense, walk, spectra, anchors, ids, steps=steps, seed=seed, progress=progress)
+            order = learn_order(
+                method, dense, walk, spectra, anchors, ids, steps=steps, seed=seed, progress=progress,
+                checkpoint=checkpoint,
+            )  # fmt: skip
     else:
         with timed(clock, "allocate"):
             order = closed_order(method, walk, spectra, anchors)

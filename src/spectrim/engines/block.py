@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectrim.engines.loop import Checkpoint, Group, Training, train
+from spectrim.engines.checkpoint import Checkpoint
+from spectrim.engines.loop import Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.stream import Stream, low_rank_layers, pivot_buffers, restore_pivots, start
 from spectrim.models.walk import Walk, device_of

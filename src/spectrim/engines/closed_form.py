@@ -2,17 +2,18 @@
 
 Learned scores belong to one sign and order of the components, which another decomposition need not give; so a run that
 goes on must take the spectra of the run that was interrupted. They are large (for learned scores: all components in
-float32, K (O + I) numbers a layer) and are therefore saved only when there is a later state to save.
+float32, K (O + I) numbers a layer) and are therefore saved when there is a later state to save, or when that is little
+beside the work they took. Once they are there, the states of all that led to them are removed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Saved
 from spectrim.engines.layerwise import Plan, plan_from_facts, plan_to_facts
-from spectrim.engines.loop import Checkpoint, Saved
 from spectrim.engines.pack import find, fingerprint
 from spectrim.errors import InputError
 from spectrim.linalg.factor import Spectrum
@@ -20,28 +21,8 @@ from spectrim.method import LayerMethod
 from spectrim.models.walk import Walk, weight_of
 
 STAGE = "closed form"
-
-
-class SavedFirst:
-    """A checkpoint that keeps one stage (what later ones stand on) just before the first state of any other."""
-
-    def __init__(self, inner: Checkpoint, stage: str, make: Callable[[], Saved], *, kept: bool) -> None:
-        self.inner, self.stage, self.make, self.kept = inner, stage, make, kept
-
-    def load(self, stage: str) -> Saved | None:
-        """As it is."""
-        return self.inner.load(stage)
-
-    def due(self) -> bool:
-        """As it is."""
-        return self.inner.due()
-
-    def save(self, stage: str, saved: Saved) -> None:
-        """What it stands on first: a state that cannot be gone on from is worth nothing."""
-        if not self.kept:
-            self.inner.save(self.stage, self.make())
-            self.kept = True
-        self.inner.save(stage, saved)
+LEADS_TO_IT = ("statistics", "coupling", "spectra", "propagated", "newton")
+"""Stages of the closed form, by how their names start; the state of it stands for all of them."""
 
 
 def identity(method: LayerMethod, walk: Walk, keep: float, seed: int, calibration: Tensor) -> dict[str, Any]:
@@ -65,17 +46,19 @@ def pack_closed_form(
     *,
     learned: bool,
     changed: bool,
+    every: bool = False,
     warnings: Sequence[str] = (),
 ) -> Saved:
     """On the CPU: all components in float32 where scores are learned on them, else those that are kept, in float64.
 
-    `changed` says that weights that stay dense are not the model's own: their components are then kept too.
+    `changed` says that weights that stay dense are not the model's own: their components are then kept too. `every`
+    keeps all components of all layers in float64, for a result that serves more sizes than that of `plan`.
     """
     tensors: dict[str, Tensor] = {}
     for name, spectrum in spectra.items():
         target = plan.targets[name]
         left_alone = target.codec == "dense" and not changed
-        count = len(spectrum.energy) if learned else 0 if left_alone else target.rank
+        count = len(spectrum.energy) if learned or every else 0 if left_alone else target.rank
         left, right = spectrum.left[:, :count], spectrum.right[:count]
         tensors[f"{name}.left"] = (left.float() if learned else left).contiguous().cpu()
         tensors[f"{name}.right"] = (right.float() if learned else right).contiguous().cpu()

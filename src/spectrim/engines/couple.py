@@ -20,8 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines import measure as plain_measure
+from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.layerwise import solver_errors_of
 from spectrim.engines.measure import Progress, autocast, frozen, hooks, in_sequences
+from spectrim.engines.pack import fill, fingerprint
+from spectrim.engines.parts import Run, digest_of, load_own, size_of
 from spectrim.errors import NumericalError
 from spectrim.linalg.curvature import Coupled, add_coupled, clip_rows, toward, window_share
 from spectrim.linalg.metric import quick_root, shrink
@@ -60,11 +63,14 @@ def couple(
     batch_size: int = 4,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+    stage: str = "coupling",
 ) -> dict[str, Stats]:
     """`plain` statistics of every layer with `gram` and `output_grad` refined over `ids` (windows, length).
 
     `ids` are the windows that gave `plain` its gradients, `seed` and `batch_size` those of that pass. A layer that no
-    gradient reaches at all (a model that is certain) keeps its plain statistics.
+    gradient reaches at all (a model that is certain) keeps its plain statistics. With a `checkpoint` the sums are kept
+    as its `stage` and gone on with.
     """
     sides = _sides(walk, plain, coupling)
     sums = {name: _Sums(_zeros(plain[name])) for name in sides}
@@ -79,13 +85,56 @@ def couple(
 
     device = device_of(model)
     generator = torch.Generator(device=device).manual_seed(seed)
+    keeper = _Keeper(checkpoint, stage, sums, generator)
+    coupled = keeper.load(plain, {"windows": fingerprint(ids), "batch_size": batch_size, "seed": seed})
     with frozen(model), hooks(model, walk, None, on_gradient), autocast(device):
-        for start in range(0, len(ids), batch_size):
+        for start in range(coupled, len(ids), batch_size):
             batch = ids[start : start + batch_size]
             plain_measure.backward_from_sampled_labels(model, batch.to(device), generator)
+            keeper.save(start + len(batch), last=start + len(batch) == len(ids))
             if progress is not None:
                 progress("couple", start + len(batch), len(ids))
     return {name: _refined(name, plain[name], sums.pop(name), sides.pop(name)) for name in list(sums)}
+
+
+@dataclasses.dataclass
+class _Keeper:
+    """The sums in a checkpoint, between two batches."""
+
+    checkpoint: Checkpoint | None
+    stage: str
+    sums: dict[str, _Sums]
+    generator: torch.Generator
+    run: Run = dataclasses.field(default_factory=dict)
+
+    def load(self, plain: Mapping[str, Stats], run: Run) -> int:
+        """Take up what was summed before over the same first statistics; how many windows that were."""
+        if self.checkpoint is None:
+            return 0
+        diagonals = (plain[name].get(stat).diagonal() for name in self.sums for stat in (Stat.GRAM, Stat.OUTPUT_GRAD))
+        self.run = run | {"after": digest_of(diagonals)}
+        saved = load_own(self.checkpoint, self.stage, self.run)
+        if saved is None:
+            return 0
+        fill(self.totals(), saved.tensors, self.stage)
+        for name, own in self.sums.items():
+            own.tokens, own.windows = saved.facts["counts"][name]
+        self.generator.set_state(saved.tensors["generator"])
+        return saved.step
+
+    def save(self, windows: int, *, last: bool) -> None:
+        """The sums over so many windows, if it is time, or if they are complete and worth it."""
+        if self.checkpoint is None:
+            return
+        totals = self.totals()
+        if self.checkpoint.due() or (last and self.checkpoint.worth(size_of(totals))):
+            counts = {name: [own.tokens, own.windows] for name, own in self.sums.items()}
+            tensors = {**totals, "generator": self.generator.get_state()}
+            self.checkpoint.save(self.stage, Saved(windows, tensors, {"run": self.run, "counts": counts}))
+
+    def totals(self) -> dict[str, Tensor]:
+        """The living sums by name."""
+        return {f"{name}.{part}": t for name, own in self.sums.items() for part, t in own.total._asdict().items()}
 
 
 def _sides(walk: Walk, plain: Mapping[str, Stats], coupling: Coupling) -> dict[str, tuple[_Side, _Side]]:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.layerwise import weight_budget
 from spectrim.engines.learned import collapsed, relax, remember, skeleton, step_loss
-from spectrim.engines.loop import Group, Training, train
+from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, frozen
 from spectrim.engines.order import Order, worth_of_steps
+from spectrim.engines.pack import below, fill, find, with_prefix
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.linalg.ladder import cut, growth_order, ladder_costs, levels_of
@@ -42,8 +44,12 @@ def learn_order(
     steps: int = STEPS,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Order:
-    """Learn over `ids` (windows, length), the same number of steps at each anchor; the teacher is not changed."""
+    """Learn over `ids` (windows, length), the same number of steps at each anchor; the teacher is not changed.
+
+    Each anchor is a stage of its own in the `checkpoint`; its state says how far the whole descent has come.
+    """
     each = steps // len(anchors)
     if each < 1:
         raise UsageError(f"{steps} steps for {len(anchors)} anchors: each needs at least one")
@@ -56,7 +62,7 @@ def learn_order(
         for position, (before, anchor) in enumerate(pairwise((1.0, *anchors))):
             losses += train(
                 Training(
-                    stage=f"scores at {anchor:g}",
+                    stage=f"scores {position}",
                     label=f"learn scores at {anchor:g}",
                     says=method.info.name,
                     advice=f"Lower the learning rate (--set learning_rate={method.learning_rate / 3:.2g})",
@@ -68,9 +74,12 @@ def learn_order(
                     seed=seed + position,
                     before_step=partial(descent.fall, before=before, anchor=anchor, steps=each),
                     after_backward=lambda _: remember(scored, descent.gradients),
+                    state=descent.state,
+                    restore=descent.restore,
                 ),
                 ids,
                 progress=progress,
+                checkpoint=checkpoint,
             )
             descent.to(anchor)  # where too few steps left no time to come down
             for name, layer in scored.items():
@@ -129,6 +138,26 @@ class Descent:
     def _price(self, layer: ScoredLinear, gradient: Tensor) -> Tensor:
         state = Components(energy=layer.energy, scores=layer.scores.detach(), kept=layer.mask.bool(), gradient=gradient)
         return self.method.price(state).double().cpu()
+
+    def state(self) -> Buffers:
+        """All that is not in the scores."""
+        names = [layer.name for layer in self.walk.layers]
+        tensors = {
+            **with_prefix(self.gradients, "gradient"),
+            **with_prefix({name: self.scored[name].mask for name in names}, "mask"),
+            **with_prefix(dict(zip(names, self.places, strict=True)), "places"),
+            **with_prefix({str(i): gone for i, gone in enumerate(self.gone)}, "gone"),
+        }
+        return Buffers(tensors, {"option": list(self.option), "gone": len(self.gone)})
+
+    def restore(self, saved: Buffers) -> None:
+        """Take up what `state` gave."""
+        names = [layer.name for layer in self.walk.layers]
+        fill(self.gradients, below(saved.tensors, "gradient"), "scores")
+        fill({name: self.scored[name].mask for name in names}, below(saved.tensors, "mask"), "scores")
+        self.places = [find(saved.tensors, f"places.{name}").cpu() for name in names]
+        self.gone = [find(saved.tensors, f"gone.{i}").cpu() for i in range(saved.facts["gone"])]
+        self.option = list(saved.facts["option"])
 
     @staticmethod
     def _rank(option: int, costs: Tensor, places: Tensor) -> int:

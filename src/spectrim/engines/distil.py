@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.closed_form import SavedFirst
+from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.layerwise import build_linear
-from spectrim.engines.loop import Checkpoint, Group, Saved, Training, train
+from spectrim.engines.loop import Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen, measure
+from spectrim.engines.parts import SavedFirst, digest_of
 from spectrim.engines.stream import low_rank_layers
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Factors
@@ -143,16 +144,22 @@ def metric_or_saved(
 
     An expert that no gradient reached has none.
     """
-    stage = f"{stage} metric"
-    saved = None if checkpoint is None else checkpoint.load(stage)
-    if saved is not None:
+    sums, stage = f"{stage} statistics", f"{stage} metric"
+    saved = None if checkpoint is None else checkpoint.load(stage, optional=True)
+    if saved is not None and checkpoint is not None:
+        checkpoint.forget(sums)
         return {name: saved.tensors[key] for name, key in saved.facts["kept_as"].items()}, checkpoint
     needs = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
-    found = measure(student, walk, ids, needs, batch_size=8, seed=seed, unreached="leave out")
+    found = measure(
+        student, walk, ids, needs, batch_size=8, seed=seed, unreached="leave out", checkpoint=checkpoint, stage=sums,
+        after="" if checkpoint is None else digest_of(t for layer in layers.values() for t in layer.parameters()),
+    )  # fmt: skip
+    if checkpoint is not None:
+        checkpoint.load(stage)  # measured anew: what was trained in another metric is discarded
     measured = {f"{n}.inputs": found[n].get(Stat.GRAM) for n in layers if n in found}
     measured |= {f"{n}.outputs": found[n].get(Stat.OUTPUT_GRAD) for n in layers if n in found}
     if checkpoint is not None:
-        checkpoint = SavedFirst(checkpoint, stage, lambda: _pack(measured), kept=False)
+        checkpoint = SavedFirst(checkpoint, stage, lambda: _pack(measured), kept=False, replaces=(sums,))
     return measured, checkpoint
 
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Checkpoint
+from spectrim.engines.parts import Parts, digest_of, spectrum_from, spectrum_tensors
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
 from spectrim.linalg.factor import Factors, Spectrum, truncate
-from spectrim.method import LayerMethod, Stats
+from spectrim.method import LayerMethod, Stat, Stats
 from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
 from spectrim.replacement import Codec, Replacement, Storage, Target, dense_replacement, encode
@@ -78,7 +80,8 @@ def decompose_layer(method: LayerMethod, layer: Layer, weight: Tensor, stats: St
     """The spectrum of one weight (O, I), float64, in the method's metric; NumericalError unless it is finite."""
     shape = f"its {layer.outputs} x {layer.inputs} weight"
     with solver_errors_of(layer, f"{shape} ({method.info.name})"):
-        spectrum = method.decompose(weight, stats)
+        # One layout, whether it was worked out or read from a state: products of views may round differently.
+        spectrum = Spectrum(*(part.contiguous() for part in method.decompose(weight, stats)))
     if not all(bool(torch.isfinite(t).all()) for t in spectrum):
         raise NumericalError(
             f"{layer.name}: the decomposition of {shape} is not finite "
@@ -88,13 +91,39 @@ def decompose_layer(method: LayerMethod, layer: Layer, weight: Tensor, stats: St
 
 
 def decompose_all(
-    method: LayerMethod, model: PreTrainedModel, walk: Walk, stats: Mapping[str, Stats]
+    method: LayerMethod,
+    model: PreTrainedModel,
+    walk: Walk,
+    stats: Mapping[str, Stats],
+    *,
+    checkpoint: Checkpoint | None = None,
+    stage: str = "spectra",
 ) -> dict[str, Spectrum]:
-    """The spectrum of every layer in the method's metric, float64 on the weight's device."""
-    return {
-        la.name: decompose_layer(method, la, weight_of(model.get_submodule(la.name)).detach().double(), stats[la.name])
-        for la in walk.layers
-    }
+    """The spectrum of every layer in the method's metric, float64 on the weight's device.
+
+    With a `checkpoint` they are kept in parts of `stage`, and gone on with for the same `stats`.
+    """
+    parts = Parts(checkpoint, stage, {} if checkpoint is None else {"after": digest_of(_diagonals(walk, stats))})
+    weights = {la.name: weight_of(model.get_submodule(la.name)) for la in walk.layers}
+    spectra = {}
+    for saved in parts.load():
+        spectra |= {name: spectrum_from(saved.tensors, name, weights[name].device) for name in saved.facts["items"]}
+    for layer in walk.layers:
+        if layer.name not in spectra:
+            weight = weights[layer.name].detach().double()
+            spectra[layer.name] = decompose_layer(method, layer, weight, stats[layer.name])
+            parts.add(layer.name, spectrum_tensors(layer.name, spectra[layer.name]))
+    parts.finish()
+    return spectra
+
+
+def _diagonals(walk: Walk, stats: Mapping[str, Stats]) -> Iterator[Tensor]:
+    """Enough of all statistics to tell two measurements apart."""
+    for layer in walk.layers:
+        for stat in Stat:
+            measured = getattr(stats[layer.name], stat.value)
+            if measured is not None:
+                yield measured.diagonal() if measured.ndim == 2 else measured
 
 
 def weight_budget(walk: Walk, keep: float, storage: Storage) -> int:

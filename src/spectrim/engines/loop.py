@@ -13,41 +13,18 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.measure import Progress
 from spectrim.engines.pack import below, fill, find, fingerprint, pack, unpack, with_prefix
 from spectrim.engines.replay import Replay, Told
 from spectrim.errors import InputError, NumericalError
 
 WARM_UP_STEPS = 10
-
-
-class Saved(NamedTuple):
-    """The state of one stage after `step` steps; `facts` is JSON-ready."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
-
-
-class Checkpoint(Protocol):
-    """Where states are kept. Tensors given to `save` go on changing: write or copy them before it returns."""
-
-    def load(self, stage: str) -> Saved | None:
-        """The last state of a stage, None if there is none. Tensors may be on any device; they are copied."""
-        ...
-
-    def due(self) -> bool:
-        """Asked once a step; True when it is time to save."""
-        ...
-
-    def save(self, stage: str, saved: Saved) -> None:
-        """Keep this state in the place of the stage's earlier ones."""
-        ...
 
 
 class Buffers(NamedTuple):

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.layerwise import Plan, plan_from_facts, plan_to_facts, weight_budget
 from spectrim.engines.learned import Learned, skeleton
-from spectrim.engines.loop import Buffers, Checkpoint, Group, Training, train
+from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.pack import fill, with_prefix
 from spectrim.errors import UsageError

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Checkpoint, Saved
+from spectrim.engines.pack import fingerprint
+from spectrim.engines.parts import Run, load_own, size_of
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
 from spectrim.method import Stat, Stats
@@ -61,6 +64,9 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
     unreached: Literal["refuse", "leave out"] = "refuse",
+    checkpoint: Checkpoint | None = None,
+    stage: str = "statistics",
+    after: str = "",
 ) -> dict[str, Stats]:
     """Statistics of every target layer over `ids` (windows, length); the model's weights are not touched.
 
@@ -68,6 +74,8 @@ def measure(
 
     Gradients cost twice what inputs do and need fewer tokens: they come from the first `gradient_windows` only
     (None: all). The layers of `model` may be dense or already compressed; only their inputs and outputs are seen.
+
+    With a `checkpoint` the sums are kept as its `stage` and gone on with; `after` says by a hash what the model is.
     """
     if not needs:
         return {layer.name: Stats(tokens=int(ids.numel())) for layer in walk.layers}
@@ -82,6 +90,9 @@ def measure(
         if needs & {Stat.OUTPUT_GRAD, Stat.FISHER}:
             border = len(ids) if gradient_windows is None else min(gradient_windows, len(ids))
         starts = [*range(0, border, batch_size), *range(border, len(ids), batch_size)]
+        run = {"after": after, "windows": fingerprint(ids), "batch_size": batch_size, "border": border, "seed": seed}
+        keeper = _Keeper(checkpoint, stage, run | {"needs": sorted(s.value for s in needs)}, sums, generator)
+        measured = keeper.load(device)
 
         def on_input(name: str, x: Tensor) -> None:
             if leader[name] == name:
@@ -92,6 +103,8 @@ def measure(
 
         with hooks(model, walk, on_input, on_gradient if border else None), autocast(device):
             for start, stop in zip(starts, [*starts[1:], len(ids)], strict=False):
+                if start < measured:
+                    continue
                 batch = ids[start:stop].to(device)
                 if start < border:
                     backward_from_sampled_labels(model, batch, generator)
@@ -99,6 +112,7 @@ def measure(
                     with torch.no_grad():
                         model(input_ids=batch, use_cache=False)
                 _check_finite(sums, start)
+                keeper.save(stop, last=stop == len(ids))
                 if progress is not None:
                     progress("calibrate", stop, len(ids))
     for own in sums.values():
@@ -108,6 +122,39 @@ def measure(
         gradients = bool(needs & {Stat.OUTPUT_GRAD, Stat.FISHER})
         layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not gradients)]
     return {name: _finish(name, sums[name], sums[leader[name]], needs) for name in layers}
+
+
+@dataclass
+class _Keeper:
+    """The sums in a checkpoint, between two batches."""
+
+    checkpoint: Checkpoint | None
+    stage: str
+    run: Run
+    sums: dict[str, _Sums]
+    generator: torch.Generator
+
+    def load(self, device: torch.device) -> int:
+        """Take up what was summed before; how many windows that were."""
+        saved = load_own(self.checkpoint, self.stage, self.run)
+        if saved is None:
+            return 0
+        for name, own in self.sums.items():
+            own.tokens, own.gradient_tokens, own.sequences = saved.facts["counts"][name]
+            kept = {stat: saved.tensors.get(f"{name}.{stat.value}") for stat in Stat}
+            own.totals = {stat: total.to(device) for stat, total in kept.items() if total is not None}
+        self.generator.set_state(saved.tensors["generator"])
+        return saved.step
+
+    def save(self, windows: int, *, last: bool) -> None:
+        """The sums over so many windows, if it is time, or if they are complete and worth it."""
+        if self.checkpoint is None:
+            return
+        totals = {f"{name}.{stat.value}": t for name, own in self.sums.items() for stat, t in own.totals.items()}
+        if self.checkpoint.due() or (last and self.checkpoint.worth(size_of(totals))):
+            counts = {name: [own.tokens, own.gradient_tokens, own.sequences] for name, own in self.sums.items()}
+            tensors = {**totals, "generator": self.generator.get_state()}
+            self.checkpoint.save(self.stage, Saved(windows, tensors, {"run": self.run, "counts": counts}))
 
 
 def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:

@@ -9,21 +9,26 @@ for those that went, as learned scores do, for the price of one gradient: at kee
 steps of training give (docs/soco.md).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.layerwise import Plan
 from spectrim.engines.learned import relax, skeleton, step_loss
 from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.pack import fill, fingerprint
+from spectrim.engines.parts import Run, energies_of, load_own
 from spectrim.errors import NumericalError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LearnedMethod
 from spectrim.models.walk import Walk, device_of
 from spectrim.nn.scored import ScoredLinear
 
+STAGE = "newton"
 LENGTHS = (0.1, 0.2, 0.4, 0.8)
 DAMPING = 0.1
 LARGEST_MOVE = 1.0
@@ -43,10 +48,12 @@ def newton_scores(
     steps: int,
     batch_size: int,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Fold the scores of `steps` Newton steps into the kept components of `spectra`, in place; returns the lengths.
 
     `ids` (windows, length). The ranks of `plan` stay. A length of 0 says that no step helped on the held-out windows.
+    With a `checkpoint`, scores and gradient are kept between two batches.
     """
     count = max(1, len(ids) // HELD_OUT)
     held_out, given = ids[-count:], ids[:-count] if len(ids) > count else ids
@@ -55,17 +62,21 @@ def newton_scores(
     for name, layer in scored.items():
         if plan.targets[name].codec != "dense":
             layer.mask[plan.targets[name].rank :] = 0
-    taken: list[float] = []
+    run = {} if checkpoint is None else {"after": energies_of(spectra), "windows": fingerprint(ids), "steps": steps}
+    keeper = _Keeper(checkpoint, run | {"batch_size": batch_size}, scored)
+    taken, begun = keeper.load()
     with frozen(student), frozen(dense):
-        for step in range(steps):
+        for step in range(len(taken), steps):
+            if taken and taken[-1] == 0:
+                break
             if progress is not None:
                 progress("newton", step, steps)
-            moves = directions(scored, score_gradients(method, dense, student, scored, given, batch_size))
+            gradients = score_gradients(method, dense, student, scored, given, batch_size, begun, keeper.save_in(taken))
+            begun = 0
+            moves = directions(scored, gradients)
             length = best_length(method, dense, student, scored, moves, held_out, batch_size)
             move(scored, moves, length)
             taken.append(length)
-            if length == 0:
-                break
     for name, layer in scored.items():
         scores = (layer.scores.detach() * layer.mask + (1 - layer.mask)).double()
         spectrum = spectra[name]
@@ -73,6 +84,40 @@ def newton_scores(
     if progress is not None:
         progress("newton", steps, steps)
     return taken
+
+
+@dataclass
+class _Keeper:
+    """Lengths, scores and an unfinished gradient in a checkpoint."""
+
+    checkpoint: Checkpoint | None
+    run: Run
+    scored: Mapping[str, ScoredLinear]
+
+    def load(self) -> tuple[list[float], int]:
+        """Take up scores and gradient; the lengths of the finished steps, and batches in the gradient."""
+        saved = load_own(self.checkpoint, STAGE, self.run)
+        if saved is None:
+            return [], 0
+        for name, layer in self.scored.items():
+            fill({name: layer.scores.data}, saved.tensors, STAGE)
+            gradient = saved.tensors.get(f"{name}.gradient")
+            layer.scores.grad = None if gradient is None else gradient.to(layer.scores.device)
+        return saved.facts["lengths"], saved.step
+
+    def save_in(self, taken: list[float]) -> Callable[[int], None]:
+        """Saves, when it is time, after a batch of the step that follows those `taken`."""
+
+        def save(batches: int) -> None:
+            if self.checkpoint is None or not self.checkpoint.due():
+                return
+            tensors = {name: layer.scores.detach() for name, layer in self.scored.items()}
+            for name, layer in self.scored.items():
+                if layer.scores.grad is not None:
+                    tensors[f"{name}.gradient"] = layer.scores.grad
+            self.checkpoint.save(STAGE, Saved(batches, tensors, {"run": self.run, "lengths": list(taken)}))
+
+        return save
 
 
 def directions(scored: Mapping[str, ScoredLinear], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,13 +141,21 @@ def score_gradients(
     scored: Mapping[str, ScoredLinear],
     ids: Tensor,
     batch_size: int,
+    begun: int = 0,
+    save: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor]:
-    """The gradient (K,) of the method's mean loss over all windows by every score."""
+    """The gradient (K,) of the method's mean loss over all windows by every score.
+
+    Of the first `begun` batches it is there already; `save` is told after each how many there are.
+    """
     for layer in scored.values():
         layer.scores.requires_grad_(True)
-        layer.scores.grad = None
-    for batch in ids.split(batch_size):
-        (step_loss(method, student, dense, batch.to(device_of(dense))) * len(batch) / len(ids)).backward()
+        if not begun:
+            layer.scores.grad = None
+    for done, batch in enumerate(ids.split(batch_size)):
+        if done >= begun:
+            (step_loss(method, student, dense, batch.to(device_of(dense))) * len(batch) / len(ids)).backward()
+            save(done + 1)
     found = {}
     for name, layer in scored.items():
         gradient = layer.scores.grad

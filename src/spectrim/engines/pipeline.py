@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Checkpoint, Saved
+from spectrim.engines.closed_form import LEADS_TO_IT, identity, pack_closed_form, unpack_closed_form
 from spectrim.engines.closed_form import STAGE as CLOSED_FORM
-from spectrim.engines.closed_form import SavedFirst, identity, pack_closed_form, unpack_closed_form
 from spectrim.engines.couple import couple
 from spectrim.engines.layerwise import Plan, apply_plan, check_weights, decompose_all, plan_ranks
 from spectrim.engines.learned import Learned, skeleton, train_scores
-from spectrim.engines.loop import Checkpoint, Saved
 from spectrim.engines.masked import train_masks
 from spectrim.engines.measure import Progress, measure
 from spectrim.engines.newton import newton_scores
+from spectrim.engines.parts import SavedFirst, energies_of, size_of
 from spectrim.engines.propagate import propagate
 from spectrim.engines.recovery import Recovered, recover, recovery_of
 from spectrim.errors import UsageError
@@ -81,8 +82,8 @@ def compress_model(
 
     `calibration` (windows, length) feeds the statistics, `training` the learned steps (None: the same windows).
     `gradient_windows` says how many of the calibration windows give gradients, see `default_gradient_windows`.
-    `recovery` names further steps, see engines/recovery.py. With a `checkpoint`, trained stages are saved there, and
-    stages that it holds are taken from it: nothing is measured again once the closed form is there.
+    `recovery` names further steps, see engines/recovery.py. With a `checkpoint`, every stage is saved there where
+    that is cheap, and what it holds is taken from it: sums, spectra, scores, trained factors.
     """
     check_keep(keep)
     steps = recovery_of(method, recovery)
@@ -91,9 +92,9 @@ def compress_model(
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
-    run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows)
+    run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint)
     learns = isinstance(method, TrainedMethod) and method.steps > 0 and keep < 1
-    spectra, plan, checkpoint = run.closed_form_or_saved(calibration, checkpoint, learned=learns)
+    spectra, plan, checkpoint = run.closed_form_or_saved(calibration, learned=learns)
     training = calibration if training is None else training
     student = skeleton(dense)
     learned = None
@@ -139,10 +140,15 @@ def closed_form(
     seed: int,
     clock: dict[str, float],
     progress: Progress | None,
-) -> tuple[dict[str, Spectrum], Plan]:
-    """Steps 2 to 4 alone, for a result that serves more sizes than `keep`; `clock` collects their seconds."""
-    run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows, one_size=False)
-    return run.closed_form(calibration)
+    checkpoint: Checkpoint | None = None,
+) -> tuple[dict[str, Spectrum], Checkpoint | None]:
+    """Steps 2 to 4 alone, for a result that serves more sizes than `keep`; `clock` collects their seconds.
+
+    The checkpoint that comes back keeps the spectra before it saves anything else.
+    """
+    run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint, one_size=False)
+    spectra, _, keeper = run.closed_form_or_saved(calibration, learned=False)
+    return spectra, keeper
 
 
 @dataclass
@@ -157,6 +163,7 @@ class _Run:
     progress: Progress | None
     clock: dict[str, float]
     gradient_windows: int
+    checkpoint: Checkpoint | None = None
     one_size: bool = True
     warnings: list[str] = field(default_factory=list)
 
@@ -172,35 +179,43 @@ class _Run:
         return self.propagates or (self.one_size and self.keep < 1 and scored)
 
     def closed_form_or_saved(
-        self, ids: Tensor, checkpoint: Checkpoint | None, *, learned: bool
+        self, ids: Tensor, *, learned: bool
     ) -> tuple[dict[str, Spectrum], Plan, Checkpoint | None]:
         """The closed form, from the checkpoint if it is there; and the checkpoint, which keeps it when it must."""
+        checkpoint = self.checkpoint
         if checkpoint is None:
             return *self.closed_form(ids), None
         run = identity(self.method, self.walk, self.keep, self.seed, ids)
-        saved = checkpoint.load(CLOSED_FORM)
+        saved = checkpoint.load(CLOSED_FORM, optional=True)
         if saved is None:
             spectra, plan = self.closed_form(ids)
+            checkpoint.load(CLOSED_FORM)  # still not there: scores that belong to another one are discarded
         else:
             spectra, plan, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run)
+            checkpoint.forget(*LEADS_TO_IT)
 
         def pack() -> Saved:
-            changed = learned or self.changes
-            return pack_closed_form(spectra, plan, run, learned=learned, changed=changed, warnings=self.warnings)
+            return pack_closed_form(
+                spectra, plan, run, learned=learned, changed=learned or self.changes, every=not self.one_size,
+                warnings=self.warnings,
+            )  # fmt: skip
 
-        keeper = SavedFirst(checkpoint, CLOSED_FORM, pack, kept=saved is not None)
+        keeper = SavedFirst(checkpoint, CLOSED_FORM, pack, kept=saved is not None, replaces=LEADS_TO_IT)
+        if saved is None and checkpoint.worth(sum(size_of(spectrum._asdict()) for spectrum in spectra.values())):
+            keeper.keep()
         return spectra, plan, keeper
 
     def closed_form(self, ids: Tensor) -> tuple[dict[str, Spectrum], Plan]:
         """Steps 2 to 5: spectra in the final metric, and the ranks under the budget."""
-        first = stats = self.statistics(self.dense, ids, self.seed)
-        spectra, plan = self.decide(stats)
-        for extra in range(self.method.rounds if self.keep < 1 else 0):
+        first = stats = self.statistics(self.dense, ids, 0)
+        spectra, plan = self.decide(stats, 0)
+        for again in range(1, 1 + (self.method.rounds if self.keep < 1 else 0)):
             student = skeleton(self.dense)
             apply_plan(student, self.walk, plan, spectra)
-            again = self.statistics(student, self.round_windows(ids), self.seed + 1 + extra)
-            stats = {name: first[name].blend(again[name]) for name in first}
-            spectra, plan = self.decide(stats)
+            after = "" if self.checkpoint is None else energies_of(spectra)
+            second = self.statistics(student, self.round_windows(ids), again, after)
+            stats = {name: first[name].blend(second[name]) for name in first}
+            spectra, plan = self.decide(stats, again)
         if self.propagates:
             self.propagate(spectra, plan, stats, ids)
         if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
@@ -215,6 +230,7 @@ class _Run:
                     steps=self.method.newton_steps,
                     batch_size=self.batch_size,
                     progress=self.progress,
+                    checkpoint=self.checkpoint,
                 )
         return spectra, plan
 
@@ -226,7 +242,9 @@ class _Run:
     def batch_size(self) -> int:
         return CPU_BATCH if device_of(self.dense).type == "cpu" else GPU_BATCH
 
-    def statistics(self, model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Stats]:
+    def statistics(self, model: PreTrainedModel, ids: Tensor, again: int, after: str = "") -> dict[str, Stats]:
+        """Those of round `again`; `after` says by a hash what `model` is."""
+        seed = self.seed + again
         with timed(self.clock, "calibrate"):
             stats = measure(
                 model,
@@ -237,6 +255,9 @@ class _Run:
                 gradient_windows=self.gradient_windows,
                 seed=seed,
                 progress=self.progress,
+                checkpoint=self.checkpoint,
+                stage=f"statistics {again}",
+                after=after,
             )
         if self.method.refinement is None:
             return stats
@@ -250,6 +271,8 @@ class _Run:
                 batch_size=self.batch_size,
                 seed=seed,
                 progress=self.progress,
+                checkpoint=self.checkpoint,
+                stage=f"coupling {again}",
             )
 
     def propagate(self, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor) -> None:
@@ -266,11 +289,14 @@ class _Run:
                 self.round_windows(ids) if on_cpu else ids,
                 batch_size=self.batch_size,
                 progress=self.progress,
+                checkpoint=self.checkpoint,
             )
 
-    def decide(self, stats: Mapping[str, Stats]) -> tuple[dict[str, Spectrum], Plan]:
+    def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[dict[str, Spectrum], Plan]:
         with timed(self.clock, "decompose"):
-            spectra = decompose_all(self.method, self.dense, self.walk, stats)
+            spectra = decompose_all(
+                self.method, self.dense, self.walk, stats, checkpoint=self.checkpoint, stage=f"spectra {again}"
+            )
         with timed(self.clock, "allocate"):
             energies = {name: s.energy for name, s in spectra.items()}
             return spectra, plan_ranks(self.method, self.walk, energies, self.keep)

@@ -22,14 +22,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.layerwise import Plan, decompose_layer, solver_errors_of, swap
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.parts import Parts, energies_of, spectrum_from, spectrum_tensors
 from spectrim.engines.stream import input_moments, start
 from spectrim.linalg.factor import Spectrum, drift_target, token_share, truncate
 from spectrim.method import LayerMethod, Stat, Stats
 from spectrim.models.walk import Layer, Walk, device_of, linear_at, shared_inputs, weight_of
 from spectrim.replacement import Target, dense_replacement
+
+STAGE = "propagated"
 
 
 @torch.no_grad()
@@ -44,33 +48,59 @@ def propagate(
     *,
     batch_size: int = 4,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[str]:
     """Put the spectra of all W* into `spectra`, layer by layer, for `ids` (windows, length); returns warnings.
 
     In place, since all components of all layers are the largest thing in memory. Layers whose tokens are routed keep
     their spectra and are named in a warning: the two models route differently, so that inputs have no partner.
+
+    With a `checkpoint` finished blocks are kept in parts; going on, both models pass them again without measuring.
     """
     layers = {layer.name: layer for layer in walk.layers}
     unpaired: list[str] = []
+    parts = Parts(checkpoint, STAGE, {} if checkpoint is None else {"after": energies_of(spectra)})
+    finished = _restore(parts, dense, spectra, unpaired)
     with frozen(dense), autocast(device_of(dense)):
         student = skeleton(dense)
         groups = shared_inputs(dense, walk.layers)  # in running order
         full, small = start(dense, walk, ids, batch_size), start(student, walk, ids, batch_size)
         for block in range(len(walk.block_names)):
-            for group in (g for g in groups if layers[g[0]].block == block):
-                moments = input_moments(full, small, block, group[0])
+            here = [group for group in groups if layers[group[0]].block == block]
+            for group in here:
+                moments = None if block < finished else input_moments(full, small, block, group[0])
                 for name in group:
-                    if moments is None:
-                        unpaired.append(name)
-                    else:
+                    if moments is not None:
                         weight = weight_of(dense.get_submodule(name)).double()
                         spectra[name] = _corrected(method, layers[name], weight, stats[name], moments, ids.numel())
+                    elif block >= finished:
+                        unpaired.append(name)
                     _place(student, name, spectra[name], plan.targets[name])
+            if block >= finished:
+                paired = [name for group in here for name in group if name not in unpaired]
+                tensors = {k: t for name in paired for k, t in spectrum_tensors(name, spectra[name]).items()}
+                parts.add({"paired": paired, "unpaired": list(unpaired)}, tensors)
             for stream in (full, small):
                 stream.advance(block)
             if progress is not None:
                 progress("propagate", block + 1, len(walk.block_names))
+    parts.finish()
     return [_warning(unpaired)] if unpaired else []
+
+
+def _restore(
+    parts: Parts,
+    dense: PreTrainedModel,
+    spectra: dict[str, Spectrum],
+    unpaired: list[str],
+) -> int:
+    """Take up the blocks that are in a checkpoint; how many. Each item names the unpaired layers up to it."""
+    for saved in parts.load():
+        for item in saved.facts["items"]:
+            unpaired[:] = item["unpaired"]
+            for name in item["paired"]:
+                spectra[name] = spectrum_from(saved.tensors, name, weight_of(dense.get_submodule(name)).device)
+    return parts.saved
 
 
 def _corrected(

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.block import refine_blocks
+from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.distil import distil
-from spectrim.engines.loop import Checkpoint, Saved
 from spectrim.engines.measure import Progress
 from spectrim.engines.pack import fill
 from spectrim.engines.refit import refit

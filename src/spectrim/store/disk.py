@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from spectrim.errors import ResourceError
+from spectrim.store.points import point
 
 ADVICE = {
     errno.ENOSPC: "free some space or choose another --out",
@@ -20,6 +22,7 @@ ADVICE = {
     errno.EIO: "the disk or network mount reports a fault; choose another --out and check the disk",
     errno.EROFS: "the disk is mounted read-only; choose another --out",
     errno.EACCES: "give yourself permission or choose another --out",
+    errno.EXDEV: "the two names are on different disks, which no rename bridges; choose another --out",
 }
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -99,6 +102,28 @@ def fsync_folder(folder: Path) -> None:
             raise
 
 
+def hold_folder(folder: Path) -> int:
+    """A descriptor whose lock says, while it is open, that a process works in `folder`, under whatever name."""
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0))
+    with contextlib.suppress(OSError):  # not every filesystem locks folders
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process of this host works in `folder`."""
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def exchange(one: Path, other: Path) -> bool:
     """Swaps two names in one atomic step; False where there is no such call (not Linux, old filesystems)."""
     if sys.platform != "linux":
@@ -118,6 +143,7 @@ def swap_by_renames(new: Path, out: Path) -> None:
     """Where there is no exchange. A kill between the renames leaves the old result under its aside name."""
     aside = out.with_name(f"{out.name}.old-{secrets.token_hex(4)}")
     os.rename(out, aside)
+    point("old-set-aside")
     try:
         os.rename(new, out)
     except BaseException:

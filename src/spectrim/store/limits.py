@@ -19,3 +19,5 @@ JSON_MARKS_MAX = 32 * TENSORS_MAX
 ELEMENTS_MAX = 2**63 - 1
 # How many offenders one message names before it says "and N more".
 NAMED_IN_MESSAGE_MAX = 5
+# Words of a command line that is gone on with.
+COMMAND_WORDS_MAX = 1000

@@ -30,6 +30,16 @@ def write_manifest(folder: Path, *, facts: Mapping[str, Any]) -> None:
 
 def verify_manifest(folder: Path) -> None:
     """Passes when `folder` holds exactly the published files, byte for byte; else lists what differs."""
+    problems = differences(folder)
+    if problems:
+        raise InputError(
+            f"{folder}: {len(problems)} differences from {MANIFEST}; "
+            "copy or download the folder again, or make the model anew:" + listed(problems)
+        )
+
+
+def differences(folder: Path) -> list[str]:
+    """All in which `folder` differs from its manifest; `InputError` if there is none that can be read."""
     folder = Path(folder)
     recorded = _recorded_files(folder)
     # Recorded names are only looked up among the names that are there, never used as paths.
@@ -40,11 +50,7 @@ def verify_manifest(folder: Path) -> None:
             problems += _differences(folder, name, recorded[name])
         elif name.split("/")[0] not in _BOOKKEEPING:
             problems.append(f"extra: {shown(name)}")
-    if problems:
-        raise InputError(
-            f"{folder}: {len(problems)} differences from {MANIFEST}; "
-            "copy or download the folder again, or make the model anew:" + listed(problems)
-        )
+    return problems
 
 
 def _names_under(folder: Path) -> list[str]:

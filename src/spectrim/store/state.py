@@ -4,6 +4,7 @@ The header's metadata holds the step, the facts (JSON) and a sha256 over step, f
 What is read is what was saved, bit for bit, or it is refused: a scratch folder is as untrusted as any other.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectrim.errors import InputError
-from spectrim.store import disk, writer
+from spectrim.store import disk
 from spectrim.store.files import check_stays_inside, shown
 from spectrim.store.header import read_header
+from spectrim.store.points import point
 from spectrim.store.strict_json import parse_object
 
 FORMAT = "spectrim-state-1"
@@ -33,13 +35,13 @@ def write_state(path: Path, step: int, tensors: Mapping[str, Tensor], facts: Map
     fresh = path.with_name(f"{path.name}.new")
     try:
         save_file(ours, fresh, metadata=metadata)
-        writer.point("state-written")
+        point("state-written")
         disk.fsync_file(fresh)
-        writer.point("state-synced")
+        point("state-synced")
         os.replace(fresh, path)
-        writer.point("state-renamed")
+        point("state-renamed")
         disk.fsync_folder(path.parent)
-        writer.point("state-saved")
+        point("state-saved")
     except (OSError, SafetensorError) as error:
         disk.remove(fresh)
         if disk.system_errno(error) is None:
@@ -66,6 +68,17 @@ def read_state(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
             f"{path}: damaged or edited: sha256 {shown(metadata['sha256'][:12])} recorded, {found[:12]} found"
         )
     return int(step), tensors, parse_object(text.encode(), where=f"{path}: facts")
+
+
+def read_step(path: Path) -> tuple[str, int]:
+    """Stage (from the file's name) and step of a state, from its header alone; -1 where that cannot be read."""
+    check_stays_inside(path, path.parent)
+    step = ""
+    with contextlib.suppress(OSError, SafetensorError, InputError):
+        read_header(path)
+        with safe_open(path, framework="pt") as file:
+            step = (file.metadata() or {}).get("step", "")
+    return path.stem.replace("-", " "), int(step) if step.isdecimal() and len(step) < 17 else -1
 
 
 def digest(step: int, facts: str, tensors: Mapping[str, Tensor]) -> str:

@@ -1,30 +1,33 @@
-"""OUT.resume: where a run that trains keeps its state, beside the target, until the target is published.
+"""OUT.resume: where a run keeps its state, beside the target, until the target is published.
 
-lock               held (flock) while a run works on it; names the process. A dead process holds no lock
+lock               held while a run works on it; names the process                          store/lock.py
 fingerprint.json   all that decides the result; a run with another fingerprint never goes on from here
+command.json       the words after `spectrim` and the folder they were typed in, for `spectrim resume`
 STAGE.safetensors  the last state of each stage                                            store/state.py
 """
 
-import fcntl
 import json
 import os
 import re
-import socket
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from spectrim.errors import InputError, ResourceError, UsageError
-from spectrim.store import disk, writer
-from spectrim.store.files import read_capped, shown
+from spectrim.store import disk, lock, points, writer
+from spectrim.store.files import shown
+from spectrim.store.limits import COMMAND_WORDS_MAX
+from spectrim.store.lock import LOCK
 from spectrim.store.strict_json import read_json
 from spectrim.store.target import absolute
 
-LOCK, FINGERPRINT = "lock", "fingerprint.json"
+SUFFIX = ".resume"
+FINGERPRINT, COMMAND = "fingerprint.json", "command.json"
 FORMAT_VERSION = 1
 _STAGE = re.compile(r"[a-z0-9]+( [a-z0-9]+)*")
-_OURS = re.compile(rf"({LOCK}|{re.escape(FINGERPRINT)}|[a-z0-9-]+\.safetensors)(\.new)?")
+_OURS = re.compile(rf"({LOCK}|{re.escape(FINGERPRINT)}|{re.escape(COMMAND)}|[a-z0-9-]+\.safetensors)(\.new)?")
 _ANEW = "add --restart to discard it and start anew, or choose another --out"
 
 
@@ -33,6 +36,7 @@ class WorkFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._claimed: dict[str, Any] = {}
 
     def claim(self, fields: Mapping[str, Any]) -> None:
         """Refuses a folder whose recorded fingerprint differs in one of `fields`; records those that are new."""
@@ -46,21 +50,45 @@ class WorkFolder:
                 + "\n  ".join(lines)
                 + f"\ngive the same command to go on, {_ANEW}"
             )
-        path = self.path / FINGERPRINT
-        fresh = path.with_name(f"{path.name}.new")
+        self._claimed = {**recorded, **asked}
+        self._put(FINGERPRINT, {"format_version": FORMAT_VERSION, "fields": self._claimed})
+
+    def record(self, command: Sequence[str]) -> None:
+        """The words of the command that works here, for `spectrim resume`; those of an older one are forgotten."""
+        if command:
+            self._put(COMMAND, {"format_version": FORMAT_VERSION, "words": list(command), "folder": os.getcwd()})
+        else:
+            disk.remove(self.path / COMMAND)
+
+    def require_space(self, nbytes: int) -> None:
+        """`ResourceError` if so much is not free: states must not take the disk that the result will need."""
+        free = shutil.disk_usage(self.path).free
+        if free < nbytes:
+            raise ResourceError(
+                f"{self.path}: needs {disk.gigabytes(nbytes)} with the result to come, {disk.gigabytes(free)} are "
+                "free; free some space"
+            )
+
+    def _put(self, name: str, data: Mapping[str, Any]) -> None:
+        """A small JSON file in one step."""
+        path = self.path / name
+        fresh = path.with_name(f"{name}.new")
         try:
-            writer.write_json(fresh, {"format_version": FORMAT_VERSION, "fields": {**recorded, **asked}})
+            writer.write_json(fresh, data)
+            points.point("record-written")
             os.replace(fresh, path)
+            points.point("record-renamed")
             disk.fsync_folder(self.path)
+            points.point("record-saved")
         except OSError as error:
             raise disk.as_resource_error(error, path) from error
 
     def _recorded(self) -> dict[str, Any]:
         path = self.path / FINGERPRINT
+        if not self.states():  # nothing to go on from: whose folder it was does not matter
+            return self._claimed
         if not os.path.lexists(path):
-            if self.states():
-                raise InputError(f"{self.path}: has states but no {FINGERPRINT}, so nobody knows whose; {_ANEW}")
-            return {}
+            raise InputError(f"{self.path}: has states but no {FINGERPRINT}, so nobody knows whose; {_ANEW}")
         try:
             found = read_json(path)
         except InputError as error:
@@ -82,9 +110,13 @@ class WorkFolder:
 
     def clear(self) -> None:
         """Everything but the lock is removed; the states first, so that none is ever left without a fingerprint."""
-        for path in sorted(self.path.iterdir(), key=lambda path: path.name == FINGERPRINT):
-            if path.name != LOCK and not disk.remove(path):
+        for path in sorted(self.path.iterdir(), key=lambda path: (path.name == FINGERPRINT, path.name)):
+            if path.name == LOCK:
+                continue
+            points.point("tidying")
+            if not disk.remove(path):
                 raise ResourceError(f"{path}: cannot be removed; remove it yourself, then run again")
+        points.point("tidied")
 
     def remove(self) -> bool:
         """Whether the folder is gone. Never raises: the result is published, or another error is under way."""
@@ -95,63 +127,58 @@ class WorkFolder:
         return disk.remove(self.path)
 
 
+def work_path(out: Path) -> Path:
+    """Where the state of a run to `out` lies."""
+    out = absolute(out)
+    return out.with_name(f"{out.name}{SUFFIX}")
+
+
+def read_command(path: Path) -> tuple[list[str], str]:
+    """The words and the folder that are recorded in an `OUT.resume`; `InputError` if they are not as we write them."""
+    found = read_json(path / COMMAND)
+    words, folder = found.get("words"), found.get("folder")
+    if found.get("format_version") != FORMAT_VERSION or not isinstance(words, list) or not isinstance(folder, str):
+        raise InputError(f"{path / COMMAND}: is no command as this spectrim records it; type the command yourself")
+    if not 0 < len(words) <= COMMAND_WORDS_MAX or not all(isinstance(word, str) for word in words):
+        raise InputError(f"{path / COMMAND}: must hold 1 to {COMMAND_WORDS_MAX} words; type the command yourself")
+    return words, folder
+
+
 @contextmanager
-def locked(out: Path, *, restart: bool = False) -> Iterator[WorkFolder]:
+def locked(out: Path, *, restart: bool = False, take_lock: bool = False) -> Iterator[WorkFolder]:
     """`OUT.resume`, made if need be and locked by this process; with `restart` it is emptied first."""
     out = absolute(out)
-    path = out.with_name(f"{out.name}.resume")
+    path = work_path(out)
     try:
-        descriptor = _lock(path, out)
+        descriptor = _lock(path, out, take_lock)
     except OSError as error:
         raise disk.as_resource_error(error, path) from error
     try:
+        points.point("locked")
         folder = WorkFolder(path)
         if restart:
             folder.clear()
         yield folder
     finally:
-        os.close(descriptor)
+        lock.release(descriptor)
 
 
-def _lock(path: Path, out: Path) -> int:
+def _lock(path: Path, out: Path, take_lock: bool) -> int:
     """The descriptor that holds the lock of `path`."""
     while True:
         path.mkdir(exist_ok=True)
         if path.is_symlink():
             raise UsageError(f"{path}: is a link to {os.readlink(path)}; remove it or choose another --out")
-        _refuse_foreign(path)
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+        refuse_foreign(path)
         try:
-            descriptor = os.open(path / LOCK, flags, 0o666)
+            descriptor = lock.take(path / LOCK, what=str(out), take_lock=take_lock)
         except FileNotFoundError:  # the run before us published and removed its folder just now
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(path / LOCK, descriptor):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return descriptor
-        except BlockingIOError:
-            holder = shown(read_capped(path / LOCK, limit_bytes=1000).decode(errors="replace"))
-            os.close(descriptor)
-            raise UsageError(
-                f"{path}: {holder} is working on {out}; wait for it, stop it, or choose another --out"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+        if descriptor is not None:
+            return descriptor
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether `path` names the opened file: a lock on a file that was removed meanwhile protects nothing."""
-    try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
     """Nothing that spectrim did not write is read, and above all not deleted."""
     for entry in sorted(path.iterdir()):
         known = _OURS.fullmatch(entry.name)  # may vanish at any time while another run works here

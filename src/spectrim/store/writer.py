@@ -17,15 +17,12 @@ from typing import Any
 
 from spectrim.errors import UsageError
 from spectrim.store import disk
+from spectrim.store.points import point
 from spectrim.store.target import absolute, create_partial, preflight, refuse_existing
 
-__all__ = ["point", "preflight", "staged", "write_json", "write_text"]
+__all__ = ["preflight", "staged", "write_json", "write_text"]
 
 _log = logging.getLogger(__name__)
-
-
-def point(name: str) -> None:
-    """A named moment of publishing. Does nothing; tests replace it to kill the process exactly there."""
 
 
 @contextmanager
@@ -34,21 +31,35 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     out = absolute(out)
     refuse_existing(out, overwrite=overwrite)
     partial = create_partial(out)
+    held = disk.hold_folder(partial)
+    published = False
     try:
         point("staged")
         yield partial
+        point("before-seal")
         disk.seal(partial)
         point("before-publish")
         _publish(partial, out, overwrite=overwrite)
+        published = True
+        point("renamed")
         disk.fsync_folder(out.parent)
         point("after-publish")
         _remove_replaced(partial)
+        point("replaced-removed")
     except BaseException as error:
         removed_bytes = disk.tree_bytes(partial)
         disk.remove(partial)
+        if published:
+            error.add_note(f"{out}{COMPLETE}")
         if disk.system_errno(error) in disk.ADVICE:
             raise disk.as_resource_error(error, partial, removed_bytes) from error
         raise
+    finally:
+        os.close(held)
+
+
+COMPLETE = " is complete"
+"""End of a note on an error that came after publishing: what is said of it must not be that nothing was."""
 
 
 def _publish(partial: Path, out: Path, *, overwrite: bool) -> None:
@@ -86,7 +97,9 @@ def write_text(path: Path, text: str) -> None:
         with open(path, "wb") as file:
             file.write(text.encode("utf-8"))
             file.flush()
+            point("text-written")
             os.fsync(file.fileno())
+        point("text-synced")
     except OSError as error:
         # writes and syncs do not say which file; a full disk's message must
         raise OSError(error.errno, error.strerror, str(path)) from error

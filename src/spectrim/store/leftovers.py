@@ -1,0 +1,160 @@
+"""What runs leave beside their outputs when they are killed: found by name, told apart from work under way, removed.
+
+    OUT.resume            the state of a run; the same command goes on from it
+    OUT.partial-XXXXXXXX  a result that was being written, or, after `--overwrite`, the old one that was replaced
+    OUT.old-XXXXXXXX      the old result, set aside for a moment where a filesystem has no atomic exchange
+
+Nothing here is removed that a living process works in, and nothing that holds what spectrim does not write.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from spectrim.errors import InputError, ResourceError, UsageError
+from spectrim.store import disk, lock
+from spectrim.store.lock import LOCK
+from spectrim.store.state import read_step
+from spectrim.store.target import absolute
+from spectrim.store.work import COMMAND, SUFFIX, WorkFolder, locked, read_command, refuse_foreign
+
+Kind = Literal["resume", "partial", "old"]
+_NAME = re.compile(rf"(?P<out>.+?)(?:(?P<resume>{re.escape(SUFFIX)})|\.(?P<kind>partial|old)-[0-9a-f]{{8}})", re.DOTALL)
+_RESULT_FILE = re.compile(r"[A-Za-z0-9._-]+\.(safetensors|json|md|txt|jinja|svg|model)(\.[a-z0-9]+)?|LICENSE|\.tmp\w+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftover:
+    """One folder that a run left behind or is working in."""
+
+    path: Path
+    kind: Kind
+    out: Path
+    holder: str | None  # the process that works in it, in words; None: nobody does
+    nbytes: int
+    age_s: float  # since the folder was last changed
+    states: list[tuple[str, int]] = field(default_factory=list)  # (stage, step), the newest last
+    words: list[str] | None = None  # of the command that goes on, after `spectrim`
+    folder: str | None = None  # in which that command was typed
+    problem: str | None = None  # why it is not removed by us, or what cannot be read in it
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "out": str(self.out),
+            "holder": self.holder,
+            "bytes": self.nbytes,
+            "seconds_old": round(self.age_s),
+            "states": [{"stage": stage, "step": step} for stage, step in self.states],
+            "command": self.words,
+            "command_folder": self.folder,
+            "problem": self.problem,
+        }
+
+
+def find_leftovers(where: Path) -> list[Leftover]:
+    """Those in the folder `where`, and those of an output `where` beside it (which need not exist)."""
+    where = absolute(where)
+    found = [*_named(where, None), *_named(where.parent, where.name)]
+    if not found and not os.path.lexists(where):
+        raise UsageError(f"{where}: no such folder, and no run has left anything of that name")
+    return sorted(found, key=lambda leftover: leftover.path)
+
+
+def _named(folder: Path, out: str | None) -> Iterator[Leftover]:
+    """Folders in `folder` that are named like ours, of one output or of all."""
+    try:
+        names = os.listdir(folder) if folder.is_dir() else []
+    except OSError as error:
+        raise disk.as_resource_error(error, folder) from error
+    for name in names:
+        match = _NAME.fullmatch(name)
+        path = folder / name
+        if match is None or (out is not None and match["out"] != out) or path.is_symlink() or not path.is_dir():
+            continue
+        kind: Kind = "resume" if match["resume"] else "old" if match["kind"] == "old" else "partial"
+        target = folder / match["out"]
+        common: dict[str, Any] = {
+            "path": path, "kind": kind, "out": target, "nbytes": disk.tree_bytes(path),
+            "age_s": max(0.0, time.time() - _changed(path)),
+        }  # fmt: skip
+        yield _resume(common) if kind == "resume" else _result(common)
+
+
+def _resume(common: dict[str, Any]) -> Leftover:
+    path: Path = common["path"]
+    try:
+        refuse_foreign(path)
+        states = sorted((_changed(state), *read_step(state)) for state in WorkFolder(path).states())
+        words, folder = read_command(path) if os.path.lexists(path / COMMAND) else (None, None)
+        holder = _holder(path / LOCK)
+    except (InputError, UsageError) as error:
+        return Leftover(**common, holder=None, problem=str(error))
+    told = [(stage, step) for _, stage, step in states]
+    return Leftover(**common, holder=holder, states=told, words=words, folder=folder)
+
+
+def _result(common: dict[str, Any]) -> Leftover:
+    path, out = common["path"], common["out"]
+    work = out.with_name(f"{out.name}{SUFFIX}")
+    try:
+        holder = "a living process" if disk.is_held(path) else None
+        if holder is None and work.is_dir() and not work.is_symlink():
+            # Where folders cannot be locked: a run on the same output may be the one that writes here.
+            holder = _holder(work / LOCK)
+        strange = [name for name in os.listdir(path) if not _is_ours(path / name)]
+    except (InputError, OSError) as error:
+        return Leftover(**common, holder=None, problem=str(error))
+    problem = f"holds {strange[0]!r}, which spectrim does not write" if strange else None
+    if common["kind"] == "old" and not os.path.lexists(out):
+        problem = f"is the only copy of {out}: put it back with `mv`"
+    return Leftover(**common, holder=holder, problem=problem)
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and _RESULT_FILE.fullmatch(path.name) is not None
+
+
+def _holder(path: Path) -> str | None:
+    """Who holds a lock file, in words."""
+    if not os.path.lexists(path):
+        return None
+    if path.is_symlink():
+        raise InputError(f"{path}: is a link")
+    found = lock.read_holder_or_none(path)
+    if lock.is_locked(path):
+        return "a living process" if found is None else lock.describe(found)
+    if found is not None and (lock.is_elsewhere(found) or lock.is_alive(found)):
+        return lock.describe(found)
+    return None
+
+
+def _changed(path: Path) -> float:
+    try:
+        return os.lstat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def removable(leftover: Leftover, *, states: bool) -> bool:
+    """Whether `clean` takes it: no process, nothing strange in it; states and old results only when asked for."""
+    return leftover.holder is None and leftover.problem is None and (states or leftover.kind == "partial")
+
+
+def remove_leftover(leftover: Leftover) -> None:
+    """Removes it, unless a process has taken it up since it was found."""
+    if leftover.kind == "resume":
+        with locked(leftover.out) as folder:
+            gone = folder.remove()
+    else:
+        if disk.is_held(leftover.path):
+            raise UsageError(f"{leftover.path}: a process works in it now; wait for it")
+        gone = disk.remove(leftover.path)
+    if not gone:
+        raise ResourceError(f"{leftover.path}: cannot be removed; check its permissions and remove it yourself")
