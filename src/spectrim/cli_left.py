@@ -48,7 +48,7 @@ def status(
             for line in describe(leftover):
                 stdout.print(line, soft_wrap=True, markup=False)
 
-    emit([leftover.facts() for leftover in found], json_, show)
+    emit({"folder": str(folder), "found": [leftover.facts() for leftover in found]}, json_, show)
 
 
 def describe(leftover: Any) -> list[str]:

@@ -541,6 +541,7 @@ class Stopped:
     command: list[str]
     names: list[str]
     source_is_unchanged: bool
+    out: Path
 
 
 SIGNALS = {
@@ -585,7 +586,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stopped]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # a killed parent leaves its own child behind
         names = sorted(path.name for path in where.iterdir())
-        results[name] = Stopped(child.returncode, err, command, names, hashes(where / "model") == before)
+        results[name] = Stopped(child.returncode, err, command, names, hashes(where / "model") == before, where / "out")
     return results
 
 
@@ -593,12 +594,15 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stopped]:
 def test_a_polite_signal(name: str, code: int, stopped: dict[str, Stopped]) -> None:
     run = stopped[name]
     assert run.code == code, run.err
-    assert run.names == ["model"]
     assert run.source_is_unchanged
-    assert (
-        f"error: stopped by {name}; nothing was published. To start again: spectrim compress {run.command[0]}"
-        in run.err
-    )
+    if name == "SIGTERM":  # while the result is loaded again; too little was worked out to be worth a state
+        assert run.names == ["model"]
+        told = "nothing was published. To start again:"
+    else:  # between two batches
+        assert run.names == ["model", "out.resume"]
+        told = f"of statistics 0 is kept in {run.out}.resume. To go on:"
+    assert f"error: stopped by {name}; " in run.err
+    assert f"{told} spectrim compress {run.command[0]}" in run.err
     assert run.err.rstrip().endswith(" ".join(run.command))
     assert "Traceback" not in run.err
 
@@ -607,8 +611,7 @@ def test_sigkill(stopped: dict[str, Stopped]) -> None:
     run = stopped["SIGKILL"]
     assert run.code == -signal.SIGKILL
     assert run.source_is_unchanged
-    assert "out" not in run.names
-    assert [name for name in run.names if name != "model" and not name.startswith("out.partial-")] == []
+    assert [name for name in run.names if not name.startswith("out.partial-")] == ["model", "out.resume"]
 
 
 def test_a_library_that_catches_everything_does_not_catch_a_signal() -> None:

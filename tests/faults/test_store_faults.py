@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from spectrim.errors import InputError, Interrupted, NumericalError, ResourceError, UsageError
-from spectrim.store import disk
+from spectrim.store import disk, points
 from spectrim.store import files as files_module
 from spectrim.store import target as target_module
 from spectrim.store import writer as writer_module
@@ -36,7 +36,7 @@ package = types.ModuleType("spectrim")
 package.__path__ = [sys.argv[1]]
 sys.modules["spectrim"] = package
 from pathlib import Path
-from spectrim.store import disk, writer
+from spectrim.store import disk, points, writer
 from spectrim.store.manifest import write_manifest
 
 out, overwrite, way, where = Path(sys.argv[2]), sys.argv[3] == "True", sys.argv[4], sys.argv[5]
@@ -45,7 +45,7 @@ def point(name):
     if name == where:
         os.kill(os.getpid(), signal.SIGKILL)
 
-writer.point = point
+points.reached = point
 if way == "renames":
     disk.exchange = lambda one, other: False
 print("ready", flush=True)
@@ -204,7 +204,7 @@ def test_interrupt_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if name == where:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer_module, "point", interrupt)
+    monkeypatch.setattr(points, "reached", interrupt)
     with pytest.raises(KeyboardInterrupt), staged(out, overwrite=True) as folder:
         write_text(folder / "new", "new")
     assert contents(out) == ({"new": b"new"} if where == "after-publish" else OLD)

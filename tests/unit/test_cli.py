@@ -348,9 +348,12 @@ def test_every_command_gives_json_alone_on_stdout(pivoted: Run, tmp_path: Path, 
         "generate": (pivoted.folder, "--prompt", "x", "--max-new-tokens", "1"),
         "export": (pivoted.folder, "--to", "dense", "--out", tmp_path / "b"),
         "methods": (),
+        "verify": (pivoted.folder,),
+        "status": (tmp_path,),
+        "clean": (tmp_path, "--yes"),
     }
     listed = re.findall(r"^│ (\w+) ", call("--help").out, flags=re.M)
-    assert set(listed) == set(commands)
+    assert set(listed) == {*commands, "resume"}  # which gives what the command that goes on gives
     for name, arguments in commands.items():
         answer = call(name, *arguments, "--json")
         assert answer.code == 0, (name, answer.err)

@@ -13,9 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from spectrim.errors import InputError, ResourceError, SpectrimError, UsageError
-from spectrim.store import disk
+from spectrim.store import disk, points
 from spectrim.store import target as target_module
-from spectrim.store import writer as writer_module
 from spectrim.store.manifest import verify_manifest, write_manifest
 from spectrim.store.writer import preflight, staged, write_json, write_text
 
@@ -282,10 +281,12 @@ def test_links_in_a_result_are_a_bug_of_ours(tmp_path: Path) -> None:
 
 def test_points_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bool]] = []
-    monkeypatch.setattr(writer_module, "point", lambda name: seen.append((name, (tmp_path / "out").exists())))
+    monkeypatch.setattr(points, "reached", lambda name: seen.append((name, (tmp_path / "out").exists())))
     with staged(tmp_path / "out"):
         pass
-    assert seen == [("staged", False), ("before-publish", False), ("after-publish", True)]
+    before = ("staged", "before-seal", "before-publish")
+    after = ("renamed", "after-publish", "replaced-removed")
+    assert seen == [*((name, False) for name in before), *((name, True) for name in after)]
 
 
 def test_write_json_refuses_what_is_not_json(tmp_path: Path) -> None:
