@@ -145,7 +145,10 @@ def torture(name: str, words: list[str], where: Path, kills: int, rng: np.random
         if code != 0:
             raise AssertionError(f"{name}: exit code {code} after {done} kills")
         if hashes(out) != expected:
-            raise AssertionError(f"{name}: other bytes than the undisturbed run after {in_a_row} kills in a row")
+            found = hashes(out)
+            other = [file for file in found.keys() | expected.keys() if found.get(file) != expected.get(file)]
+            kept = shutil.copytree(where, tempfile.mkdtemp(), dirs_exist_ok=True)
+            raise AssertionError(f"{name}: {other} differ after {in_a_row} kills in a row; see {kept}")
         if (where / "out.resume").exists():
             raise AssertionError(f"{name}: a finished run left {where / 'out.resume'}")
         results, in_a_row = results + 1, 0

@@ -5,8 +5,8 @@ Everything is checked from headers before any tensor is read; pickles and remote
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers.utils import logging
 from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.store import Checkpoint, open_checkpoint
+from spectrim.store.files import Stamp, stamp_of
 
 BUILTIN = {"builtin:tiny": "tiny"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,6 +37,7 @@ class Source:
     checkpoint: Checkpoint
     config: PretrainedConfig
     dtype: torch.dtype  # of most of its numbers
+    stamps: Mapping[Path, Stamp | None]  # of the files that were checked: those must be the ones that are read
 
     @property
     def is_compressed(self) -> bool:
@@ -58,7 +60,9 @@ def quantization_of(config: PretrainedConfig) -> dict[str, Any]:
 def resolve(name: str) -> Source:
     """Find and check a model: nothing but headers and JSON is read."""
     folder = _folder_of(name)
+    before = stamps_in(folder)
     checkpoint = open_checkpoint(folder)
+    stamps = {path: before[path] for path in (*checkpoint.shards, folder / "config.json")}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # every model type checks its own fields and raises what it likes
@@ -67,7 +71,26 @@ def resolve(name: str) -> Source:
             f"{folder}: transformers accepts no config.json with the model type {kind!r} and these values "
             f"({one_line(error)}). Models that need remote code are not supported; for a new type upgrade transformers"
         ) from error
-    return Source(name=name, folder=folder, checkpoint=checkpoint, config=config, dtype=_main_dtype(checkpoint))
+    return Source(
+        name=name, folder=folder, checkpoint=checkpoint, config=config, dtype=_main_dtype(checkpoint), stamps=stamps
+    )
+
+
+def stamps_in(folder: Path) -> dict[Path, Stamp | None]:
+    """Stamps of what may be opened in `folder`; None of what cannot be looked at: that is refused when it is opened."""
+    stamps: dict[Path, Stamp | None] = {}
+    for path in (*folder.glob("*.safetensors"), folder / "config.json"):
+        with suppress(InputError):
+            stamps[path] = None
+            stamps[path] = stamp_of(path)
+    return stamps
+
+
+def require_unchanged(source: Source) -> None:
+    """`InputError` if a file is no longer the one that was checked: replaced, cut or written to since."""
+    for path, stamp in source.stamps.items():
+        if stamp_of(path) != stamp:
+            raise InputError(f"{path}: changed while the model was being read; let nothing write to it and run again")
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -246,6 +269,7 @@ def no_progress_bars() -> Iterator[None]:
 
 def _from_pretrained(source: Source, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
+        require_unchanged(source)
         with no_progress_bars():
             loaded = AutoModelForCausalLM.from_pretrained(
                 source.folder,
@@ -256,6 +280,7 @@ def _from_pretrained(source: Source, dtype: torch.dtype, **options: Any) -> tupl
                 output_loading_info=True,
                 **options,
             )
+        require_unchanged(source)
         return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{source.folder}: transformers cannot load it ({one_line(error)})") from error

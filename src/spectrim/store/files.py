@@ -109,6 +109,30 @@ def read_capped(path: Path, *, limit_bytes: int) -> bytes:
     return raw
 
 
+def read_fully(file: BufferedReader, into: memoryview) -> int:
+    """Fills a buffer however little each read gives (network mounts, signals); less only at the end of the file."""
+    done = 0
+    while done < len(into):
+        count = file.readinto(into[done:])
+        if not count:
+            break
+        done += count
+    return done
+
+
+Stamp = tuple[int, int, int, int]
+"""Device, inode, size and time of change of a file."""
+
+
+def stamp_of(path: Path) -> Stamp:
+    """What tells a file from one that took its place or was written to since."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {_reason(error)}") from error
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def check_stays_inside(path: Path, folder: Path) -> None:
     """Refuses a file that links lead out of `folder`, unless to the blobs of the same Hugging Face cache."""
     try:

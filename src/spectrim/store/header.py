@@ -46,17 +46,23 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a safetensors file by name, in data order; `InputError` if anything is off."""
+    return read_header_and_metadata(path)[1]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """The header's free text as well."""
     path = Path(path)
     raw, size = _read_raw_header(path)
     entries = parse_object(raw, where=f"{path}: header")
-    _check_metadata(path, entries.pop("__metadata__", {}))
+    metadata = entries.pop("__metadata__", {})
+    _check_metadata(path, metadata)
     if len(entries) > TENSORS_MAX:
         raise InputError(f"{path}: {len(entries):,} tensors, allowed {TENSORS_MAX:,}")
     data_start = _PREFIX_BYTES + len(raw)
     infos = [_tensor_info(path, name, entry, data_start) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.start, info.nbytes))
     _check_cover(path, infos, data_start=data_start, size=size)
-    return {info.name: info for info in infos}
+    return metadata, {info.name: info for info in infos}
 
 
 def _read_raw_header(path: Path) -> tuple[bytes, int]:

@@ -13,18 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from spectrim.errors import InputError
 from spectrim.store import disk
-from spectrim.store.files import check_stays_inside, shown
-from spectrim.store.header import read_header
+from spectrim.store.files import check_stays_inside, open_regular, read_fully, shown
+from spectrim.store.header import TensorInfo, read_header_and_metadata
 from spectrim.store.points import point
 from spectrim.store.strict_json import parse_object
 
 FORMAT = "spectrim-state-1"
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 def write_state(path: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -52,13 +62,8 @@ def write_state(path: Path, step: int, tensors: Mapping[str, Tensor], facts: Map
 def read_state(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     """Step, tensors (on the CPU) and facts; `InputError` if anything differs from what was saved."""
     check_stays_inside(path, path.parent)
-    try:
-        read_header(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    metadata, infos = read_header_and_metadata(path)
+    tensors = _read_tensors(path, infos)
     if metadata.get("format") != FORMAT or not {"step", "facts", "sha256"} <= metadata.keys():
         raise InputError(f"{path}: is not a {FORMAT} file (its header says {shown(str(metadata.get('format')))})")
     step, text = metadata["step"], metadata["facts"]
@@ -70,14 +75,27 @@ def read_state(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     return int(step), tensors, parse_object(text.encode(), where=f"{path}: facts")
 
 
+def _read_tensors(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """By plain reads: a mapped file that shrinks would end the process (SIGBUS)."""
+    tensors: dict[str, Tensor] = {}
+    with open_regular(path) as (file, _):
+        for name, info in infos.items():
+            if info.dtype not in DTYPES:
+                raise InputError(f"{path}: tensor {shown(name)}: {info.dtype} is in no state")
+            raw = torch.empty(info.nbytes, dtype=torch.uint8)
+            file.seek(info.start)
+            if read_fully(file, raw.numpy().data) != info.nbytes:
+                raise InputError(f"{path}: tensor {shown(name)}: the file became shorter while it was read")
+            tensors[name] = raw.view(DTYPES[info.dtype]).view(info.shape)
+    return tensors
+
+
 def read_step(path: Path) -> tuple[str, int]:
     """Stage (from the file's name) and step of a state, from its header alone; -1 where that cannot be read."""
     check_stays_inside(path, path.parent)
     step = ""
-    with contextlib.suppress(OSError, SafetensorError, InputError):
-        read_header(path)
-        with safe_open(path, framework="pt") as file:
-            step = (file.metadata() or {}).get("step", "")
+    with contextlib.suppress(InputError):
+        step = read_header_and_metadata(path)[0].get("step", "")
     return path.stem.replace("-", " "), int(step) if step.isdecimal() and len(step) < 17 else -1
 
 
