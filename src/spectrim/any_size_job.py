@@ -41,7 +41,7 @@ def run_any_size(
     device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
     needed = bytes_of_all_sizes(source, dtype)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
-    kept = resumable(request, method, source, out, options=options, reserve_bytes=needed, progress=progress)
+    kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
     with kept as resume:
         sizes, report = compress_sizes(request, method, source, resume, progress)
         with staged(out, overwrite=overwrite) as stage:

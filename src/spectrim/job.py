@@ -90,7 +90,7 @@ def run(
     foresee(request, method, source)
     needed = source.checkpoint.nbytes
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
-    kept = resumable(request, method, source, out, options=options, reserve_bytes=needed, progress=progress)
+    kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
     with kept as resume:
         compressed = compress_source(request, method, source, progress=progress, resume=resume)
         with staged(out, overwrite=overwrite) as stage:

@@ -39,6 +39,7 @@ from spectrim.store import disk
 from spectrim.store.manifest import measure_file
 from spectrim.store.points import point
 from spectrim.store.state import read_state, write_state
+from spectrim.store.target import with_margin
 from spectrim.store.work import WorkFolder, locked
 
 SAVE_EVERY_S = 60.0
@@ -246,17 +247,22 @@ def resumable(
     out: Path,
     *,
     options: ResumeOptions,
-    reserve_bytes: int,
+    needs_bytes: int,
     progress: Progress | None = None,
 ) -> Iterator[Resume]:
-    """The run's work folder, gone when the block ends well, or when it ends before anything is worth keeping."""
+    """The run's work folder, gone when the block ends well, or when it ends before anything is worth keeping.
+
+    States leave room for the result, which needs `needs_bytes`.
+    """
     if not options.save_every_s >= 0:
         raise UsageError(f"--save-every must be at least 0 seconds, got {options.save_every_s:g}")
     facts = fingerprint(request, method, source)
     with locked(out, restart=options.restart, take_lock=options.take_lock) as folder:
         folder.claim(facts)
         folder.record(options.command)
-        resume = Resume(folder, save_every_s=options.save_every_s, reserve_bytes=reserve_bytes, progress=progress)
+        resume = Resume(
+            folder, save_every_s=options.save_every_s, reserve_bytes=with_margin(needs_bytes), progress=progress
+        )
         try:
             yield resume
         except BaseException as error:

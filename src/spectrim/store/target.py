@@ -4,6 +4,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 
 from spectrim.errors import ResourceError, UsageError
@@ -60,7 +61,15 @@ def _is_within(inner: Path, outer: Path) -> bool:
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """Refuses links and mount points always, and files and filled folders without `overwrite`."""
-    if out.is_symlink():
+    try:
+        is_link = stat.S_ISLNK(os.lstat(out).st_mode)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # a parent that is no folder, or may not be entered; a name too long
+        if isinstance(error, ValueError) or error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return  # told with its own advice when the parents are looked at
+        raise as_resource_error(error, out) from error
+    if is_link:
         raise UsageError(f"{out}: is a link to {os.readlink(out)}; give the real path as --out")
     if os.path.ismount(out):
         raise UsageError(
@@ -102,11 +111,16 @@ def _existing_ancestor(folder: Path) -> Path:
 
 
 def _refuse_small_disk(ancestor: Path, out: Path, bytes_needed: int) -> None:
-    needed, free = bytes_needed * SPACE_PERCENT // 100, shutil.disk_usage(ancestor).free
+    needed, free = with_margin(bytes_needed), shutil.disk_usage(ancestor).free
     if free < needed:
         raise ResourceError(
             f"{out}: needs {gigabytes(needed)} on this disk, {gigabytes(free)} are free; free some space or {_CHOOSE}"
         )
+
+
+def with_margin(num_bytes: int) -> int:
+    """What must be free for weights of so many bytes."""
+    return num_bytes * SPACE_PERCENT // 100
 
 
 def _create_parents(out: Path, ancestor: Path) -> None:
@@ -117,8 +131,9 @@ def _create_parents(out: Path, ancestor: Path) -> None:
             folder = folder.parent
             fsync_folder(folder)
     except OSError as error:
+        advice = ADVICE.get(error.errno or 0, f"create it (mkdir -p) or {_CHOOSE}")
         raise ResourceError(
-            f"{out.parent}: cannot be created: {error.strerror}; create it (mkdir -p) or {_CHOOSE}"
+            f"{out.parent}: cannot be created: {error.strerror} (errno {error.errno}); {advice}"
         ) from error
 
 

@@ -28,6 +28,8 @@ FINGERPRINT, COMMAND = "fingerprint.json", "command.json"
 FORMAT_VERSION = 1
 _STAGE = re.compile(r"[a-z0-9]+( [a-z0-9]+)*")
 _OURS = re.compile(rf"({LOCK}|{re.escape(FINGERPRINT)}|{re.escape(COMMAND)}|[a-z0-9-]+\.safetensors)(\.new)?")
+_UNFINISHED = re.compile(r".+\.new|\.tmp[A-Za-z0-9]{6}")
+"""What a kill leaves of a write: our own temporary names, and those of safetensors."""
 _ANEW = "add --restart to discard it and start anew, or choose another --out"
 
 
@@ -118,6 +120,12 @@ class WorkFolder:
                 raise ResourceError(f"{path}: cannot be removed; remove it yourself, then run again")
         points.point("tidied")
 
+    def sweep(self) -> None:
+        """What a killed process had not finished writing is removed: it is named by nobody and takes space."""
+        for path in self.path.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                disk.remove(path)
+
     def remove(self) -> bool:
         """Whether the folder is gone. Never raises: the result is published, or another error is under way."""
         try:
@@ -156,6 +164,7 @@ def locked(out: Path, *, restart: bool = False, take_lock: bool = False) -> Iter
     try:
         points.point("locked")
         folder = WorkFolder(path)
+        folder.sweep()
         if restart:
             folder.clear()
         yield folder
@@ -167,6 +176,7 @@ def _lock(path: Path, out: Path, take_lock: bool) -> int:
     """The descriptor that holds the lock of `path`."""
     while True:
         path.mkdir(exist_ok=True)
+        disk.fsync_folder(path.parent)  # else all that is saved in it is lost with its name
         if path.is_symlink():
             raise UsageError(f"{path}: is a link to {os.readlink(path)}; remove it or choose another --out")
         refuse_foreign(path)
@@ -181,7 +191,9 @@ def _lock(path: Path, out: Path, take_lock: bool) -> int:
 def refuse_foreign(path: Path) -> None:
     """Nothing that spectrim did not write is read, and above all not deleted."""
     for entry in sorted(path.iterdir()):
-        known = _OURS.fullmatch(entry.name)  # may vanish at any time while another run works here
+        known = _OURS.fullmatch(entry.name) or _UNFINISHED.fullmatch(
+            entry.name
+        )  # may vanish at any time while another run works here
         if not known or entry.is_symlink() or entry.is_dir():
             raise UsageError(
                 f"{entry}: was not put there by spectrim, which keeps the state of the run in this folder; "
