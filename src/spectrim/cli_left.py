@@ -132,8 +132,10 @@ def clean(
         for leftover in found:
             lines = describe(leftover)
             stdout.print(f"{'remove' if leftover in chosen else 'keep  '}  {lines[0]}", soft_wrap=True, markup=False)
-    if chosen and not yes and not typer.confirm(f"Remove {len(chosen)} folders?"):
-        chosen = []
+    if chosen and not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"{folder}: {len(chosen)} folders to remove and nobody to ask; add --yes")
+        chosen = chosen if typer.confirm(f"Remove {len(chosen)} folders?") else []
     for leftover in chosen:
         remove_leftover(leftover)
     gone = [leftover.facts() for leftover in chosen]
