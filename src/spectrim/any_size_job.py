@@ -44,7 +44,7 @@ def run_any_size(
     kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
     with kept as resume:
         sizes, report = compress_sizes(request, method, source, resume, progress)
-        with staged(out, overwrite=overwrite) as stage:
+        with staged(out, overwrite=overwrite, needed_bytes=needed) as stage:
             write_nested(stage, sizes, dtype, request.keep, source.folder, request.model)
             written = open_checkpoint(stage)
             report["stored"] |= {"model_numbers": written.numel, "model_bytes": written.nbytes}

@@ -93,7 +93,7 @@ def run(
     kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
     with kept as resume:
         compressed = compress_source(request, method, source, progress=progress, resume=resume)
-        with staged(out, overwrite=overwrite) as stage:
+        with staged(out, overwrite=overwrite, needed_bytes=needed) as stage:
             _say(progress, "write", 0, 1)
             _fill(stage, compressed)
             _say(progress, "reload in a fresh process", 0, 1)

@@ -162,6 +162,7 @@ def test_a_real_disk_that_fills_during_the_run(
         answer = call(*words, "--out", out)
     assert answer.code == 4, answer.err
     assert "No space left on device (errno 28)" in answer.message
+    assert "now removed; all of it takes about 0.00 GB (1," in answer.message
     assert "kept in" in answer.message
     assert not out.exists()
     assert not list(small_disk.glob("out.partial-*"))

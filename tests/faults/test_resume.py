@@ -127,6 +127,7 @@ def killed_at(name: str, count: int, *words: object, again: bool = False) -> Non
 # ---- killed
 
 
+@pytest.mark.fault(24, 34)
 @pytest.mark.parametrize(
     ("name", "count", "scores", "distilled"),  # the closed form is the first state that is written
     [
@@ -157,6 +158,7 @@ def test_killed_at_a_point_and_typed_again(
     assert_same_result(out, whole)
 
 
+@pytest.mark.fault(24, 34)
 def test_killed_again_and_again(words: list[str], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for number in range(3):
@@ -167,6 +169,7 @@ def test_killed_again_and_again(words: list[str], whole: Path, tmp_path: Path) -
     assert_same_result(out, whole)
 
 
+@pytest.mark.fault(24)
 def test_killed_between_publishing_and_tidying_up(words: list[str], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed_at("after-publish", 1, *words, "--out", out)
@@ -179,6 +182,7 @@ def test_killed_between_publishing_and_tidying_up(words: list[str], whole: Path,
     assert_same_result(out, whole)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.slow
 def test_killed_at_random_moments(words: list[str], whole: Path, tmp_path: Path) -> None:
     """100 kills; a run that was killed is killed again where it went on."""
@@ -231,6 +235,7 @@ def answer_of_child(words: list[str], out: Path, *, at: int, number: int) -> Ans
     return Answer(*json.loads(said.read_text()))
 
 
+@pytest.mark.fault(27, 34)
 @pytest.mark.parametrize(
     ("number", "code", "at", "stage", "step"),
     [(signal.SIGINT, 130, 3, "scores", 3), (signal.SIGTERM, 143, STEPS + 2, KL, 2)],
@@ -250,6 +255,7 @@ def test_a_signal_waits_for_its_step_and_the_printed_command_goes_on(
     assert_same_result(out, whole)
 
 
+@pytest.mark.fault(27)
 def test_a_signal_outside_of_training_stops_at_once_and_leaves_no_empty_folder(
     words: list[str], tmp_path: Path
 ) -> None:
@@ -271,6 +277,7 @@ def test_a_signal_outside_of_training_stops_at_once_and_leaves_no_empty_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["said"]
 
 
+@pytest.mark.fault(27)
 def test_a_second_signal_ends_at_once(words: list[str], tmp_path: Path) -> None:
     def twice(self: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -294,6 +301,7 @@ def test_whether_a_function_is_running_is_read_from_the_stack() -> None:
 # ---- another run's folder
 
 
+@pytest.mark.fault(31)
 def test_another_request_is_refused_field_by_field(words: list[str], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed_at("state-saved", 2, *words, "--out", out)
@@ -310,6 +318,7 @@ def test_another_request_is_refused_field_by_field(words: list[str], whole: Path
     assert_same_result(out, whole)
 
 
+@pytest.mark.fault(31)
 def test_restart_discards_and_starts_anew(words: list[str], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed_at("state-saved", 2, *words, "--seed", 7, "--out", out)
@@ -318,6 +327,7 @@ def test_restart_discards_and_starts_anew(words: list[str], whole: Path, tmp_pat
     assert_same_result(out, whole)
 
 
+@pytest.mark.fault(31)
 def test_changed_weights_or_text_are_another_run(tmp_path: Path, words: list[str]) -> None:
     model, text = small_model(tmp_path / "model"), small_text(tmp_path / "text.txt")
     mine = [str(model) if w == words[1] else w for w in words]
@@ -339,6 +349,7 @@ def test_another_evaluation_text_goes_on(words: list[str], tmp_path: Path) -> No
     assert taken_up(out) == [("closed form", 1), ("scores", 1)]
 
 
+@pytest.mark.fault(33)
 def test_a_second_run_on_the_same_output_is_refused(words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with locked(out):
@@ -348,6 +359,7 @@ def test_a_second_run_on_the_same_output_is_refused(words: list[str], tmp_path: 
     assert "wait for it, stop it, or choose another --out" in answer.message
 
 
+@pytest.mark.fault(33)
 def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
     def body() -> None:
         with locked(tmp_path / "out"):
@@ -358,6 +370,7 @@ def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
         assert (folder.path / "lock").read_text().startswith(f'{{"process": {os.getpid()}, "host"')
 
 
+@pytest.mark.fault(33)
 def test_a_lock_on_a_folder_that_was_removed_protects_nothing_and_is_taken_again(tmp_path: Path) -> None:
     real = os.open
     removed = []
@@ -390,6 +403,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, kind: 
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("raw", [b"", b"{}", b'{"format_version": 2, "fields": {}}', None])
 def test_a_fingerprint_that_cannot_be_read_is_never_a_silent_restart(tmp_path: Path, raw: bytes | None) -> None:
     with locked(tmp_path / "out") as folder:
@@ -457,6 +471,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(tensors[name], tensor), name
 
 
+@pytest.mark.fault(30)
 def test_every_truncation_and_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "kl.safetensors"
     write_state(path, 12, some_tensors(), {"a": 1})
@@ -478,6 +493,7 @@ def test_every_truncation_and_every_flipped_byte_is_noticed(tmp_path: Path) -> N
     assert len(unnoticed) < 16
 
 
+@pytest.mark.fault(30)
 def test_other_tensors_under_an_old_header_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "kl.safetensors"
     save_file({"x": torch.zeros(2)}, path)
@@ -490,6 +506,7 @@ def test_other_tensors_under_an_old_header_are_noticed(tmp_path: Path) -> None:
             read_state(path)
 
 
+@pytest.mark.fault(30, 29)
 @pytest.mark.parametrize(
     ("damage", "stage", "left"),
     [
@@ -531,6 +548,7 @@ def test_a_damaged_state_is_told_and_its_stage_starts_anew(
 # ---- the disk
 
 
+@pytest.mark.fault(36, 40)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("call_name", ["save_file", "fsync_file", "replace"])
 def test_a_failing_disk_costs_the_state_and_not_the_run(tmp_path: Path, number: int, call_name: str) -> None:
@@ -553,6 +571,7 @@ def test_a_failing_disk_costs_the_state_and_not_the_run(tmp_path: Path, number: 
         assert read_state(folder.state_path("kl"))[0] == 3
 
 
+@pytest.mark.fault(36)
 def test_a_disk_that_is_full_all_the_time_still_gives_the_result(words: list[str], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -585,6 +604,7 @@ def test_what_later_states_rest_on_is_written_as_soon_as_the_disk_allows(
     assert_same_result(out, whole)
 
 
+@pytest.mark.fault(36)
 def test_a_full_disk_at_the_result_keeps_the_training(words: list[str], whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -633,6 +653,7 @@ def test_off_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:
 # ---- numbers
 
 
+@pytest.mark.fault(57)
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(words: list[str], tmp_path: Path) -> None:
     from spectrim.engines import learned
 

@@ -82,6 +82,7 @@ def child_command(out: Path, *, overwrite: bool = False, way: str = "exchange", 
 # ---- killed
 
 
+@pytest.mark.fault(24, 28)
 @pytest.mark.parametrize("before", ["absent", "empty", "filled"])
 @pytest.mark.parametrize("where", POINTS)
 def test_sigkill_at_every_point(tmp_path: Path, source: Path, where: str, before: str) -> None:
@@ -110,6 +111,7 @@ def test_sigkill_at_every_point(tmp_path: Path, source: Path, where: str, before
     assert len(contents(out)) == 21
 
 
+@pytest.mark.fault(25, 28)
 @pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -133,6 +135,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     assert min(outcomes.values()) > 0, f"the kills did not cover both sides of publishing: {outcomes}"
 
 
+@pytest.mark.fault(28)
 def test_kill_between_the_renames_leaves_the_old_result_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without RENAME_EXCHANGE there is a moment without OUT; an error in it must bring the old one back."""
     out = tmp_path / "out"
@@ -158,6 +161,7 @@ def test_kill_between_the_renames_leaves_the_old_result_aside(tmp_path: Path, mo
 # ---- exceptions
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize(
     "error",
     [
@@ -195,6 +199,7 @@ def test_sigint_inside_the_block(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(27, 28)
 @pytest.mark.parametrize("where", POINTS)
 def test_interrupt_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     out = tmp_path / "out"
@@ -223,6 +228,7 @@ ADVICE = {
 }
 
 
+@pytest.mark.fault(36, 38, 40)
 @pytest.mark.parametrize("number", ADVICE, ids=errno.errorcode.get)
 @pytest.mark.parametrize("filled", [False, True])
 def test_disk_errors_become_resource_errors(tmp_path: Path, number: int, filled: bool) -> None:
@@ -242,6 +248,7 @@ def test_disk_errors_become_resource_errors(tmp_path: Path, number: int, filled:
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if filled else [])
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 5])
 def test_failing_fsync_is_fatal_and_never_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     calls = 0
@@ -289,6 +296,7 @@ def test_failing_rename_leaves_the_old_result(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(26)
 def test_everything_is_synced_before_the_rename_and_the_parent_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +349,7 @@ except ResourceError as error:
 """
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("writer", ["safetensors", "text"])
 def test_a_real_limit_on_file_size(tmp_path: Path, writer: str) -> None:
     command = [sys.executable, "-c", LIMITED, str(PACKAGE.parent), str(tmp_path / "out"), writer]
@@ -350,6 +359,7 @@ def test_a_real_limit_on_file_size(tmp_path: Path, writer: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(36, 37)
 def test_a_real_full_disk(tmp_path: Path) -> None:
     mount = tmp_path / "small"
     mount.mkdir()
@@ -375,6 +385,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
 # ---- permissions: the tests may run as root, for whom the kernel refuses nothing, so the refusal is injected
 
 
+@pytest.mark.fault(39)
 def test_preflight_refuses_a_parent_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module.os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(ResourceError) as caught:
@@ -383,6 +394,7 @@ def test_preflight_refuses_a_parent_without_permission(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize(
     ("number", "advice"), [(errno.EACCES, "give yourself permission"), (errno.EROFS, "mounted read-only")]
 )
@@ -414,6 +426,7 @@ def test_an_old_result_that_cannot_be_removed_is_named(
     assert f"{folder}: is the replaced old result and could not be removed" in caplog.text
 
 
+@pytest.mark.fault(33, 21)
 def test_two_runs_never_share_a_partial_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter(["00000000", "00000000", "11111111"])
     monkeypatch.setattr(target_module.secrets, "token_hex", lambda count: next(names))
@@ -459,6 +472,7 @@ def test_truncated_shards_are_refused_in_preflight(tmp_path: Path, source: Path)
     assert open_checkpoint(source).numel == 16
 
 
+@pytest.mark.fault(40)
 def test_read_errors_name_the_file(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing_open(path: object, *rest: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
@@ -481,6 +495,7 @@ def test_unreadable_files_give_advice(source: Path, monkeypatch: pytest.MonkeyPa
         open_checkpoint(source)
 
 
+@pytest.mark.fault(40, 23)
 def test_a_file_that_shrinks_while_being_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, real_stat = os.open, os.fstat
 
@@ -513,6 +528,7 @@ def test_canary_pickles_do_not_run(source: Path, tmp_path: Path) -> None:
     assert not canary.exists()
 
 
+@pytest.mark.fault(35)
 def test_writing_never_changes_the_source(tmp_path: Path, source: Path) -> None:
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino) for p in source.iterdir()}
     with staged(tmp_path / "out") as folder:

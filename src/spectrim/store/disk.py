@@ -42,11 +42,18 @@ def system_errno(error: BaseException) -> int | None:
     return None
 
 
-def as_resource_error(error: BaseException, path: Path, removed_bytes: int | None = None) -> ResourceError:
-    """What `error` means for a user; `removed_bytes` is what had been written in `path` until then."""
+def as_resource_error(
+    error: BaseException, path: Path, removed_bytes: int | None = None, needed_bytes: int = 0
+) -> ResourceError:
+    """What `error` means for a user; `removed_bytes` is what had been written in `path` until then.
+
+    `needed_bytes` is about what all of it takes, where that is known.
+    """
     number = system_errno(error) or 0
     where = error.filename if isinstance(error, OSError) and error.filename else path
     after = "" if removed_bytes is None else f" after {gigabytes(removed_bytes)} in {path.name}, now removed"
+    if needed_bytes and number == errno.ENOSPC:
+        after += f"; all of it takes about {gigabytes(needed_bytes)}"
     advice = ADVICE.get(number, "check the disk")
     return ResourceError(f"{where}: {os.strerror(number)} (errno {number}){after}; {advice}")
 

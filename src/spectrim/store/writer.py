@@ -26,8 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` if the block ends well, and vanishes if it does not."""
+def staged(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+    """A new folder beside `out` that becomes `out` if the block ends well, and vanishes if it does not.
+
+    `needed_bytes` is about what the result takes; a full disk's message says it.
+    """
     out = absolute(out)
     refuse_existing(out, overwrite=overwrite)
     partial = create_partial(out)
@@ -52,7 +55,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if published:
             error.add_note(f"{out}{COMPLETE}")
         if disk.system_errno(error) in disk.ADVICE:
-            raise disk.as_resource_error(error, partial, removed_bytes) from error
+            raise disk.as_resource_error(error, partial, removed_bytes, needed_bytes) from error
         raise
     finally:
         os.close(held)
