@@ -226,3 +226,23 @@ def test_sums_are_kept_in_float64_and_restored_exactly():
     for name, stats in straight.items():
         for mine, theirs in zip(vars(again[name]).values(), vars(stats).values(), strict=True):
             assert torch.equal(mine, theirs) if isinstance(theirs, Tensor) else mine == theirs, name
+
+
+@pytest.mark.fault(63)
+def test_what_is_saved_is_let_go():
+    """Over 80 blocks, memory holds the spectra of one part at most, besides what the run itself keeps."""
+    import weakref
+
+    from spectrim.engines.parts import Parts
+
+    class Gone(MemoryCheckpoint):
+        def save(self, stage, saved, *, needed=False):
+            return True
+
+    parts, alive = Parts(Gone(every=1, closed=True), "spectra", {}), []
+    for block in range(80):
+        tensor = torch.zeros(10)
+        alive.append(weakref.ref(tensor))
+        parts.add(block, {"x": tensor})
+        del tensor
+        assert sum(ref() is not None for ref in alive) <= 1

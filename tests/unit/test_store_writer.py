@@ -60,6 +60,7 @@ def test_preflight_accepts_an_empty_folder(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.fault(21)
 def test_preflight_names_the_flag_for_what_exists(tmp_path: Path) -> None:
     out = old_model(tmp_path / "out")
     says = "choose another --out, or add --overwrite to replace it"
@@ -94,6 +95,7 @@ def test_preflight_compares_names_when_there_is_no_source_yet(tmp_path: Path) ->
     assert "is the source model itself" in refused(UsageError, out, source=tmp_path / "x" / ".." / "gone")
 
 
+@pytest.mark.fault(20)
 def test_preflight_sees_through_links_to_the_source(tmp_path: Path, source: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(source)
@@ -115,6 +117,7 @@ def test_preflight_compares_by_inode_too(tmp_path: Path, source: Path, monkeypat
     assert "lies inside the source model" in refused(UsageError, other / "out", source=source)
 
 
+@pytest.mark.fault(21)
 def test_preflight_refuses_links_and_mount_points(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("target")
@@ -151,11 +154,13 @@ def test_preflight_refuses_a_parent_that_is_a_file(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault(22)
 def test_preflight_refuses_names_too_long_for_the_partial_folder(tmp_path: Path) -> None:
     message = refused(ResourceError, tmp_path / ("x" * 250))
     assert message.endswith("cannot be created: File name too long; use a shorter --out")
 
 
+@pytest.mark.fault(22)
 def test_preflight_works_with_odd_names(tmp_path: Path) -> None:
     out = tmp_path / "mit Leerzeichen ü 重"
     preflight(out, source=None, overwrite=False, bytes_needed=10)
@@ -250,6 +255,7 @@ def umask() -> Iterator[object]:
     os.umask(before)
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize(("mask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
 def test_permissions_follow_the_umask(
     tmp_path: Path, umask: object, mask: int, file_mode: int, folder_mode: int
