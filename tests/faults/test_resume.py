@@ -182,6 +182,19 @@ def test_killed_between_publishing_and_tidying_up(words: list[str], whole: Path,
     assert_same_result(out, whole)
 
 
+@pytest.mark.fault(24)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_killed_while_tidying_up_what_is_left_can_be_gone_on_from(
+    words: list[str], whole: Path, tmp_path: Path, count: int
+) -> None:
+    """The newest states go first: a run that replaces the published one finds nothing that it must discard."""
+    out = tmp_path / "out"
+    killed_at("tidying", count, *words, "--out", out)
+    assert call(*words, "--out", out, "--overwrite").code == 0
+    assert report_of(out)["warnings"] == []
+    assert_same_result(out, whole)
+
+
 @pytest.mark.fault(25)
 @pytest.mark.slow
 def test_killed_at_random_moments(words: list[str], whole: Path, tmp_path: Path) -> None:

@@ -111,8 +111,10 @@ class WorkFolder:
         return sorted(path for path in self.path.iterdir() if path.suffix == ".safetensors")
 
     def clear(self) -> None:
-        """Everything but the lock is removed; the states first, so that none is ever left without a fingerprint."""
-        for path in sorted(self.path.iterdir(), key=lambda path: (path.name == FINGERPRINT, path.name)):
+        """Everything but the lock is removed: the newest states first, so that what is left after a kill can always be
+        gone on from, and the fingerprint last, so that no state is ever left without.
+        """
+        for path in sorted(self.path.iterdir(), key=_from_the_newest):
             if path.name == LOCK:
                 continue
             points.point("tidying")
@@ -133,6 +135,10 @@ class WorkFolder:
         except (OSError, ResourceError):
             return False
         return disk.remove(self.path)
+
+
+def _from_the_newest(path: Path) -> tuple[bool, int]:
+    return path.name == FINGERPRINT, -os.lstat(path).st_mtime_ns
 
 
 def work_path(out: Path) -> Path:
