@@ -139,9 +139,14 @@ def test_nothing_from_outside_arms_a_point(words, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "which"),
-    [(name, which) for name in POINTS for which in ("first", "last")
-     if name != "old-set-aside" and not (which == "last" and name in ONCE)],
-)  # fmt: skip
+    [(name, "first") for name in POINTS if name != "old-set-aside"]
+    + [("state-renamed", "last"), ("text-written", "last"), ("tidying", "last")]
+    + [
+        pytest.param(name, "last", marks=pytest.mark.slow)
+        for name in POINTS
+        if name not in (*ONCE, "old-set-aside", "state-renamed", "text-written", "tidying")
+    ],
+)
 def test_killed_at_every_point(words, whole, tmp_path, name, which):
     clean, seen, in_all = whole
     out = tmp_path / "out"

@@ -90,7 +90,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.mark.fault(24, 25)
 @pytest.mark.parametrize(
     ("method", "stage", "at"),
-    [("two-sided", "calibrate", n) for n in (4, 12, 16)]
+    [("two-sided", "calibrate", n) for n in (4, 16)]
     + [("two-sided", "couple", 4), ("two-sided", "couple", 8), ("two-sided", "propagate", 1)]
     + [("two-sided", "propagate", 2), ("soco", "newton", 0), ("soco", "newton", 2), ("svd-llm", "calibrate", 8)]
     + [("asvd", "calibrate", 16)],
@@ -110,7 +110,7 @@ def test_killed_in_the_closed_form_and_gone_on_with(whole, method, stage, at):
 def test_nothing_is_measured_or_decomposed_twice(whole, counted):
     run("two-sided")
     once = dict(counted)
-    for stage, at in (("calibrate", 12), ("calibrate", 16), ("couple", 8), ("propagate", 1)):
+    for stage, at in (("calibrate", 12), ("couple", 8), ("propagate", 1)):
         counted.update(batches=0, layers=0)
         checkpoint = MemoryCheckpoint(every=1, closed=True)
         with pytest.raises(Killed):
@@ -120,7 +120,15 @@ def test_nothing_is_measured_or_decomposed_twice(whole, counted):
 
 
 @pytest.mark.fault(24)
-@pytest.mark.parametrize(("method", "every"), [("two-sided", 1), ("two-sided", 2), ("two-sided", 5), ("soco", 1)])
+@pytest.mark.parametrize(
+    ("method", "every"),
+    [
+        ("two-sided", 2),
+        ("soco", 1),
+        pytest.param("two-sided", 1, marks=pytest.mark.slow),
+        pytest.param("two-sided", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_after_every_save(whole, method, every):
     """A chain of runs, each of which saves once and dies: it still arrives, whatever is saved when."""
 
@@ -183,7 +191,7 @@ def test_layers_that_are_not_propagated_are_named_again():
 @pytest.mark.parametrize(
     ("method", "stage", "at"),
     [("two-sided", "calibrate", 4), ("two-sided", "couple", 4), ("soco", "calibrate", 16)]
-    + [("soco", f"learn scores at {anchor:g}", n) for anchor in ANCHORS for n in (1, 3, 4)],
+    + [("soco", f"learn scores at {anchor:g}", n) for anchor in ANCHORS for n in (1, 4)],
 )
 def test_all_sizes_killed_and_gone_on_with(method, stage, at):
     undisturbed = all_sizes(method)
