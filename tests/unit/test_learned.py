@@ -217,9 +217,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(model, walk
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(monkeypatch, model, walk, spectra, ids):
     real, calls = SoCo.loss, []
 
-    def failing(self: SoCo, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def failing(self: SoCo, student_logits: Tensor, ids: Tensor, teacher_logits: Tensor) -> Tensor:
         calls.append(1)
-        return real(self, student_logits, teacher_logits) * (math.nan if len(calls) == 4 else 1.0)
+        return real(self, student_logits, ids, teacher_logits) * (math.nan if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(SoCo, "loss", failing)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -382,7 +382,7 @@ def test_a_layer_that_learned_nothing_is_named():
 
 def test_layers_out_of_reach_of_the_loss_are_told_after_training(monkeypatch, model, walk, spectra, ids):
     """A loss that looks at nothing: all scores stay at 1."""
-    monkeypatch.setattr(SoCo, "loss", lambda _self, student, _teacher: (student * 0).sum())
+    monkeypatch.setattr(SoCo, "loss", lambda _self, student, _ids, _teacher: (student * 0).sum())
     result = train_scores(SoCo(steps=3, explore=0.0, refine=1.0, **DEFAULTS), model, walk, spectra, KEEP, ids)
     assert len(result.warnings) == len(walk.layers)
     assert all("nothing was learned" in warning for warning in result.warnings)
