@@ -36,6 +36,13 @@ Dtype = Annotated[
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="tokenizer folder, if the model has none")]
 Seed = Annotated[int, typer.Option(help="seeds everything that is random", min=0)]
+AllowNonfinite = Annotated[
+    str, typer.Option(help="layers that hold NaN or Inf: refuse, or skip (they are copied unchanged)")
+]
+QualityGate = Annotated[
+    float,
+    typer.Option(help="mark the result as failed (exit 5) if its perplexity is this many times the dense; 0: off"),
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
 
 

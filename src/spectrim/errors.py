@@ -6,6 +6,7 @@ A plain Python exception that reaches the command line is a bug of ours and exit
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class SpectrimError(Exception):
@@ -36,6 +37,8 @@ class NumericalError(SpectrimError):
     """NaN or Inf where a number must be, a solver that does not converge, a diverged training run."""
 
     exit_code = 5
+    matrix: Any = None
+    """What no solver could decompose, a tensor on the CPU; None for every other error."""
 
 
 class Interrupted(SpectrimError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
@@ -18,10 +18,12 @@ from spectrim.data import (
 )
 from spectrim.engines.any_size import ANCHORS, check_anchors, check_method
 from spectrim.engines.descent import STEPS
+from spectrim.engines.layerwise import Nonfinite
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import check_keep
 from spectrim.engines.recovery import RECOVERY_BATCH, recovery_of
-from spectrim.errors import InputError, UsageError
+from spectrim.errors import InputError, UsageError, did_you_mean
+from spectrim.evaluate.gate import FACTOR, check_factor
 from spectrim.method import LayerMethod, LearnedMethod, TrainedMethod
 from spectrim.models.load import Source, check_vocabulary, context_length
 from spectrim.models.walk import find_layers
@@ -54,6 +56,8 @@ class Request:
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
+    allow_nonfinite: Nonfinite = "refuse"
+    quality_gate: float = FACTOR
     any_size: bool = False
     anchors: tuple[float, ...] = ANCHORS
     any_size_steps: int = STEPS
@@ -68,6 +72,10 @@ class Request:
                 raise UsageError(f"{name} must be at least {low}, got {value}")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be in [0, 2**63), got {self.seed}")
+        if self.allow_nonfinite not in get_args(Nonfinite):
+            known = did_you_mean(str(self.allow_nonfinite), get_args(Nonfinite))
+            raise UsageError(f"allow_nonfinite: {self.allow_nonfinite!r} is not supported{known}")
+        check_factor(self.quality_gate)
         method = make_method(self.method, self.preset, dict(self.options))
         recovery_of(method, self.recover)
         if self.any_size:

@@ -39,7 +39,7 @@ OVERHEAD = 30
 _NOT_COMPARED = {
     *("model", "tokenizer"),  # compared by content: files, tokens
     *("method", "preset", "options"),  # compared as the configured method
-    *("eval", "eval_windows"),  # no step sees them
+    *("eval", "eval_windows", "quality_gate"),  # no step sees them
     "device",  # compared by what it is
 }
 _log = logging.getLogger(__name__)

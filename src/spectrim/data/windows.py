@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrim.data.sources import Texts
 from spectrim.errors import InputError, NumericalError, UsageError
+from spectrim.memory import Batch
 
 EVALUATION_PIECE_CHARS = 200_000  # part of the definition of every published figure; do not change
 CALIBRATION_PIECE_CHARS = 20_000
@@ -165,19 +166,14 @@ def sample_windows(
     was_training = model.training
     model.eval()
     try:
-        rows: list[Tensor] = []
-        for seed_B, uniform_BL in zip(seed_N.split(batch_size), uniform_NL.split(batch_size), strict=True):
-            uniform_BL = uniform_BL.to(model.device)
-            start_B = _sample_batch(model, seed_B.to(model.device), uniform_BL[:, :1])[:, 0]
-            tokens_BL = _sample_batch(model, start_B.to(model.device), uniform_BL[:, 1:])
-            rows.append(torch.cat([start_B[:, None], tokens_BL[:, :-1]], dim=1) if with_start else tokens_BL)
-            if progress is not None:
-                progress("sample", sum(map(len, rows)), count)
+        ids_NL = Batch(batch_size).run(
+            "sample", lambda size: _sample_all(model, seed_N, uniform_NL, size, with_start, progress)
+        )
     finally:
         model.train(was_training)
     place = "the first of each window" if with_start else "not in the windows"
     note = f"sampled from the model at temperature 1, seed {seed}, from tokens that follow random ones ({place})"
-    return _windows(torch.cat(rows), source="self", note=note, warnings=())
+    return _windows(ids_NL, source="self", note=note, warnings=())
 
 
 def held_out_samples(
@@ -274,6 +270,25 @@ def hash_ids(ids_NL: Tensor) -> str:
     digest = hashlib.sha256(ids_NL.numpy().astype("<i8").tobytes())
     digest.update(str(ids_NL.shape[1]).encode())
     return digest.hexdigest()
+
+
+def _sample_all(
+    model: PreTrainedModel,
+    seed_N: Tensor,
+    uniform_NL: Tensor,
+    batch_size: int,
+    with_start: bool,
+    progress: Progress | None,
+) -> Tensor:
+    rows: list[Tensor] = []
+    for seed_B, uniform_BL in zip(seed_N.split(batch_size), uniform_NL.split(batch_size), strict=True):
+        uniform_BL = uniform_BL.to(model.device)
+        start_B = _sample_batch(model, seed_B.to(model.device), uniform_BL[:, :1])[:, 0]
+        tokens_BL = _sample_batch(model, start_B.to(model.device), uniform_BL[:, 1:])
+        rows.append(torch.cat([start_B[:, None], tokens_BL[:, :-1]], dim=1) if with_start else tokens_BL)
+        if progress is not None:
+            progress("sample", sum(map(len, rows)), len(seed_N))
+    return torch.cat(rows)
 
 
 @torch.no_grad()

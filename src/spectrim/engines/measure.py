@@ -231,7 +231,8 @@ def _check_finite(sums: dict[str, _Sums], start: int) -> None:
     raise NumericalError(
         f"{name}: the {what} are not finite in the batch that starts at calibration window {start} "
         f"({count} of {total.numel()} entries of {stat.value}); no NaN or Inf is allowed. "
-        "Check the weights, or leave the text of that window out"
+        f"Computed in {computing_dtype(total.device)} (bfloat16 and float32 reach further than float16): check the "
+        "weights, or leave the text of that window out"
     )
 
 
@@ -257,6 +258,12 @@ def autocast(device: torch.device):
     if device.type == "cpu" and cpu_has_bf16():
         return torch.autocast("cpu", dtype=torch.bfloat16)
     return nullcontext()
+
+
+def computing_dtype(device: torch.device) -> str:
+    """What `autocast` makes products on this device be computed in."""
+    context = autocast(device)
+    return "float32" if isinstance(context, nullcontext) else str(context.fast_dtype).removeprefix("torch.")
 
 
 def cpu_has_bf16() -> bool:

@@ -187,8 +187,11 @@ def _check_blocks(source: Source, model: PreTrainedModel) -> None:
         )
 
 
-def load_dense(source: Source, device: torch.device) -> PreTrainedModel:
-    """The dense model in float32 on `device`; anything missing from the files is an error, never random numbers."""
+def load_dense(source: Source, device: torch.device, *, allow_nonfinite: bool = False) -> PreTrainedModel:
+    """The dense model in float32 on `device`; anything missing from the files is an error, never random numbers.
+
+    So is NaN or Inf anywhere, unless allowed.
+    """
     require_dense(source)
     check_against_config(source)
     model, info = _from_pretrained(source, dtype=torch.float32)
@@ -198,7 +201,8 @@ def load_dense(source: Source, device: torch.device) -> PreTrainedModel:
             f"{source.folder}: {len(missing)} tensors that the model needs are in no file, e.g. "
             f"{', '.join(missing[:3])}; config.json and the files disagree, or the download is incomplete"
         )
-    _check_finite(source, model)
+    if not allow_nonfinite:
+        _check_finite(source, model)
     nn.Module.to(model, device)  # transformers wraps its own `.to` in a way no type checker reads
     return model.eval()
 
@@ -209,7 +213,8 @@ def _check_finite(source: Source, model: PreTrainedModel) -> None:
         if bad:
             raise NumericalError(
                 f"{source.folder}: {name}: {bad} of {parameter.numel():,} values are NaN or Inf; none is allowed. "
-                "The checkpoint is damaged or overflowed; download it again"
+                "The checkpoint is damaged or overflowed; download it again, or leave what is not finite as it is with "
+                "--allow-nonfinite skip"
             )
 
 
