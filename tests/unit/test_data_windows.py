@@ -92,6 +92,7 @@ def test_evaluation_of_less_text_than_asked_warns(tokenizer):
     assert windows.warnings == (f"asked for 100 windows of 64 tokens, the text holds {len(windows.ids)}",)
 
 
+@pytest.mark.fault(69)
 def test_hash_covers_ids_and_length(tokenizer):
     windows = evaluation_windows(texts_of(numbered(50)), tokenizer, length=32, count=4)
     halves = evaluation_windows(texts_of(numbered(50)), tokenizer, length=16, count=8)
@@ -150,6 +151,7 @@ def test_fewer_windows_than_asked_are_said(tokenizer):
     assert windows.warnings == (f"asked for 256 windows of 32 tokens, the text holds {num_windows}",)
 
 
+@pytest.mark.fault(47)
 def test_a_text_shorter_than_a_window_gives_one_shorter_window(tokenizer):
     ids = ids_of(tokenizer, "A short text.")
     windows = calibration_windows(texts_of("A short text."), tokenizer, length=512, count=8, seed=0)
@@ -159,6 +161,7 @@ def test_a_text_shorter_than_a_window_gives_one_shorter_window(tokenizer):
     assert torch.equal(same.ids, ids[None])
 
 
+@pytest.mark.fault(47)
 def test_a_text_of_one_token_is_refused(tokenizer):
     assert len(ids_of(tokenizer, "a")) == 1
     with pytest.raises(InputError, match=r"made\.txt: 1 tokens of text; at least 2 are needed"):
@@ -196,6 +199,7 @@ def test_encode_adds_no_special_tokens(tokenizer):
 # ---------- sampling
 
 
+@pytest.mark.fault(59)
 def test_sampling_repeats_whatever_the_batch_size(model):
     windows = sample_windows(model, length=12, count=5, seed=7)
     assert windows.ids.shape == (5, 12)
@@ -339,6 +343,7 @@ def test_a_sentencepiece_model_names_the_package_that_reads_it(tmp_path: Path, m
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.fault(17)
 def test_a_damaged_tokenizer_is_an_input_error(tmp_path: Path):
     shutil.copy(TINY / "config.json", tmp_path)
     shutil.copy(TINY / "tokenizer_config.json", tmp_path)
@@ -349,6 +354,7 @@ def test_a_damaged_tokenizer_is_an_input_error(tmp_path: Path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.fault(14, 17)
 def test_tokenizer_code_in_a_folder_is_never_run(tmp_path: Path):
     mark = tmp_path / "ran"
     (tmp_path / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: ...\n")
