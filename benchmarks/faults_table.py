@@ -93,8 +93,8 @@ def summary(outcomes: Outcomes, seconds: float) -> list[str]:
     total = Counter(outcomes.ended.values())
     return [
         f"{len(tested & numbers)} of 72 faults have tests, {len(UNTESTABLE)} a reason why not, "
-        f"{len(numbers - tested - UNTESTABLE.keys())} neither. {total['passed']} cases passed, {total['failed']} failed, "
-        f"{total['skipped']} were skipped, in {seconds:.0f} s. Python {platform.python_version()}, "
+        f"{len(numbers - tested - UNTESTABLE.keys())} neither. {total['passed']} cases passed, {total['failed']} "
+        f"failed, {total['skipped']} were skipped, in {seconds:.0f} s. Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, no GPU.",
     ]
 

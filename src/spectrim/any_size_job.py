@@ -46,7 +46,8 @@ def _run(
     needed = bytes_of_all_sizes(source, dtype)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     text = read_text(request, source)
-    dense = load_dense(source, device, allow_nonfinite=skips)
+    said: list[str] = []
+    dense = load_dense(source, device, allow_nonfinite=skips, warnings=said)
     texts = cut_windows(request, method, dense, text, progress=progress)
     sizes = compress_any_size(
         dense,
@@ -61,7 +62,7 @@ def _run(
         seed=request.seed,
         progress=progress,
     )
-    sizes.warnings = (*sizes.warnings, *texts.warnings)
+    sizes.warnings = (*sizes.warnings, *said, *texts.warnings)
     quality = judge_sizes(sizes, texts.evaluation, dtype, progress, allow_nonfinite=skips)
     verdict = gate_of_sizes(quality, request.keep, request.quality_gate)
     sizes.warnings += (*filter(None, [gate_warning(verdict)]), *summary(fallbacks))

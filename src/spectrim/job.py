@@ -31,7 +31,7 @@ from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
-from spectrim.integrations.folder import finalise, round_to, write_folder
+from spectrim.integrations.folder import COMPANIONS, finalise, round_to, write_folder
 from spectrim.linalg.fallback import Fallback, listening, summary
 from spectrim.method import LayerMethod
 from spectrim.models.load import (
@@ -49,7 +49,7 @@ from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
 from spectrim.request import Request, cut_windows, read_text
 from spectrim.resume import SAVE_EVERY_S, Resume, resumable, text_fields
-from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+from spectrim.store import check_companions, open_checkpoint, preflight, staged, write_json, write_manifest, write_text
 from spectrim.unsolved import unsolved_saved
 
 LOGIT_TOLERANCE = 1e-3
@@ -120,6 +120,7 @@ def foresee(request: Request, method: LayerMethod, source: Source) -> None:
     check_against_config(source)
     walk = find_layers(meta_model(source.config))
     refuse_large_sides(method, walk)
+    check_companions(source.folder, COMPANIONS)
     budget_of(method, walk, request.keep)
 
 
@@ -154,7 +155,8 @@ def _compress_source(
     text = read_text(request, source)
     clock = time.perf_counter()
     _say(progress, "load", 0, 1)
-    dense = load_dense(source, device, allow_nonfinite=request.allow_nonfinite == "skip")
+    said: list[str] = []
+    dense = load_dense(source, device, allow_nonfinite=request.allow_nonfinite == "skip", warnings=said)
     load_s = time.perf_counter() - clock
     texts = cut_windows(request, method, dense, text, progress=progress)
     if resume is not None:
@@ -174,7 +176,7 @@ def _compress_source(
             checkpoint=resume,
         )
     outcome.seconds["load"] = load_s
-    outcome.warnings.extend(texts.warnings)
+    outcome.warnings += [*said, *texts.warnings]
     round_to(outcome.model, dtype, allow_nonfinite=request.allow_nonfinite == "skip")
     quality = judge(outcome, dense, texts.evaluation, progress)
     verdict = gate_of(quality, request.quality_gate)

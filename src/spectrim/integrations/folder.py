@@ -1,7 +1,6 @@
 """The folder a user gets: an ordinary Hugging Face folder in which the linear layers are low-rank."""
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, a
 from spectrim.models.load import no_progress_bars
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.nested import NestedLinear
+from spectrim.store import copy_companions
 
 MAX_SHARD_SIZE = "5GB"
 COMPANIONS = (
@@ -103,9 +103,7 @@ def write_folder(stage: Path, model: PreTrainedModel, source: Path | None) -> No
         model.save_pretrained(stage, max_shard_size=MAX_SHARD_SIZE)
     if source is None:
         return
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, stage / name)
+    copy_companions(source, stage, COMPANIONS)
 
 
 def write_nested(

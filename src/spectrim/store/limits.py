@@ -19,3 +19,5 @@ JSON_MARKS_MAX = 32 * TENSORS_MAX
 ELEMENTS_MAX = 2**63 - 1
 # How many offenders one message names before it says "and N more".
 NAMED_IN_MESSAGE_MAX = 5
+# Tokenizers of 260,000 tokens take 35 MB.
+COMPANION_BYTES_MAX = 512 * 2**20
