@@ -92,7 +92,8 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "platform": platform.platform(),
+        # not platform.platform(), which runs `uname -p`, whatever that is on the PATH
+        "platform": f"{platform.system()}-{platform.release()}-{platform.machine()}",
         "gpu": gpu,
         "threads": str(torch.get_num_threads()),
     }
