@@ -12,8 +12,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -31,9 +29,9 @@ class Outcomes:
         self.numbers: dict[str, set[int]] = {}
         self.ended: dict[str, str] = {}
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Note the numbers of every test that was chosen."""
-        for item in items:
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Note the numbers of every test that is left after choosing."""
+        for item in session.items:
             marks = {number for mark in item.iter_markers("fault") for number in mark.args}
             if marks:
                 self.numbers[item.nodeid] = marks
@@ -88,6 +86,9 @@ def table(outcomes: Outcomes) -> list[str]:
 
 def summary(outcomes: Outcomes, seconds: float) -> list[str]:
     """What the run came to."""
+    import torch  # not before pytest, which has to rewrite what they import
+    import transformers
+
     numbers = {fault.number for fault in FAULTS}
     tested = {number for marks in outcomes.numbers.values() for number in marks}
     total = Counter(outcomes.ended.values())

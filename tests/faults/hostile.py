@@ -297,8 +297,10 @@ class Readers:
         verify_manifest(self.result)
 
     def read_state(self, random: Random) -> None:
-        self.state.write_bytes(bytes_case({"state": self.state_bytes}, random))
+        raw = bytes_case({"state": self.state_bytes}, random)
+        self.state.write_bytes(raw)
         read_state(self.state)
+        assert raw == self.state_bytes, "a state that was changed was taken for the one that was saved"
 
     def fingerprint(self, random: Random) -> None:
         good = {"format_version": FORMAT_VERSION, "fields": {"a.b": 1, "c": [1, "x"]}}
