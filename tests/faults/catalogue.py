@@ -44,8 +44,8 @@ PARTLY = {
     64: "The hub's client is replaced by one that raises; its own retries are not tested here.",
     65: "By headers, which must fit the size of the file; the hash of a blob is not compared.",
     66: "huggingface_hub's `snapshot_download` resolves the commit once; tested with a replaced client.",
-    68: "All mistakes are told at once and before any file is read, but torch and transformers are imported first, which "
-    "takes some 5 s of CPU time.",
+    68: "All mistakes are told at once and before any file is read, but torch and transformers are imported first, "
+    "which takes some 5 s of CPU time.",
     69: "The language of a text is not looked at.",
     71: "transformers without spectrim; vLLM and llama.cpp are not installed here.",
 }
