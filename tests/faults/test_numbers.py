@@ -135,6 +135,21 @@ def test_logits_that_were_finite_must_be_so_after_the_reload(spoil: float | None
 REAL_RELOAD = job.reload_difference
 
 
+@pytest.mark.fault(46)
+@pytest.mark.parametrize("method", ["svd-llm", "asvd", "two-sided"])
+def test_inputs_that_never_fire_are_reported_and_the_rest_is_compressed(
+    method: str, model: Path, tmp_path: Path
+) -> None:
+    """A norm whose first four weights are 0 kills four inputs of q, k and v in the last block."""
+    change_weights(model, "model.layers.1.input_layernorm", lambda tensor: tensor[:4].fill_(0))
+    answer = compress(model, tmp_path / "out", "--method", method)
+    says = (
+        "3 layers have inputs that are 0 for every calibration token (first model.layers.1.self_attn.q_proj: 4 of 32); "
+        "what they do to other text is not kept"
+    )
+    assert says in answer.json["warnings"]
+
+
 # ---- solvers
 
 

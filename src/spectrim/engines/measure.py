@@ -4,7 +4,7 @@ Inputs that several layers share are measured once. Gradients come from labels s
 distribution (the true Fisher, not the empirical one): they need no reference text and vanish nowhere.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -213,6 +213,22 @@ def _finish(name: str, own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Sta
         )
     found = {s.value: (shared if s in (Stat.GRAM, Stat.MEAN_ABS) else own).totals[s] for s in needs}
     return Stats(tokens=shared.tokens, **found)
+
+
+def dead_inputs(stats: Mapping[str, Stats]) -> list[str]:
+    """One warning that counts the layers with inputs that were 0 for every token; their columns are cut at will."""
+    dead: dict[str, tuple[int, int]] = {}
+    for name, own in stats.items():
+        sizes = own.mean_abs if own.gram is None else own.gram.diagonal()
+        if sizes is not None and not bool(sizes.all()):
+            dead[name] = (int((sizes == 0).sum()), len(sizes))
+    if not dead:
+        return []
+    name, (count, total) = next(iter(dead.items()))
+    return [
+        f"{len(dead)} layers have inputs that are 0 for every calibration token (first {name}: {count} of {total}); "
+        "what they do to other text is not kept"
+    ]
 
 
 def _check_finite(sums: dict[str, _Sums], start: int) -> None:

@@ -37,7 +37,7 @@ from spectrim.engines.layerwise import (
 from spectrim.engines.learned import Learned, skeleton, train_scores
 from spectrim.engines.loop import Checkpoint, Saved
 from spectrim.engines.masked import train_masks
-from spectrim.engines.measure import Progress, measure
+from spectrim.engines.measure import Progress, dead_inputs, measure
 from spectrim.engines.newton import newton_scores
 from spectrim.engines.propagate import propagate
 from spectrim.engines.recovery import Recovered, recover, recovery_of
@@ -208,6 +208,7 @@ class _Run:
     def closed_form(self, ids: Tensor) -> tuple[dict[str, Spectrum], Plan]:
         """Steps 2 to 5: spectra in the final metric, and the ranks under the budget."""
         first = stats = self.statistics(self.dense, ids, self.seed)
+        self.warnings += dead_inputs(first)
         spectra, plan = self.decide(stats)
         for extra in range(self.method.rounds if self.keep < 1 else 0):
             student = skeleton(self.dense)
