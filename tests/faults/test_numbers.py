@@ -13,12 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command_line import PLAIN, QUICK, call, change_weights, hashes, small_model, small_text
+from command_line import PLAIN, call, change_weights, hashes, small_model, small_text
 from spectrim import job
 from spectrim.engines.layerwise import check_weights, refuse_large_sides
 from spectrim.engines.loop import Group, Training, train
 from spectrim.errors import NumericalError, ResourceError, UsageError
-from spectrim.evaluate.gate import check_factor, judge_gate
 from spectrim.evaluate.language import evaluate
 from spectrim.linalg.fallback import listening
 from spectrim.memory import Batch, is_out_of_memory
@@ -318,48 +317,3 @@ def test_what_is_no_lack_of_memory_is_not_tried_again() -> None:
         Batch(8).run("x", work)
     assert tries == [8]
     assert not is_out_of_memory(ValueError("not enough memory"))
-
-
-# ---- the quality gate
-
-
-@pytest.mark.fault(58)
-def test_a_result_that_fell_apart_is_published_marked_and_exits_with_5(model: Path, tmp_path: Path) -> None:
-    text = ("--eval", small_text(tmp_path / "text.txt"))
-    options = ("--method", "svd", "--keep", "0.5", *QUICK, "--calib", text[1], *text)
-    good = call("compress", model, "--out", tmp_path / "good", *options, "--json")
-    assert good.code == 0, good.err
-    verdict = good.json["quality_gate"]
-    assert verdict["passed"] is True
-    assert verdict["factor"] == 100
-    assert json.loads((tmp_path / "good" / "manifest.json").read_text())["quality_gate"] == verdict
-    real = job.evaluate
-
-    def worse(model: Any, ids: Any, **given: Any) -> Any:
-        found = real(model, ids, **given)
-        return found if not given else type(found)(**{**found.__dict__, "perplexity": 1e7})
-
-    with mock.patch.object(job, "evaluate", worse):
-        bad = call("compress", model, "--out", tmp_path / "bad", *options, "--json")
-    assert bad.code == 5
-    assert f"{tmp_path / 'bad'}: published and marked as failed in manifest.json" in bad.message
-    assert "allowed 100 times" in bad.message
-    assert json.loads((tmp_path / "bad" / "manifest.json").read_text())["quality_gate"]["passed"] is False
-    assert "quality gate failed" in (tmp_path / "bad" / "README.md").read_text()
-    assert call("inspect", tmp_path / "bad", "--no-spectrum").code == 0
-    with mock.patch.object(job, "evaluate", worse):
-        off = call("compress", model, "--out", tmp_path / "off", *options, "--quality-gate", "0", "--json")
-    assert (off.code, off.json["quality_gate"]["passed"]) == (0, None)
-
-
-@pytest.mark.fault(58)
-def test_what_the_gate_says() -> None:
-    assert judge_gate(10.0, 999.0, 100.0)["passed"] is True
-    assert judge_gate(10.0, 1001.0, 100.0)["passed"] is False
-    assert judge_gate(None, None, 100.0)["passed"] is None
-    assert judge_gate(10.0, 1e9, 0.0)["passed"] is None
-    for factor in (0.0, 1.0, 1e6):
-        check_factor(factor)
-    for factor in (0.5, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match=r"quality_gate must be 0 \(off\) or a finite factor of at least 1"):
-            check_factor(factor)
