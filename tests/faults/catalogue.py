@@ -55,18 +55,21 @@ KNOWN_GAPS = frozenset({*range(20, 23), *range(24, 44), 60})
 """Numbers that neither a test nor a reason covers yet. Must be empty in a release."""
 
 
-def covering() -> dict[int, list[str]]:
+def covering(*, slow: bool = True) -> dict[int, list[str]]:
     """Fault number -> `file::function` of the tests that carry its number, read from the source."""
     found: dict[int, list[str]] = defaultdict(list)
     for path in sorted(TESTS.rglob("test_*.py")):
-        for name, numbers in marked(ast.parse(path.read_text(encoding="utf-8"))):
+        for name, numbers in marked(ast.parse(path.read_text(encoding="utf-8")), slow=slow):
             for number in sorted(numbers):
                 found[number].append(f"{path.relative_to(TESTS.parent).as_posix()}::{name}")
     return dict(found)
 
 
-def marked(tree: ast.Module) -> Iterator[tuple[str, set[int]]]:
-    """Every test function with the numbers that its decorators, its class or its module give it."""
+def marked(tree: ast.Module, *, slow: bool = True) -> Iterator[tuple[str, set[int]]]:
+    """Every test function with the numbers that its decorators, its class or its module give it.
+
+    Without `slow`, functions that carry that mark as a whole are left out.
+    """
     module = {
         number
         for node in tree.body
@@ -82,7 +85,7 @@ def marked(tree: ast.Module) -> Iterator[tuple[str, set[int]]]:
         for prefix, function, outer in functions:
             if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
                 numbers = outer | {n for decorator in function.decorator_list for n in numbers_in(decorator)}
-                if numbers:
+                if numbers and (slow or "pytest.mark.slow" not in map(ast.unparse, function.decorator_list)):
                     yield prefix + function.name, numbers
 
 

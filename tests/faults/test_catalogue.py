@@ -26,7 +26,7 @@ def test_marks_name_faults_that_there_are_and_reasons_only_those_without_a_test(
 def test_the_page_lists_the_tests_that_there_are():
     page = (TESTS.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
     command = "python benchmarks/faults_table.py --write"
-    for number, tests in covering().items():
+    for number, tests in covering(slow=False).items():
         for test in tests:
             name = test.rpartition("::")[2]
             assert f"`{name}`" in page, f"fault {number}: {test} is not in docs/reliability.md; run {command}"
@@ -41,4 +41,6 @@ def test_marks_are_read_from_decorators_classes_and_modules():
         "    def test_c(self, v): ...\n"
         "def helper(): ...\n"
     )
-    assert dict(marked(ast.parse(source))) == {"test_a": {1, 2, 3}, "TestB::test_c": {1, 4, 5}}
+    source += "@pytest.mark.slow\n@pytest.mark.fault(6)\ndef test_s(): ...\n"
+    assert dict(marked(ast.parse(source)))["test_s"] == {1, 6}
+    assert dict(marked(ast.parse(source), slow=False)) == {"test_a": {1, 2, 3}, "TestB::test_c": {1, 4, 5}}
