@@ -13,9 +13,11 @@ import torch
 from spectrim.data import Windows
 from spectrim.engines.any_size import AnySize, compress_any_size
 from spectrim.engines.measure import Progress
+from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import copy_in, round_to, write_nested
 from spectrim.job import LOGIT_TOLERANCE, foresee, peak_memory, reload_difference
+from spectrim.linalg.fallback import Fallback, listening, summary
 from spectrim.method import LayerMethod
 from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
 from spectrim.models.walk import Walk, find_layers
@@ -23,6 +25,7 @@ from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report
 from spectrim.request import Request, cut_windows, read_text
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
 from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+from spectrim.unsolved import unsolved_saved
 
 
 def run_any_size(
@@ -34,7 +37,20 @@ def run_any_size(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The whole job; returns the report. On any error the target is what it was before; `options` as in job.run."""
+    with unsolved_saved(out), listening() as fallbacks:
+        return _run(request, out, overwrite, options, progress, fallbacks)
+
+
+def _run(
+    request: Request,
+    out: Path,
+    overwrite: bool,
+    options: ResumeOptions,
+    progress: Progress | None,
+    fallbacks: list[Fallback],
+) -> dict[str, Any]:
     started = time.perf_counter()
+    skips = request.allow_nonfinite == "skip"
     method = request.check()
     source = resolve(request.model)
     foresee(dataclasses.replace(request, keep=request.anchors[-1]), method, source)
@@ -43,14 +59,14 @@ def run_any_size(
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
     with kept as resume:
-        sizes, report = compress_sizes(request, method, source, resume, progress)
+        sizes, report = compress_sizes(request, method, source, resume, progress, fallbacks)
         with staged(out, overwrite=overwrite, needed_bytes=needed) as stage:
             write_nested(stage, sizes, dtype, request.keep, source.folder, request.model)
             written = open_checkpoint(stage)
             report["stored"] |= {"model_numbers": written.numel, "model_bytes": written.nbytes}
             default = sizes.at(request.keep)
-            round_to(default, dtype)
-            difference = reload_difference(stage, copy_in(default, dtype))
+            round_to(default, dtype, allow_nonfinite=skips)
+            difference = reload_difference(stage, copy_in(default, dtype), allow_nonfinite=skips)
             report["reload"] = {
                 "size": request.keep,
                 "relative_logit_difference": difference,
@@ -59,20 +75,26 @@ def run_any_size(
             report["seconds"]["total"] = time.perf_counter() - started
             report["peak_memory_bytes"] = peak_memory(device)
             write_documents(stage, report)
-            write_manifest(
-                stage, facts={"tool": "spectrim", "method": method.to_config(), "source": source.name, "any_size": True}
-            )
+            facts = {"tool": "spectrim", "method": method.to_config(), "source": source.name, "any_size": True}
+            write_manifest(stage, facts={**facts, "quality_gate": report["quality_gate"]})
     report["folder"] = str(out)
     return report
 
 
 def compress_sizes(
-    request: Request, method: LayerMethod, source: Source, resume: Resume, progress: Progress | None
+    request: Request,
+    method: LayerMethod,
+    source: Source,
+    resume: Resume,
+    progress: Progress | None,
+    fallbacks: list[Fallback],
 ) -> tuple[AnySize, dict[str, Any]]:
     """Text, model, all sizes, and the report on them; nothing is written but states."""
+    skips = request.allow_nonfinite == "skip"
     device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
     text = read_text(request, source)
-    dense = load_dense(source, device)
+    said: list[str] = []
+    dense = load_dense(source, device, allow_nonfinite=skips, warnings=said)
     texts = cut_windows(request, method, dense, text, progress=progress)
     resume.folder.claim(text_fields(texts))
     with resume.signals():
@@ -85,13 +107,17 @@ def compress_sizes(
             steps=request.any_size_steps,
             dtype=dtype,
             gradient_windows=request.gradient_windows,
+            nonfinite=request.allow_nonfinite,
             seed=request.seed,
             progress=progress,
             checkpoint=resume,
         )
-    sizes.warnings = (*sizes.warnings, *texts.warnings, *resume.warnings)
-    quality = judge_sizes(sizes, texts.evaluation, dtype, progress)
+    sizes.warnings = (*sizes.warnings, *said, *texts.warnings, *resume.warnings)
+    quality = judge_sizes(sizes, texts.evaluation, dtype, progress, allow_nonfinite=skips)
+    verdict = gate_of_sizes(quality, request.keep, request.quality_gate)
+    sizes.warnings += (*filter(None, [gate_warning(verdict)]), *summary(fallbacks))
     report = build_any_size_report(dataclasses.asdict(request), source, sizes, texts, quality, dtype)
+    report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
     report["resumed"] = resume.resumed
     return sizes, report
 
@@ -104,7 +130,12 @@ def bytes_of_all_sizes(source: Source, dtype: torch.dtype) -> int:
 
 
 def judge_sizes(
-    sizes: AnySize, windows: Windows | None, dtype: torch.dtype, progress: Progress | None
+    sizes: AnySize,
+    windows: Windows | None,
+    dtype: torch.dtype,
+    progress: Progress | None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> dict[float | str, Quality] | None:
     """Quality of the dense model and of every anchor size on the same windows, each size rounded as it is stored."""
     if windows is None:
@@ -115,7 +146,7 @@ def judge_sizes(
         if progress is not None:
             progress("evaluate sizes", done, len(anchors))
         model = sizes.at(size)
-        round_to(model, dtype)
+        round_to(model, dtype, allow_nonfinite=allow_nonfinite)
         quality[size] = evaluate(model, windows.ids, dense=sizes.dense)
     dense, last = quality["dense"].perplexity, quality[anchors[-1]].perplexity
     if last > 100 * dense:
@@ -123,6 +154,16 @@ def judge_sizes(
             f"perplexity goes from {dense:.2f} to {last:.0f} at size {anchors[-1]:g}: small sizes are not usable",
         )
     return quality
+
+
+def gate_of_sizes(quality: dict[float | str, Quality] | None, size: float, factor: float) -> dict[str, Any]:
+    """The verdict on the default size, or on the next smaller one that was measured."""
+    if quality is None:
+        return judge_gate(None, None, factor)
+    measured = max((s for s in quality if isinstance(s, float) and s <= size), default=None)
+    if measured is None:
+        return judge_gate(None, None, factor)
+    return judge_gate(quality["dense"].perplexity, quality[measured].perplexity, factor, size=measured)
 
 
 def write_documents(stage: Path, report: dict[str, Any]) -> None:

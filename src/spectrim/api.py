@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.pipeline import compress_model
 from spectrim.errors import UsageError, did_you_mean
+from spectrim.evaluate.gate import FACTOR, judge_gate
 from spectrim.evaluate.language import Quality
 from spectrim.evaluate.language import evaluate as evaluate_windows
 from spectrim.integrations.folder import finalise, round_to
 from spectrim.job import Compressed, Request, compress_source
+from spectrim.linalg.fallback import listening, summary
 from spectrim.models.load import load_model, pick_device, resolve
 from spectrim.registry import make_method
 from spectrim.report.facts import environment
@@ -68,7 +70,9 @@ def _compress_in_memory(
         calibration = sample_windows(model, length=128, count=256, seed=seed).ids
     dtype = next(model.parameters()).dtype
     wide = model if dtype == torch.float32 else _copy_in_float32(model)
-    outcome = compress_model(wide, method, keep, calibration, seed=seed)
+    with listening() as fallbacks:
+        outcome = compress_model(wide, method, keep, calibration, seed=seed)
+    outcome.warnings += summary(fallbacks)
     round_to(outcome.model, dtype)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     report = {
@@ -78,6 +82,8 @@ def _compress_in_memory(
         "source": {"name": name, "numbers": model.num_parameters(), "bytes": model.get_memory_footprint()},
         "stored": {"linear_numbers_dense": outcome.plan.numbers_before},
         "quality": None,
+        "quality_gate": judge_gate(None, None, FACTOR),
+        "fallbacks": [fallback._asdict() for fallback in fallbacks],
         "text": {},
         "seconds": dict(outcome.seconds),
         "warnings": list(outcome.warnings),

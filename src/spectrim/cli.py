@@ -12,6 +12,7 @@ from spectrim.cli_eval import eval_
 from spectrim.cli_left import clean, resume, status, verify
 from spectrim.cli_options import (
     ANCHORS,
+    AllowNonfinite,
     Anchors,
     AnySize,
     AnySizeSteps,
@@ -24,6 +25,7 @@ from spectrim.cli_options import (
     Method,
     ModelArg,
     Preset,
+    QualityGate,
     Recover,
     Seed,
     Set,
@@ -76,6 +78,8 @@ def compress(
     ] = None,
     eval_: Annotated[str, typer.Option("--eval", help="evaluation text, as for --calib, or none")] = "builtin:stdlib",
     eval_windows: Annotated[int, typer.Option(help="evaluation windows")] = 40,
+    quality_gate: QualityGate = 100.0,
+    allow_nonfinite: AllowNonfinite = "refuse",
     tokenizer: Tokenizer = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -87,6 +91,7 @@ def compress(
     json_: Json = False,
 ) -> None:
     """Compress a model and write a folder that plain transformers loads."""
+    from spectrim.evaluate.gate import refuse_failed
     from spectrim.job import Request, run
     from spectrim.report.card import table
     from spectrim.resume import ResumeOptions
@@ -99,6 +104,7 @@ def compress(
         calib=calib, calib_windows=calib_windows, calib_length=calib_length, gradient_windows=gradient_windows,
         train_windows=train_windows, eval=eval_, eval_windows=eval_windows, tokenizer=tokenizer, device=device,
         dtype=dtype, seed=seed, any_size=any_size, anchors=sizes, any_size_steps=any_size_steps,
+        quality_gate=quality_gate, allow_nonfinite=allow_nonfinite,  # type: ignore[arg-type]  checked there
     )  # fmt: skip
     options = ResumeOptions(
         save_every_s=save_every, restart=restart, take_lock=take_lock, command=given_command("compress")
@@ -117,10 +123,12 @@ def compress(
         say_written(out, report)
 
     emit(report, json_, show)
+    refuse_failed(report)
 
 
 def _compress_any_size(request: Any, out: Path, overwrite: bool, options: Any, json_: bool) -> None:
     from spectrim.any_size_job import run_any_size
+    from spectrim.evaluate.gate import refuse_failed
     from spectrim.report.any_size import size_header, size_table
 
     report = run_any_size(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_))
@@ -130,6 +138,7 @@ def _compress_any_size(request: Any, out: Path, overwrite: bool, options: Any, j
         say_written(out, report, f", size_ratio={request.keep:g}")
 
     emit(report, json_, show)
+    refuse_failed(report)
 
 
 @app.command()

@@ -40,6 +40,13 @@ Seed = Annotated[int, typer.Option(help="seeds everything that is random", min=0
 TakeLock = Annotated[
     bool, typer.Option("--take-lock", help="go on although a process of another host may still work on OUT")
 ]
+AllowNonfinite = Annotated[
+    str, typer.Option(help="layers that hold NaN or Inf: refuse, or skip (they are copied unchanged)")
+]
+QualityGate = Annotated[
+    float,
+    typer.Option(help="mark the result as failed (exit 5) if its perplexity is this many times the dense; 0: off"),
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
 
 

@@ -4,8 +4,10 @@ Every message says what happened, where, what was measured, what is allowed, and
 A plain Python exception that reaches the command line is a bug of ours and exits with 6.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class SpectrimError(Exception):
@@ -36,6 +38,8 @@ class NumericalError(SpectrimError):
     """NaN or Inf where a number must be, a solver that does not converge, a diverged training run."""
 
     exit_code = 5
+    matrix: Any = None
+    """What no solver could decompose, a tensor on the CPU; None for every other error."""
 
 
 class Interrupted(SpectrimError):
@@ -45,6 +49,11 @@ class Interrupted(SpectrimError):
         super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+def without_tokens(text: str) -> str:
+    """What another program said, with access tokens of the Hugging Face hub blacked out."""
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", re.sub(r"(?i)(bearer )\S+", r"\1***", text))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

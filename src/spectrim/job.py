@@ -24,12 +24,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.data import Windows
+from spectrim.engines.layerwise import refuse_large_sides
 from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import InputError, NumericalError, UsageError
+from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
-from spectrim.integrations.folder import finalise, round_to, write_folder
+from spectrim.integrations.folder import COMPANIONS, finalise, round_to, write_folder
+from spectrim.linalg.fallback import Fallback, listening, summary
 from spectrim.method import LayerMethod
 from spectrim.models.load import (
     Source,
@@ -46,7 +49,8 @@ from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
 from spectrim.request import Request, cut_windows, read_text
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
-from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+from spectrim.store import check_companions, open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+from spectrim.unsolved import unsolved_saved
 
 LOGIT_TOLERANCE = 1e-3
 """Largest difference between the logits before saving and after reloading, relative to the largest logit."""
@@ -91,13 +95,13 @@ def run(
     needed = source.checkpoint.nbytes
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
-    with kept as resume:
+    with unsolved_saved(out), kept as resume:
         compressed = compress_source(request, method, source, progress=progress, resume=resume)
         with staged(out, overwrite=overwrite, needed_bytes=needed) as stage:
             _say(progress, "write", 0, 1)
             _fill(stage, compressed)
             _say(progress, "reload in a fresh process", 0, 1)
-            difference = reload_difference(stage, compressed.model)
+            difference = reload_difference(stage, compressed.model, allow_nonfinite=request.allow_nonfinite == "skip")
             compressed.report["reload"] = {"relative_logit_difference": difference, "allowed": LOGIT_TOLERANCE}
             compressed.report["seconds"]["total"] = time.perf_counter() - started
             compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
@@ -113,7 +117,10 @@ def foresee(request: Request, method: LayerMethod, source: Source) -> None:
     pick_device(request.device)
     pick_dtype(request.dtype, source.dtype)
     check_against_config(source)
-    budget_of(method, find_layers(meta_model(source.config)), request.keep)
+    walk = find_layers(meta_model(source.config))
+    refuse_large_sides(method, walk)
+    check_companions(source.folder, COMPANIONS)
+    budget_of(method, walk, request.keep)
 
 
 def compress_source(
@@ -125,6 +132,18 @@ def compress_source(
     resume: Resume | None = None,
 ) -> Compressed:
     """Load, compress and evaluate; nothing is written but states, where `resume` is given."""
+    with listening() as fallbacks:
+        return _compress_source(request, method, source, progress, resume, fallbacks)
+
+
+def _compress_source(
+    request: Request,
+    method: LayerMethod,
+    source: Source,
+    progress: Progress | None,
+    resume: Resume | None,
+    fallbacks: list[Fallback],
+) -> Compressed:
     if request.any_size:
         raise UsageError(
             "any_size: this makes one size; for a folder that holds all sizes use `spectrim compress --any-size`, or "
@@ -135,7 +154,8 @@ def compress_source(
     text = read_text(request, source)
     clock = time.perf_counter()
     _say(progress, "load", 0, 1)
-    dense = load_dense(source, device)
+    said: list[str] = []
+    dense = load_dense(source, device, allow_nonfinite=request.allow_nonfinite == "skip", warnings=said)
     load_s = time.perf_counter() - clock
     texts = cut_windows(request, method, dense, text, progress=progress)
     if resume is not None:
@@ -149,17 +169,21 @@ def compress_source(
             None if texts.training is None else texts.training.ids,
             recovery=request.recover,
             gradient_windows=request.gradient_windows,
+            nonfinite=request.allow_nonfinite,
             seed=request.seed,
             progress=progress,
             checkpoint=resume,
         )
     outcome.seconds["load"] = load_s
-    outcome.warnings.extend(texts.warnings)
-    round_to(outcome.model, dtype)
+    outcome.warnings += [*said, *texts.warnings]
+    round_to(outcome.model, dtype, allow_nonfinite=request.allow_nonfinite == "skip")
     quality = judge(outcome, dense, texts.evaluation, progress)
+    verdict = gate_of(quality, request.quality_gate)
+    outcome.warnings += [*filter(None, [gate_warning(verdict)]), *summary(fallbacks)]
     if resume is not None:
         outcome.warnings.extend(resume.warnings)
     report = build_report(dataclasses.asdict(request), source, outcome, texts, quality, dtype)
+    report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
     if resume is not None:
         report["resumed"] = resume.resumed
     return Compressed(
@@ -178,12 +202,14 @@ def judge(
         "dense": evaluate(dense, windows.ids),
         "compressed": evaluate(outcome.model, windows.ids, dense=dense),
     }
-    if quality["compressed"].perplexity > 100 * quality["dense"].perplexity:
-        outcome.warnings.append(
-            f"perplexity went from {quality['dense'].perplexity:.2f} to {quality['compressed'].perplexity:.0f}: "
-            "the result is not usable; raise --keep or choose another method"
-        )
     return quality
+
+
+def gate_of(quality: Mapping[str, Quality] | None, factor: float) -> dict[str, Any]:
+    """The verdict on what was measured, if anything was."""
+    if quality is None:
+        return judge_gate(None, None, factor)
+    return judge_gate(quality["dense"].perplexity, quality["compressed"].perplexity, factor)
 
 
 def _fill(stage: Path, compressed: Compressed) -> None:
@@ -204,7 +230,8 @@ def _write_documents(stage: Path, report: Mapping[str, Any]) -> None:
 def _seal(stage: Path, compressed: Compressed) -> None:
     """Checksums of everything; nothing is written after this."""
     facts = {"method": compressed.outcome.method.to_config(), "source": compressed.report["source"]["name"]}
-    write_manifest(stage, facts={"tool": "spectrim", **facts})
+    gate = {"quality_gate": compressed.report["quality_gate"]}
+    write_manifest(stage, facts={"tool": "spectrim", **facts, **gate})
 
 
 def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
@@ -233,15 +260,20 @@ def _is_inside(tensor: str, names: set[str]) -> bool:
     return any(".".join(parts[:i]) in names for i in range(1, len(parts)))
 
 
-def reload_difference(folder: Path, model: PreTrainedModel) -> float:
-    """Largest logit difference, relative, between `model` and `folder` loaded in a fresh process."""
+def reload_difference(folder: Path, model: PreTrainedModel, *, allow_nonfinite: bool = False) -> float:
+    """Largest logit difference, relative, between `model` and `folder` loaded in a fresh process.
+
+    Logits that are not finite are an error; where they are allowed they must be the same ones on both sides.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(16)[None] * 7919 % vocabulary
     with torch.no_grad():
         here = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
     there = _logits_elsewhere(folder, ids, model.device)
-    if there.shape != here.shape or not bool(torch.isfinite(there).all()):
+    bad = ~torch.isfinite(there)
+    if there.shape != here.shape or (bool(bad.any()) and not (allow_nonfinite and torch.equal(bad, ~here.isfinite()))):
         raise NumericalError(f"{folder}: the reloaded model gives logits of shape {tuple(there.shape)} or not finite")
+    here, there = here.masked_fill(bad, 0), there.masked_fill(bad, 0)
     difference = float((here - there).abs().max() / here.abs().max().clamp(min=1e-30))
     if not difference <= LOGIT_TOLERANCE:  # also where NaN came before saving
         raise NumericalError(

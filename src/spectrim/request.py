@@ -1,8 +1,9 @@
 """What a run is asked for, and the text it then reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
@@ -16,12 +17,15 @@ from spectrim.data import (
     load_tokenizer,
     sample_windows,
 )
+from spectrim.data.repeats import text_warnings
 from spectrim.engines.any_size import ANCHORS, check_anchors, check_method
 from spectrim.engines.descent import STEPS
+from spectrim.engines.layerwise import Nonfinite
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import check_keep
 from spectrim.engines.recovery import RECOVERY_BATCH, recovery_of
-from spectrim.errors import InputError, UsageError
+from spectrim.errors import InputError, UsageError, did_you_mean
+from spectrim.evaluate.gate import FACTOR, check_factor
 from spectrim.method import LayerMethod, LearnedMethod, TrainedMethod
 from spectrim.models.load import Source, check_vocabulary, context_length
 from spectrim.models.walk import find_layers
@@ -54,13 +58,41 @@ class Request:
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
+    allow_nonfinite: Nonfinite = "refuse"
+    quality_gate: float = FACTOR
     any_size: bool = False
     anchors: tuple[float, ...] = ANCHORS
     any_size_steps: int = STEPS
 
     def check(self) -> LayerMethod:
-        """Refuse what cannot work before anything is loaded; returns the configured method."""
-        check_keep(self.keep)
+        """Refuse what cannot work before anything is loaded, all of it at once; returns the configured method."""
+        wrong: list[str] = []
+        method: LayerMethod | None = None
+        with noted(wrong):
+            check_keep(self.keep)
+        with noted(wrong):
+            self._check_counts()
+        with noted(wrong):
+            if self.allow_nonfinite not in get_args(Nonfinite):
+                known = did_you_mean(str(self.allow_nonfinite), get_args(Nonfinite))
+                raise UsageError(f"allow_nonfinite: {self.allow_nonfinite!r} is not supported{known}")
+        with noted(wrong):
+            check_factor(self.quality_gate)
+        with noted(wrong):
+            method = make_method(self.method, self.preset, dict(self.options))
+        if method is not None:
+            with noted(wrong):
+                recovery_of(method, self.recover)
+            if self.any_size:
+                with noted(wrong):
+                    self._check_any_size(method)
+        if wrong or method is None:
+            raise UsageError(
+                wrong[0] if len(wrong) == 1 else f"{len(wrong)} things are wrong:\n  " + "\n  ".join(wrong)
+            )
+        return method
+
+    def _check_counts(self) -> None:
         least = {"calib_windows": 1, "calib_length": 2, "gradient_windows": 1, "train_windows": 1, "eval_windows": 1}
         for name, low in least.items():
             value = getattr(self, name)
@@ -68,11 +100,6 @@ class Request:
                 raise UsageError(f"{name} must be at least {low}, got {value}")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be in [0, 2**63), got {self.seed}")
-        method = make_method(self.method, self.preset, dict(self.options))
-        recovery_of(method, self.recover)
-        if self.any_size:
-            self._check_any_size(method)
-        return method
 
     def _check_any_size(self, method: LayerMethod) -> None:
         check_anchors(self.anchors)
@@ -86,6 +113,15 @@ class Request:
             raise UsageError(
                 f"any_size_steps must be at least the number of anchors, {len(self.anchors)}, got {self.any_size_steps}"
             )
+
+
+@contextmanager
+def noted(wrong: list[str]) -> Iterator[None]:
+    """Go on after a usage error and keep what it says."""
+    try:
+        yield
+    except UsageError as error:
+        wrong.append(str(error))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +210,9 @@ def cut_windows(
         evaluation = held_out_samples(
             dense, length=length, count=request.eval_windows, seed=request.seed, progress=progress
         )
+    same = request.eval in ("self", request.calib)  # samples of its own, and what is warned about above
+    judged = None if evaluation is None or same else evaluation.ids
+    warnings += text_warnings(calibration.ids, judged, windows.ids if learns else None)
     for cut in (windows, evaluation):
         if cut is not None:
             check_vocabulary(dense, cut.ids)

@@ -54,7 +54,7 @@ ASKING = (train, measure, couple, decompose_all, propagate, newton_scores)
 _NOT_COMPARED = {
     *("model", "tokenizer"),  # compared by content: files, tokens
     *("method", "preset", "options"),  # compared as the configured method
-    *("eval", "eval_windows"),  # no step sees them
+    *("eval", "eval_windows", "quality_gate"),  # no step sees them
     "device",  # compared by what it is
 }
 _log = logging.getLogger(__name__)

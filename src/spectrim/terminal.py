@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from spectrim.errors import Interrupted, ResourceError, SpectrimError
+from spectrim.memory import is_out_of_memory
 from spectrim.store.writer import COMPLETE
 
 # Text is shown as it is: `[x]` in a path is no markup and `:b:` in generated code no emoji.
@@ -30,7 +30,7 @@ def exit_codes() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("SPECTRIM_DEBUG"):
             raise
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             error = ResourceError(f"out of memory ({error}); take fewer or shorter windows, or --device cpu")
         with suppress(OSError):  # the terminal may be gone (SIGHUP); the exit code is then all there is to say
             if isinstance(error, SpectrimError):

@@ -179,6 +179,7 @@ def test_the_dense_codec_returns_the_very_weight(method, shape):
     assert replacement.numbers == p.weight.numel()
 
 
+@pytest.mark.fault(48)
 @every_case
 @every_shape
 @every_codec
@@ -190,6 +191,7 @@ def test_a_weight_of_rank_r_compressed_to_r_is_unchanged(method, shape, codec, r
     assert_same(product(method, weight, p.stats, rank + 2, codec), weight, 1e-6)
 
 
+@pytest.mark.fault(47)
 @every_case
 @every_shape
 @every_codec
@@ -202,6 +204,7 @@ def test_fewer_tokens_than_inputs_work(method, shape, codec, tokens):
     assert int(torch.linalg.matrix_rank(cut.dense(), rtol=1e-9)) == 4
 
 
+@pytest.mark.fault(46)
 @every_case
 @every_codec
 def test_inputs_and_gradients_that_never_fire_work(method, codec):
@@ -211,6 +214,7 @@ def test_inputs_and_gradients_that_never_fire_work(method, codec):
     assert bool(torch.isfinite(product(method, p.weight, silent.stats, 3, codec)).all())
 
 
+@pytest.mark.fault(48)
 @every_case
 @every_shape
 @every_codec
@@ -253,6 +257,7 @@ def test_predicted_error_equals_the_error_recomputed_without_roots(method, shape
         assert replacement.predicted_error == pytest.approx(error, rel=1e-6, abs=1e-9 * whole)
 
 
+@pytest.mark.fault(48)
 @every_case
 @every_shape
 def test_equals_the_slow_oracle_in_its_own_metric(method, shape):
@@ -298,6 +303,7 @@ def test_components_sum_to_the_weight(method, shape):
 # ---------- 6: numbers
 
 
+@pytest.mark.fault(54)
 @every_case
 @every_shape
 @every_codec
@@ -325,6 +331,7 @@ def test_reported_numbers_equal_counted_ones(method, shape, codec, rank):
 # ---------- 7 to 10: symmetries
 
 
+@pytest.mark.fault(49)
 @every_case
 @every_shape
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -335,6 +342,7 @@ def test_scaling_the_inputs_changes_nothing(method, shape, scale):
         assert_same(product(method, p.weight, scaled, 4), product(method, p.weight, p.stats, 4), 1e-6)
 
 
+@pytest.mark.fault(49)
 @every_case
 @every_shape
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -345,6 +353,7 @@ def test_scaling_the_loss_changes_nothing_and_scaling_the_weight_scales_the_resu
     assert_same(product(method, p.weight * scale, p.stats, 4), plain * scale, 1e-6)
 
 
+@pytest.mark.fault(49)
 @every_case
 @every_shape
 def test_rotating_the_inputs_rotates_the_result(method, shape):
@@ -368,6 +377,7 @@ def test_permuting_outputs_or_inputs_permutes_the_result(method, shape):
     assert_same(product(method, p.weight[:, order], statistics(p.x[:, order], p.g), 4), plain[:, order], 1e-6)
 
 
+@pytest.mark.fault(55)
 @every_case
 def test_order_and_split_of_the_calibration_tokens_do_not_matter(method):
     p = problem((14, 11))
@@ -404,6 +414,7 @@ def test_dtype_in_is_dtype_out_and_the_arithmetic_is_float64(method, codec, dtyp
         assert torch.equal(tensor, wide[name].to(tensor.dtype)), name  # cast once, at the end
 
 
+@pytest.mark.fault(55)
 @every_case
 @every_shape
 @every_codec
@@ -454,6 +465,7 @@ def poisoned(method: LayerMethod, shape: tuple[int, int], bad: float):
 
 
 # The solver takes another path above 25 rows, in which it returns some finite eigenvalues of a matrix with NaN.
+@pytest.mark.fault(44)
 @every_case
 @pytest.mark.parametrize("shape", [*SHAPES, (40, 30), (30, 40)], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -524,6 +536,7 @@ def test_method_objects_are_frozen_hashable_and_keyword_only(method):
         assert isinstance(field.default, int | float | str), field.name  # a plain default: JSON and the CLI can say it
 
 
+@pytest.mark.fault(68)
 @every_name
 def test_unknown_options_are_refused_with_a_suggestion(name):
     for field in dataclasses.fields(method_class(name)):
@@ -536,6 +549,7 @@ def test_unknown_options_are_refused_with_a_suggestion(name):
         make_method(name, options={"zzzzzz": 1})
 
 
+@pytest.mark.fault(68)
 @every_name
 def test_options_of_the_wrong_type_are_refused_with_the_type_that_fits(name):
     for field in dataclasses.fields(method_class(name)):

@@ -76,6 +76,7 @@ def accepted(model: Path | str, *options: object, where: Path) -> dict:
 # ---- options
 
 
+@pytest.mark.fault(54, 68)
 @pytest.mark.parametrize(
     ("keep", "says"),
     [
@@ -95,6 +96,7 @@ def test_keep(keep: str, says: str, model: Path, tmp_path: Path) -> None:
     assert says in answer.message
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize("method", ["svd", "two-sided"])
 def test_keep_too_small_names_the_smallest(method: str, model: Path, tmp_path: Path) -> None:
     message = refused(USAGE, model, "--method", method, "--keep", "0.01", where=tmp_path)
@@ -103,6 +105,7 @@ def test_keep_too_small_names_the_smallest(method: str, model: Path, tmp_path: P
     assert call("plan", model, "--method", method, "--keep", "0.01").message == message
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize("method", ["svd", "two-sided"])
 def test_the_smallest_keep_that_is_named_can_be_reached(method: str, model: Path, tmp_path: Path) -> None:
     message = refused(USAGE, model, "--method", method, "--keep", "0.01", where=tmp_path)
@@ -115,6 +118,7 @@ def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path:
     refused(USAGE, model, "--method", "two-sided", "--keep", "0.061", where=tmp_path)
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -151,24 +155,28 @@ def test_options(options: tuple[str, ...], says: str, model: Path, tmp_path: Pat
     assert says in refused(USAGE, model, *options, where=tmp_path)
 
 
+@pytest.mark.fault(68)
 def test_unknown_flag(model: Path, tmp_path: Path) -> None:
     message = refused(USAGE, model, "--metod", "svd", where=tmp_path)
     assert "No such option: --metod" in message
     assert re.search(r"(Possible options:|Did you mean) .*--method", message)  # typer's words for one or several
 
 
+@pytest.mark.fault(68)
 def test_unknown_command() -> None:
     answer = call("compres")
     assert answer.code == USAGE
     assert "No such command 'compres'. Did you mean 'compress'?" in answer.message
 
 
+@pytest.mark.fault(62)
 def test_a_gpu_that_is_not_there(model: Path, tmp_path: Path) -> None:
     with mock.patch.object(torch.cuda, "device_count", return_value=0):
         message = refused(RESOURCE, model, "--device", "cuda:7", where=tmp_path)
     assert message == "error: --device cuda:7: this machine has 0 CUDA devices; use cpu"
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -195,6 +203,7 @@ def test_options_of_the_other_commands(arguments: tuple[str, ...], says: str, mo
 # ---- the model
 
 
+@pytest.mark.fault(16, 64)
 @pytest.mark.parametrize(
     ("name", "code", "says"),
     [
@@ -215,6 +224,7 @@ def test_a_model_that_is_not_there(name: str, code: int, says: str, tmp_path: Pa
         assert says in answer.message
 
 
+@pytest.mark.fault(64)
 def test_a_hub_id_that_the_hub_does_not_know(tmp_path: Path) -> None:
     gone = ConnectionError("404 Client Error.\nRepository Not Found")
     with mock.patch("huggingface_hub.snapshot_download", side_effect=gone):
@@ -233,6 +243,7 @@ class Canary:
         return (Path.touch, (Path(self.path),))
 
 
+@pytest.mark.fault(12, 13)
 def test_pickles_are_refused_and_never_opened(model: Path, tmp_path: Path) -> None:
     bird = tmp_path / "canary"
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(str(bird))))
@@ -246,6 +257,7 @@ def test_pickles_are_refused_and_never_opened(model: Path, tmp_path: Path) -> No
     assert bird.exists()  # the canary does sing
 
 
+@pytest.mark.fault(14, 15)
 def test_code_in_the_folder_is_never_run(model: Path, tmp_path: Path) -> None:
     bird = tmp_path / "canary"
     code = f"from pathlib import Path\nPath({str(bird)!r}).touch()\n"
@@ -263,6 +275,7 @@ def test_code_in_the_folder_is_never_run(model: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.py"))
 
 
+@pytest.mark.fault(3)
 def test_truncated_shard(model: Path, tmp_path: Path) -> None:
     path = model / "model.safetensors"
     size = path.stat().st_size
@@ -271,6 +284,7 @@ def test_truncated_shard(model: Path, tmp_path: Path) -> None:
     assert f"model.safetensors: truncated: expected {size} bytes, found {size - 10}; download it again" in message
 
 
+@pytest.mark.fault(8)
 def test_missing_shard(tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / "model-00002-of-00002.safetensors").unlink()
@@ -279,6 +293,7 @@ def test_missing_shard(tmp_path: Path) -> None:
     assert "model-00002-of-00002.safetensors" in message
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -305,11 +320,13 @@ def test_a_config_that_does_not_fit(fields: dict, says: str, model: Path, tmp_pa
     assert answer.code == INPUT, answer.err
 
 
+@pytest.mark.fault(72)
 def test_a_quantised_model(model: Path, tmp_path: Path) -> None:
     change_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "quantised with gptq; spectrim starts from 16- or 32-bit weights" in refused(USAGE, model, where=tmp_path)
 
 
+@pytest.mark.fault(72)
 def test_a_compressed_model_as_input(model: Path, tmp_path: Path) -> None:
     accepted(model, where=tmp_path)
     message = refused(USAGE, tmp_path / "out", out=tmp_path / "twice", where=tmp_path)
@@ -317,6 +334,7 @@ def test_a_compressed_model_as_input(model: Path, tmp_path: Path) -> None:
     assert "spectrim export --to dense" in message
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize(
     ("rank", "says"), [(3, "says rank 3"), (500, "so at most 32 is possible"), ("x", "expected codec in")]
 )
@@ -343,6 +361,7 @@ def test_a_compressed_folder_that_was_edited(rank: object, says: str, model: Pat
 # ---- numbers that are none
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("options", [(), ("--method", "two-sided")], ids=" ".join)
 def test_a_weight_that_is_not_finite(value: float, options: tuple[str, ...], model: Path, tmp_path: Path) -> None:
@@ -352,6 +371,7 @@ def test_a_weight_that_is_not_finite(value: float, options: tuple[str, ...], mod
     assert "download it again" in message
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
 def test_a_tensor_that_is_not_compressed_must_be_finite_too(name: str, model: Path, tmp_path: Path) -> None:
     """An Inf in the row of a rare token would be met by no calibration text."""
@@ -361,12 +381,14 @@ def test_a_tensor_that_is_not_compressed_must_be_finite_too(name: str, model: Pa
     assert "NaN or Inf; none is allowed" in message
 
 
+@pytest.mark.fault(45)
 def test_activations_that_overflow_name_the_first_layer(model: Path, tmp_path: Path) -> None:
     change_weights(model, "model.layers.1.post_attention_layernorm", lambda tensor: tensor.fill_(3e38))
     message = refused(NUMERICAL, model, "--method", "svd-llm", where=tmp_path)
     assert "error: model.layers.1.mlp.gate_proj: the inputs are not finite in the batch that starts at" in message
 
 
+@pytest.mark.fault(45)
 def test_activations_that_overflow_without_statistics(model: Path, tmp_path: Path) -> None:
     change_weights(model, "model.norm.weight", lambda tensor: tensor.fill_(3e38))
     text = small_text(tmp_path / "text.txt")
@@ -394,6 +416,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     assert call("generate", model, "--tokenizer", words, "--prompt", "x", "--max-new-tokens", "1").code == 0
 
 
+@pytest.mark.fault(17)
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     model = small_model(tmp_path / "model", vocab_size=100)
     says = "the model knows 0 to 99: it belongs to another model; pass the right one as --tokenizer"
@@ -405,6 +428,7 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
         assert says in answer.message
 
 
+@pytest.mark.fault(47, 69)
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -424,12 +448,14 @@ def test_text(use: str, content: bytes, says: str, model: Path, tmp_path: Path) 
     assert says in message
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize("name", ["missing.txt", "missing"])
 def test_missing_text(name: str, model: Path, tmp_path: Path) -> None:
     message = refused(INPUT, model, "--calib", name, where=tmp_path)
     assert f"{name}: no such file or folder (looked in {Path.cwd()})" in message
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided", "asvd"])
 def test_a_text_shorter_than_a_layer_is_wide_works_and_says_so(method: str, model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"

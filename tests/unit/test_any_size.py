@@ -314,6 +314,7 @@ def test_a_size_of_a_folder_with_one_size_is_refused(folder, tmp_path):
         load_model(resolve(str(tmp_path / "one")), torch.device("cpu"), size=0.5)
 
 
+@pytest.mark.fault(71)
 def test_a_load_without_spectrim_fails_loudly(folder):
     program = (
         "import sys, transformers\n"
@@ -351,6 +352,7 @@ BAD_CONFIGS: dict[str, Edit] = {
 }
 
 
+@pytest.mark.fault(9, 70)
 @pytest.mark.parametrize("name", BAD_CONFIGS)
 def test_a_damaged_config_is_refused(copied, name):
     config = json.loads((copied / "config.json").read_text())
@@ -391,6 +393,7 @@ BAD_TENSORS: dict[str, tuple[Edit, type[Exception], str]] = {
 }
 
 
+@pytest.mark.fault(3, 44)
 @pytest.mark.parametrize("name", BAD_TENSORS)
 def test_damaged_tensors_are_refused(copied, name):
     edit, error, words = BAD_TENSORS[name]
@@ -401,6 +404,7 @@ def test_damaged_tensors_are_refused(copied, name):
         load(copied, 0.5)
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(
     ("method", "options", "words"),
     [
@@ -464,6 +468,7 @@ def test_what_was_learned_at_an_anchor_is_what_its_slice_gives(monkeypatch):
             torch.testing.assert_close(mine, weight, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.fault(55)
 def test_the_same_seed_gives_the_same_bytes():
     method = make_method("soco", None, {"batch_size": 4, "project_every": 2})
     both = [compress_any_size(tiny("llama"), method, token_ids(8), anchors=ANCHORS, steps=6) for _ in range(2)]

@@ -90,6 +90,7 @@ def stored_numbers(folder: Path, names: set[str]) -> int:
     return total
 
 
+@pytest.mark.fault(54, 56)
 def test_the_budget_is_met_and_never_exceeded(case):
     walk = find_layers(case.dense)
     dense_numbers = sum(p.numel() for la in walk.layers for p in case.dense.get_submodule(la.name).parameters())
@@ -111,6 +112,7 @@ def test_the_source_is_unchanged_bit_for_bit(case):
     assert_same_state(case.before, state_of(case.dense))
 
 
+@pytest.mark.fault(56)
 def test_nothing_is_shared_with_the_source(case):
     mine = {p.data_ptr() for p in case.small.model.parameters()}
     assert mine.isdisjoint(p.data_ptr() for p in case.dense.parameters())
@@ -125,6 +127,7 @@ def test_the_working_copy_shares_what_is_not_compressed(case):
     assert all(ours[name] is parameter for name, parameter in rest)
 
 
+@pytest.mark.fault(56, 71)
 def test_plain_from_pretrained_gives_the_same_logits(case):
     assert type(case.loaded) is type(case.dense)
     torch.testing.assert_close(logits_of(case.loaded, case.ids), case.small_logits, atol=1e-5, rtol=0)
@@ -164,6 +167,7 @@ def test_generation_with_the_cache_equals_the_uncached_model(case):
     assert (forced.max(-1).values - chosen).abs().max() <= 1e-4  # greedy, up to ties
 
 
+@pytest.mark.fault(56)
 def test_full_keep_gives_the_dense_logits(case):
     full = spectrim.compress(
         case.dense, keep=1.0, method=case.method, options=METHODS[case.method][1], calibration=token_ids(2)
@@ -182,6 +186,7 @@ def test_multiplying_back_gives_the_compressed_logits(case):
     torch.testing.assert_close(logits_of(dense, case.ids), case.small_logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.fault(71)
 def test_the_dense_export_is_an_ordinary_folder(case, tmp_path):
     facts = export_dense(resolve(str(case.folder)), tmp_path / "dense")
     assert facts["numbers"] == sum(p.numel() for p in case.dense.parameters())

@@ -113,9 +113,9 @@ def test_the_closed_form_of_another_run_is_refused(changes, says):
 def test_after_a_loss_that_was_not_finite_the_run_goes_on_from_the_last_good_state(monkeypatch, whole, step):
     checkpoint, calls, real = MemoryCheckpoint(), [0], SoCo.loss
 
-    def failing(self: SoCo, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def failing(self: SoCo, student_logits: Tensor, ids: Tensor, teacher_logits: Tensor) -> Tensor:
         calls[0] += 1
-        return real(self, student_logits, teacher_logits) * (torch.nan if calls[0] == step + 1 else 1.0)
+        return real(self, student_logits, ids, teacher_logits) * (torch.nan if calls[0] == step + 1 else 1.0)
 
     monkeypatch.setattr(SoCo, "loss", failing)
     with pytest.raises(NumericalError, match=f"soco: the loss is nan at step {step} of 12"):

@@ -144,6 +144,7 @@ def test_stdout_is_the_report_and_nothing_else(run: Run) -> None:
     assert run.answer.out.endswith("}\n")
 
 
+@pytest.mark.fault(54)
 def test_stored_numbers_and_bytes_are_those_counted_in_the_headers(run: Run) -> None:
     after, before, stored = tensors_in(run.folder), tensors_in(run.model), run.report["stored"]
     dense = sum(map(numbers, in_linears(before)))
@@ -190,6 +191,7 @@ def test_the_model_card_shows_the_figures_of_the_report(run: Run) -> None:
     assert f"evaluation: builtin:stdlib, 2 windows of {quality['dense']['window']} tokens" in text
 
 
+@pytest.mark.fault(55)
 def test_the_recipe_gives_the_same_bytes_again(run: Run, tmp_path: Path, quick_reload: None) -> None:
     recipe = json.loads((run.folder / "recipe.json").read_text())
     again = job.run(Request(**recipe), tmp_path / "again")
@@ -304,6 +306,7 @@ print(json.dumps({"missing": sorted(info["missing_keys"]), "unexpected": sorted(
 """
 
 
+@pytest.mark.fault(71)
 def test_the_exported_folder_loads_without_spectrim_and_the_compressed_one_says_so(
     tmp_path: Path, quick_reload: None
 ) -> None:
@@ -448,6 +451,7 @@ def test_recovery_steps_are_repeated_in_order(tmp_path: Path, quick_reload: None
     assert len(answer.json["learning"]["distil_losses"]) == 3
 
 
+@pytest.mark.fault(57)
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -197,6 +197,7 @@ def test_compressed_files_read_like_plain_ones(tmp_path: Path, suffix: str, pack
     assert load_texts(write(rows, pack(b'{"text": "x"}\n')), split="evaluation").documents == ("x",)
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize("suffix", [".xz", ".gz"])
 def test_damaged_compression_is_an_input_error(tmp_path: Path, suffix: str):
     with pytest.raises(InputError, match=f"damaged or not {suffix} data"):
@@ -207,6 +208,7 @@ def test_damaged_compression_is_an_input_error(tmp_path: Path, suffix: str):
         load_texts(write(tmp_path / f"b.txt{suffix}", cut), split="evaluation")
 
 
+@pytest.mark.fault(69)
 def test_max_chars_reads_only_the_beginning_of_a_stream(tmp_path: Path):
     # The stream is cut off: reading it to its end fails, so success shows that the end was not read.
     stream = lzma.compress("".join(f"line {i}\n" for i in range(400_000)).encode(), preset=0)
@@ -226,6 +228,7 @@ def test_json_lines_take_the_text_field(tmp_path: Path):
     assert load_texts(path, split="evaluation", max_chars=5).documents == ("one", "tw")
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -244,6 +247,7 @@ def test_json_lines_refusals_name_the_line(tmp_path: Path, line: str, message: s
         load_texts(path, split="evaluation")
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -261,6 +265,7 @@ def test_file_refusals(tmp_path: Path, name: str, content: bytes, message: str):
         load_texts(write(tmp_path / name, content), split="evaluation")
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize("missing", ["nothing-here", "folder/nothing-here.txt", "./a/b", "/nowhere/a.txt"])
 def test_a_missing_file_says_so(missing: str):
     with pytest.raises(InputError, match=f"{re.escape(missing)}: no such file or folder"):
@@ -375,6 +380,7 @@ def test_a_dataset_is_streamed_to_the_limit(monkeypatch: pytest.MonkeyPatch):
     assert texts.note == "hub:owner/name::train: 3 documents, 10 characters (stopped at the limit of 10)"
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

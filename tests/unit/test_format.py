@@ -135,6 +135,7 @@ def test_the_weights_on_disk_multiply_to_those_of_the_model(small, folder, codec
         torch.testing.assert_close(weight, module.dense_weight(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.fault(70)
 def test_unknown_information_survives_a_round_trip(copied, tmp_path):
     edit_config(copied, lambda q: q.update(from_the_future={"a": [1]}))
     load(copied).save_pretrained(tmp_path / "again")
@@ -145,6 +146,7 @@ def test_unknown_information_survives_a_round_trip(copied, tmp_path):
 # Loading without spectrim
 
 
+@pytest.mark.fault(71)
 def test_a_load_without_spectrim_fails_loudly(tmp_path):
     """One process for both codecs: importing transformers takes seconds."""
     folders = {codec: compressed_to(codec).save_pretrained(tmp_path / codec) for codec in ("pivot", "factor")}
@@ -188,6 +190,7 @@ def test_a_wrong_rank_is_refused(copied, change):
     refuse(copied, QUERY, f"rank {rank + change}", "the files hold shape")
 
 
+@pytest.mark.fault(54)
 def test_a_rank_above_what_the_layer_allows_is_refused(copied):
     edit_config(copied, lambda q: q["modules"][QUERY].update(rank=33))
     refuse(copied, QUERY, "rank 33", "32 x 32", "at most 32")
@@ -220,11 +223,13 @@ def test_an_entry_that_is_not_a_description_is_refused(copied, entry):
     refuse(copied, "config.json", QUERY)
 
 
+@pytest.mark.fault(70)
 def test_a_later_format_version_is_refused(copied):
     edit_config(copied, lambda q: q.update(format_version=2))
     refuse(copied, "config.json", "format_version is 2", "upgrade spectrim")
 
 
+@pytest.mark.fault(70)
 @pytest.mark.parametrize("version", ["1", None, 1.0, True, 0], ids=repr)
 def test_a_malformed_format_version_is_refused(copied, version):
     edit_config(copied, lambda q: q.update(format_version=version))
@@ -327,6 +332,7 @@ def test_device_maps(folder, small, device_map):
     assert torch.equal(logits_of(loaded, IDS), logits_of(small.model, IDS))
 
 
+@pytest.mark.fault(19)
 def test_the_hub_caches_links_are_followed(folder, small, tmp_path):
     """A snapshot in the hub's cache is links to files with other names."""
     (tmp_path / "blobs").mkdir()
@@ -391,12 +397,14 @@ def test_another_head_loads(folder, small):
         assert torch.equal(hidden, small.model.model(IDS, use_cache=False).last_hidden_state)
 
 
+@pytest.mark.fault(72)
 def test_sharded_files_load(small, tmp_path):
     small.model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     assert torch.equal(logits_of(load(tmp_path), IDS), logits_of(small.model, IDS))
 
 
+@pytest.mark.fault(8)
 def test_a_missing_tensor_in_a_shard_is_refused(small, codec, tmp_path):
     small.model.save_pretrained(tmp_path, max_shard_size="8KB")
     key = f"{QUERY}.U.weight" if codec == "factor" else f"{QUERY}.rest.weight"
@@ -443,6 +451,7 @@ def test_casting_after_the_load(folder, small, cast, dtype):
     assert (got.float() - want).abs().max() < 0.1 * want.abs().max()
 
 
+@pytest.mark.fault(71)
 def test_spectrim_load_equals_plain_loading(folder, small):
     loaded = spectrim.load(folder, device="cpu")
     assert torch.equal(logits_of(loaded, IDS), logits_of(small.model, IDS))

@@ -44,6 +44,7 @@ def quick_reload() -> Iterator[None]:
 # ---- the request
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -85,6 +86,7 @@ def test_a_request_is_the_same_after_json() -> None:
 # ---- order: cheap refusals first
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [
@@ -146,6 +148,7 @@ def test_a_reload_that_differs_publishes_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in before}
 
 
+@pytest.mark.fault(45)
 def test_logits_that_were_nan_before_saving_are_not_taken_for_equal(model: Path, tmp_path: Path) -> None:
     change_weights(model, "model.layers.0.input_layernorm.weight", lambda tensor: tensor.fill_(3e38))
     finite = torch.zeros(1, 16, 8192)
@@ -200,6 +203,7 @@ def test_rounding_leaves_the_dense_model_alone_and_tied_weights_tied(model: Path
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
 
 
+@pytest.mark.fault(45)
 def test_a_value_that_the_stored_dtype_cannot_hold_is_refused(model: Path, tmp_path: Path) -> None:
     change_weights(model, "model.norm.weight", lambda tensor: tensor.mul_(1e5))
     with pytest.raises(NumericalError, match=r"model\.norm\.weight: its largest value, 1e\+05, .* float16"):
@@ -213,6 +217,7 @@ def test_a_value_that_the_stored_dtype_cannot_hold_is_refused(model: Path, tmp_p
 # ---- text
 
 
+@pytest.mark.fault(69)
 def test_calibrating_and_evaluating_on_one_text_is_told(model: Path, tmp_path: Path, quick_reload: None) -> None:
     text = tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x + 1\n" * 200)

@@ -149,6 +149,7 @@ def counted(walk: Walk, targets, factors) -> int:
     return total
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize("keep", [0.15, 0.5, 0.83])
 @pytest.mark.parametrize("storage", ["pivot", "factor"])
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
@@ -177,6 +178,7 @@ def test_without_steps_the_result_is_the_closed_form_plan(model, walk, spectra, 
         )
 
 
+@pytest.mark.fault(54)
 def test_at_keep_one_everything_stays(model, walk, spectra, ids):
     result = train_scores(SoCo(steps=4, **DEFAULTS), model, walk, spectra, 1.0, ids)
     assert result.keeps == (1.0,) * 4
@@ -203,6 +205,7 @@ def test_the_teacher_is_unchanged_bit_for_bit(model, walk, spectra, ids):
         model.eval().requires_grad_(True)
 
 
+@pytest.mark.fault(55)
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(model, walk, spectra, ids):
     method = SoCo(steps=15, **DEFAULTS)
     first, again, other = (train_scores(method, model, walk, spectra, KEEP, ids, seed=seed) for seed in (3, 3, 4))
@@ -214,12 +217,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(model, walk
     assert first.losses != other.losses
 
 
+@pytest.mark.fault(57)
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(monkeypatch, model, walk, spectra, ids):
     real, calls = SoCo.loss, []
 
-    def failing(self: SoCo, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def failing(self: SoCo, student_logits: Tensor, ids: Tensor, teacher_logits: Tensor) -> Tensor:
         calls.append(1)
-        return real(self, student_logits, teacher_logits) * (math.nan if len(calls) == 4 else 1.0)
+        return real(self, student_logits, ids, teacher_logits) * (math.nan if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(SoCo, "loss", failing)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -357,6 +361,7 @@ def test_gradients_are_remembered_for_all_and_applied_only_to_kept():
     assert layer.scores.grad.tolist() == [1, 2, 0, 0, 0, 0]
 
 
+@pytest.mark.fault(57)
 def test_a_layer_whose_scores_all_vanished_is_named():
     scored, _ = one_layer(ENERGY)
     assert collapsed(scored) == []
@@ -368,6 +373,7 @@ def test_a_layer_whose_scores_all_vanished_is_named():
     assert collapsed(scored) == []
 
 
+@pytest.mark.fault(57)
 def test_a_layer_that_learned_nothing_is_named():
     scored, _ = one_layer(ENERGY)
     scored["a"].mask.copy_(torch.tensor([1.0, 1, 0, 0, 0, 0]))
@@ -382,7 +388,7 @@ def test_a_layer_that_learned_nothing_is_named():
 
 def test_layers_out_of_reach_of_the_loss_are_told_after_training(monkeypatch, model, walk, spectra, ids):
     """A loss that looks at nothing: all scores stay at 1."""
-    monkeypatch.setattr(SoCo, "loss", lambda _self, student, _teacher: (student * 0).sum())
+    monkeypatch.setattr(SoCo, "loss", lambda _self, student, _ids, _teacher: (student * 0).sum())
     result = train_scores(SoCo(steps=3, explore=0.0, refine=1.0, **DEFAULTS), model, walk, spectra, KEEP, ids)
     assert len(result.warnings) == len(walk.layers)
     assert all("nothing was learned" in warning for warning in result.warnings)

@@ -132,6 +132,7 @@ def test_within_a_few_per_cent_of_an_exact_knapsack_on_many_layers(storage):
         assert error <= 1.05 * knapsack(layers, budget)
 
 
+@pytest.mark.fault(54)
 def test_cliff_of_factor_storage_one_layer_stays_dense():
     """Flat spectra, 8 x 8: rank 3 costs 48, dense 64. Equal ranks leave error 11; one dense and one rank 1 leave 7."""
     layer = layer_options([1.0] * 8, 8, 8, "factor")
@@ -165,6 +166,7 @@ def test_all_the_money_buys_the_least_error_and_none_of_it_is_wasted():
     assert allocate(layers, 100) == [1, 1]  # of two options without error, the cheaper one
 
 
+@pytest.mark.fault(54)
 def test_exactly_the_cheapest_budget_is_feasible_and_one_less_is_refused_with_both_numbers():
     layers = [options([3.0, 0.0], [1000, 4000]), options([1.0, 2.0], [900, 500])]
     assert allocate(layers, 1500) == [0, 1]

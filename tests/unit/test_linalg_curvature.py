@@ -31,6 +31,7 @@ def zeros(*shape: int) -> Tensor:
 # ---------- add_gram
 
 
+@pytest.mark.fault(49, 50)
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 def test_gram_equals_the_float64_product_at_every_scale(scale, tokens):
@@ -42,6 +43,7 @@ def test_gram_equals_the_float64_product_at_every_scale(scale, tokens):
     assert float((total - exact).norm()) <= 1e-6 * float(exact.norm())
 
 
+@pytest.mark.fault(49, 50)
 def test_gram_over_four_decades_of_activations_stays_positive():
     """Condition 1e8: accumulation in float32 alone loses the small directions (see the module's header)."""
     grades = torch.logspace(0, -4, 24)
@@ -58,6 +60,7 @@ def test_gram_over_four_decades_of_activations_stays_positive():
     assert float(torch.linalg.eigvalsh(total)[0]) == pytest.approx(float(torch.linalg.eigvalsh(exact)[0]), rel=1e-3)
 
 
+@pytest.mark.fault(55)
 @given(split=st.lists(st.integers(1, 40), min_size=1, max_size=6), seed=st.integers(0, 1000))
 def test_gram_does_not_depend_on_how_the_tokens_arrive(split, seed):
     rows = normal(seed, sum(split), 8)
@@ -81,6 +84,7 @@ def test_gram_in_chunks_counts_every_row_once(monkeypatch):
         torch.testing.assert_close(total, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fault(50)
 def test_gram_adds_to_what_is_there_and_takes_half_precision_rows():
     rows = normal(4, 30, 6)
     total = torch.full((6, 6), 5.0, dtype=torch.float64)

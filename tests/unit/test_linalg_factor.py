@@ -106,6 +106,7 @@ def test_no_rank_r_competitor_is_better_in_the_metric(seed, outputs, inputs, dat
         assert metric_error(weight - left @ right, b, a) >= best * (1 - 1e-9)
 
 
+@pytest.mark.fault(46, 48)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_grams_give_the_weight_back_at_full_rank_and_the_optimum_below(shape):
     outputs, inputs = shape
@@ -134,6 +135,7 @@ def test_decompose_works_in_the_dtype_it_is_given():
     assert {t.dtype for t in spectrum} == {torch.float32}
 
 
+@pytest.mark.fault(48)
 def test_a_zero_weight_has_no_energy_and_stays_zero():
     for shape in ((5, 3), (3, 5)):
         spectrum = decompose(torch.zeros(shape, dtype=torch.float64), right=root_of(covariance(1, shape[1])))
@@ -261,6 +263,7 @@ def test_refit_of_an_undisturbed_optimum_changes_nothing_at_any_ridge(ridge):
     torch.testing.assert_close(refitted @ factors.right, product(factors), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.fault(47)
 def test_refit_with_fewer_tokens_than_the_rank_stays_finite_and_fits_the_tokens():
     weight, right, x = normal(7, 5, 10), normal(8, 6, 10), normal(9, 3, 10)
     left = refit_left(weight, right, x.mT @ x, x.mT @ x)

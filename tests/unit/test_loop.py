@@ -159,6 +159,7 @@ def spoiled(run: Regression, step: int, how: str) -> Callable[[Tensor], Tensor]:
     return loss
 
 
+@pytest.mark.fault(57)
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize("step", [0, 4, 5])
 def test_nothing_is_changed_by_a_step_that_is_not_finite_and_the_state_before_it_is_kept(how: str, step: int):
@@ -185,6 +186,7 @@ def test_nothing_is_changed_by_a_step_that_is_not_finite_and_the_state_before_it
     assert same(again.tensors(), whole.tensors())
 
 
+@pytest.mark.fault(57)
 def test_without_a_checkpoint_the_run_stops_as_well():
     run = Regression()
     run.training = replace(run.training, loss=spoiled(run, 2, "nan"))
@@ -192,6 +194,7 @@ def test_without_a_checkpoint_the_run_stops_as_well():
         run.train()
 
 
+@pytest.mark.fault(57)
 def test_a_norm_that_overflows_is_told():
     run = Regression(before_step=None)
     run.training = replace(run.training, loss=lambda batch: (run.w * 3e38).sum() + run.b.sum() * batch.mean())

@@ -111,6 +111,7 @@ def assert_equal_stats(one: dict[str, Stats], other: dict[str, Stats], *, tolera
 # Values
 
 
+@pytest.mark.fault(50)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_all_statistics_equal_the_float64_oracle(architecture, batch_size, known_labels):
@@ -208,6 +209,7 @@ def test_gradient_windows_beyond_the_text_mean_all(known_labels):
     )
 
 
+@pytest.mark.fault(55, 59)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_batch_size_does_not_matter(architecture, known_labels):
     model = tiny(architecture)
@@ -217,6 +219,7 @@ def test_the_batch_size_does_not_matter(architecture, known_labels):
         assert_equal_stats(measure(model, walk, IDS, EVERYTHING, batch_size=batch_size), one, tolerance=1e-5)
 
 
+@pytest.mark.fault(55, 59)
 def test_the_batch_size_does_not_change_the_sampled_labels():
     model = tiny("llama")
     walk = find_layers(model)
@@ -235,6 +238,7 @@ def test_progress_counts_windows():
     assert seen == [("calibrate", 3, 6), ("calibrate", 6, 6)]
 
 
+@pytest.mark.fault(56)
 def test_a_layer_that_never_runs_is_an_error():
     model = tiny("llama")
     model.model.layers[0].mlp.spare = nn.Linear(32, 32)
@@ -321,6 +325,7 @@ def test_a_certain_model_always_gives_its_label():
 # Not finite
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize(
     ("architecture", "damage", "first"),
     [
@@ -344,6 +349,7 @@ def test_the_first_layer_that_is_not_finite_is_named(architecture, damage, first
         assert state_of(model)[key] == before[key]
 
 
+@pytest.mark.fault(45)
 def test_the_batch_that_is_not_finite_is_named():
     model = tiny("llama")
     ids = IDS.clone()
@@ -365,6 +371,7 @@ def change_gradient(module: nn.Module, change: Callable[[Tensor], Tensor]) -> No
     module.register_forward_hook(hook)
 
 
+@pytest.mark.fault(45)
 def test_a_bad_gradient_is_traced_to_where_it_began():
     """Gradients go backwards: the last bad layer in running order is the first that went bad."""
     model = tiny("llama")
@@ -373,6 +380,7 @@ def test_a_bad_gradient_is_traced_to_where_it_began():
         measure(model, find_layers(model), IDS, EVERYTHING)
 
 
+@pytest.mark.fault(45)
 def test_a_bad_fisher_entry_off_the_diagonal_is_seen():
     """Found: of the (48, 32) Fisher matrix only the diagonal was looked at, which ends at output 31."""
     model = tiny("llama")

@@ -144,6 +144,6 @@ def test_in_a_whole_run_it_is_part_of_the_closed_form_and_meets_the_budget():
 def test_a_gradient_that_is_not_finite_names_its_layer(monkeypatch: pytest.MonkeyPatch):
     model, walk, spectra, plan = prepared()
     real = SoCo.loss
-    monkeypatch.setattr(SoCo, "loss", lambda self, a, b: real(self, a, b) * torch.nan)
+    monkeypatch.setattr(SoCo, "loss", lambda self, a, ids, b: real(self, a, ids, b) * torch.nan)
     with pytest.raises(NumericalError, match=r"model\.layers\.\d.*gradient of its scores is not finite.*newton=0"):
         newton_scores(METHOD, model, walk, spectra, plan, IDS, steps=1, batch_size=8)

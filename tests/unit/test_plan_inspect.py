@@ -128,6 +128,7 @@ def test_the_plan_counts_more_work_for_methods_that_do_more(models: dict[str, Pa
     assert memory[4] > 2 * memory[2]  # best trains factors, balanced scores: either takes far more than the closed form
 
 
+@pytest.mark.fault(72)
 def test_a_plan_for_a_compressed_folder_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     compressed(models["tied"], tmp_path / "out", "--method", "svd")
     answer = call("plan", tmp_path / "out", "--method", "svd")
@@ -136,6 +137,7 @@ def test_a_plan_for_a_compressed_folder_is_refused(models: dict[str, Path], tmp_
     assert "export --to dense" in answer.message
 
 
+@pytest.mark.fault(15)
 def test_plan_refuses_a_config_of_another_model(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["tied"], tmp_path / "model")
     change_config(tmp_path / "model", num_hidden_layers=5)

@@ -289,6 +289,7 @@ class Expert(nn.Module):
         return out.view_as(x)
 
 
+@pytest.mark.fault(56)
 def test_routed_layers_keep_their_spectra_and_are_named():
     dense = tiny("llama")
     dense.model.layers[0].mlp = Expert()
@@ -305,6 +306,7 @@ def test_routed_layers_keep_their_spectra_and_are_named():
     assert outcome.warnings == warnings
 
 
+@pytest.mark.fault(56)
 def test_a_layer_that_never_runs_is_named_too():
     dense = tiny("llama")
     method = method_of()

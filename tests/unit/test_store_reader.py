@@ -74,6 +74,7 @@ def test_read_json_returns_the_object(tmp_path: Path) -> None:
     assert read_json(path, limit_bytes=1000) == {"a": [1, 2.5, None, True], "é": "😀", "n": -3}
 
 
+@pytest.mark.fault(9)
 def test_integers_of_tokenizer_configs_are_accepted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", b'{"model_max_length": 1000000000000000019884624838656}')
     assert read_json(path, limit_bytes=1000)["model_max_length"] == int(1e30)
@@ -109,6 +110,7 @@ BAD_JSON = {
 }
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize(("raw", "says"), BAD_JSON.values(), ids=BAD_JSON.keys())
 def test_bad_json_is_one_clear_error_naming_the_file(tmp_path: Path, raw: bytes, says: str) -> None:
     path = write(tmp_path / "config.json", raw)
@@ -118,22 +120,26 @@ def test_bad_json_is_one_clear_error_naming_the_file(tmp_path: Path, raw: bytes,
     assert "download it again" in message
 
 
+@pytest.mark.fault(9)
 def test_brackets_in_strings_do_not_count_as_depth(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", json.dumps({"a": "[{" * 500, "b": '\\"[' * 99, "c": [[]] * 70}).encode())
     assert read_json(path, limit_bytes=10_000)["a"] == "[{" * 500
 
 
+@pytest.mark.fault(9)
 def test_depth_of_exactly_the_limit_is_accepted(tmp_path: Path) -> None:
     raw = b'{"a":' + b"[" * 63 + b"]" * 63 + b', "b": [[]]}'
     assert set(read_json(write(tmp_path / "a.json", raw), limit_bytes=10_000)) == {"a", "b"}
 
 
+@pytest.mark.fault(9)
 def test_json_over_the_size_limit_is_not_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", b'{"a": 1}' + b" " * 100)
     assert refusal(read_json, path, limit_bytes=50) == (f"{path}: 108 bytes, allowed 50; is this the right file?")
     assert read_json(path, limit_bytes=108) == {"a": 1}
 
 
+@pytest.mark.fault(2, 9)
 def test_many_small_values_are_counted_before_parsing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_module, "JSON_CONTAINERS_MAX", 1000)
     path = write(tmp_path / "a.json", b'{"a":[' + b"[]," * 1000 + b"1]}")
@@ -143,6 +149,7 @@ def test_many_small_values_are_counted_before_parsing(tmp_path: Path, monkeypatc
     assert "1,005 values and marks, allowed 500" in refusal(read_json, path, limit_bytes=10_000)
 
 
+@pytest.mark.fault(16)
 def test_a_pointer_file_is_explained(tmp_path: Path) -> None:
     path = write(tmp_path / "config.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n")
     assert "is a Git LFS pointer, not the file itself; run `git lfs pull`" in refusal(read_json, path)
@@ -151,6 +158,7 @@ def test_a_pointer_file_is_explained(tmp_path: Path) -> None:
 # ---- only regular files
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("reader", [read_json, read_header])
 def test_missing_and_special_files_are_refused_at_once(tmp_path: Path, reader: object) -> None:
     fifo, folder, loop, sock = (tmp_path / name for name in ("fifo", "folder", "loop", "sock"))
@@ -180,6 +188,7 @@ def _stay_here() -> object:
     os.chdir(here)
 
 
+@pytest.mark.fault(23)
 def test_a_file_swapped_while_being_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, other = write(tmp_path / "a.json", b"{}"), write(tmp_path / "b.json", b"{}")
     real = os.open
@@ -187,6 +196,7 @@ def test_a_file_swapped_while_being_opened_is_refused(tmp_path: Path, monkeypatc
     assert "was replaced by another file while it was being opened" in refusal(read_json, path)
 
 
+@pytest.mark.fault(19, 23)
 def test_a_pipe_swapped_in_before_opening_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, regular = tmp_path / "fifo", write(tmp_path / "a.json", b"{}").stat()
     os.mkfifo(path)
@@ -227,6 +237,7 @@ def test_byte_ranges_point_at_the_values(tmp_path: Path) -> None:
     assert np.frombuffer(raw, np.float32).tolist() == values.tolist()
 
 
+@pytest.mark.fault(6)
 def test_sub_byte_dtypes_are_counted_in_bits(tmp_path: Path) -> None:
     path = write(tmp_path / "a", raw_safetensors({"a": entry("F4", [3, 2], [0, 3])}, b"123"))
     assert read_header(path)["a"].nbytes == 3
@@ -296,6 +307,7 @@ BAD_HEADERS = {
 }
 
 
+@pytest.mark.fault(4, 5, 6, 7, 11)
 @pytest.mark.parametrize(("header", "says"), BAD_HEADERS.values(), ids=BAD_HEADERS.keys())
 def test_bad_headers_are_refused_naming_file_and_tensor(tmp_path: Path, header: object, says: str) -> None:
     path = write(tmp_path / "m.safetensors", raw_safetensors(header, b"12345678"))
@@ -306,6 +318,7 @@ def test_bad_headers_are_refused_naming_file_and_tensor(tmp_path: Path, header: 
     assert len(message) < 1000
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", "C:\\x", "poids.é.重"])
 def test_names_that_look_like_paths_are_only_names(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "m.safetensors", raw_safetensors({name: entry()}, b"12345678"))
@@ -313,6 +326,7 @@ def test_names_that_look_like_paths_are_only_names(tmp_path: Path, name: str) ->
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, HEADER_BYTES_MAX + 1])
 def test_huge_header_length_is_refused_before_allocation(tmp_path: Path, length: int) -> None:
     path = write(tmp_path / "m.safetensors", raw_safetensors({}, length=length))
@@ -320,11 +334,13 @@ def test_huge_header_length_is_refused_before_allocation(tmp_path: Path, length:
     assert f"header length {length:,} bytes, allowed 100,000,000, file has 10" in message
 
 
+@pytest.mark.fault(1, 3)
 def test_header_length_beyond_the_file_is_called_truncated(tmp_path: Path) -> None:
     path = write(tmp_path / "m.safetensors", raw_safetensors({}, length=1000))
     assert refusal(read_header, path) == (f"{path}: truncated: expected 1008 bytes, found 10; download it again")
 
 
+@pytest.mark.fault(2)
 def test_too_many_tensors_are_refused_before_parsing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(header_module, "TENSORS_MAX", 3)
     monkeypatch.setattr(header_module, "parse_object", None)
@@ -333,6 +349,7 @@ def test_too_many_tensors_are_refused_before_parsing(tmp_path: Path, monkeypatch
     assert "more than the 3 tensors that are allowed" in message
 
 
+@pytest.mark.fault(2)
 def test_too_many_tensors_in_a_real_header_are_refused_within_a_second(tmp_path: Path) -> None:
     one = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     text = b"{" + b",".join(one % i for i in range(1_700_000)) + b"}"
@@ -346,6 +363,7 @@ def test_too_many_tensors_in_a_real_header_are_refused_within_a_second(tmp_path:
     assert seconds < 1
 
 
+@pytest.mark.fault(12, 16)
 @pytest.mark.parametrize(
     ("head", "says"),
     [
@@ -387,6 +405,7 @@ def test_path_with_space_and_umlaut_given_as_text(tmp_path: Path) -> None:
     assert list(open_checkpoint(str(folder)).tensors) == ["a"]  # type: ignore[arg-type]
 
 
+@pytest.mark.fault(14)
 def test_remote_code_is_reported_and_not_run(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", {"a": (1,)})
     canary = tmp_path / "canary"
@@ -396,6 +415,7 @@ def test_remote_code_is_reported_and_not_run(tmp_path: Path) -> None:
     assert not canary.exists()
 
 
+@pytest.mark.fault(16)
 def test_missing_empty_and_file_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no such folder; check the path" in refusal(open_checkpoint, tmp_path / "gone")
     monkeypatch.chdir(tmp_path)
@@ -414,6 +434,7 @@ def test_missing_empty_and_file_are_explained(tmp_path: Path, monkeypatch: pytes
     assert "no such folder" in refusal(open_checkpoint, Path("a\0b"))
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize(
     ("names", "says"),
     [
@@ -436,6 +457,7 @@ def test_folders_without_safetensors_are_explained(tmp_path: Path, names: list[s
     assert says in refusal(open_checkpoint, tmp_path)
 
 
+@pytest.mark.fault(12, 13)
 def test_pickles_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
@@ -456,6 +478,7 @@ def record_opens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return opened
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -474,6 +497,7 @@ def test_bad_config(tmp_path: Path, config: bytes | None, says: str) -> None:
     assert says in refusal(open_checkpoint, folder)
 
 
+@pytest.mark.fault(8)
 def test_model_without_tensors_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", {"a": (1,)})
     write(folder / "model.safetensors", raw_safetensors({}))
@@ -503,6 +527,7 @@ BAD_PAIRS = {
 }
 
 
+@pytest.mark.fault(7, 8)
 @pytest.mark.parametrize(("weight_map", "says"), BAD_PAIRS.values(), ids=BAD_PAIRS.keys())
 def test_index_and_shards_that_disagree(tmp_path: Path, weight_map: dict, says: str) -> None:
     folder = write_shards(tmp_path / "m", {ONE: {"a": (2,)}, TWO: {"b": (3,), "x": (1,)}}, weight_map)
@@ -511,12 +536,14 @@ def test_index_and_shards_that_disagree(tmp_path: Path, weight_map: dict, says: 
     assert "index and shards disagree" in message
 
 
+@pytest.mark.fault(7)
 def test_tensor_in_two_shards_names_both(tmp_path: Path) -> None:
     shards = {ONE: {"a": (2,)}, TWO: {"a": (2,), "b": (3,)}}
     folder = write_shards(tmp_path / "m", shards, {"a": ONE, "b": TWO})
     assert f"tensor 'a': in {ONE} and again in {TWO}" in refusal(open_checkpoint, folder)
 
 
+@pytest.mark.fault(7)
 def test_only_five_disagreements_are_listed(tmp_path: Path) -> None:
     weight_map = {"a": ONE, **{f"gone{i}": ONE for i in range(20)}}
     message = refusal(open_checkpoint, write_shards(tmp_path / "m", {ONE: {"a": (2,)}}, weight_map))
@@ -524,6 +551,7 @@ def test_only_five_disagreements_are_listed(tmp_path: Path) -> None:
     assert message.endswith("and 15 more")
 
 
+@pytest.mark.fault(8)
 def test_missing_and_stray_shards(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "m", {ONE: {"a": (2,)}}, {"a": ONE, "b": TWO})
     message = refusal(open_checkpoint, folder)
@@ -535,6 +563,7 @@ def test_missing_and_stray_shards(tmp_path: Path) -> None:
     assert TWO in message
 
 
+@pytest.mark.fault(7)
 def test_single_file_and_index_together_are_ambiguous(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "m", {ONE: {"a": (2,)}}, {"a": ONE})
     write_model(folder, {"a": (2,)})
@@ -566,6 +595,7 @@ HOSTILE_SHARDS = [
 ]
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("shard", HOSTILE_SHARDS, ids=repr)
 def test_hostile_shard_names_are_refused_before_any_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: object
@@ -580,12 +610,14 @@ def test_hostile_shard_names_are_refused_before_any_open(
     assert opened == ["model.safetensors.index.json"]
 
 
+@pytest.mark.fault(9, 18)
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x"])
 def test_index_without_a_map(tmp_path: Path, weight_map: object) -> None:
     folder = write_shards(tmp_path / "m", {ONE: {"a": (2,)}}, weight_map)
     assert "weight_map must map tensor names to shards" in refusal(open_checkpoint, folder)
 
 
+@pytest.mark.fault(11)
 def test_index_with_a_hostile_tensor_name(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "m", {ONE: {"a": (2,)}}, {"a": ONE, "\x1b[2J": ONE})
     assert "tensor name '\\x1b[2J' has characters that cannot be printed" in refusal(open_checkpoint, folder)
@@ -603,6 +635,7 @@ def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
     assert list(open_checkpoint(tmp_path / "alias").tensors) == ["a"]
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_links_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     folder = write_model(tmp_path / "m", {"a": (2,)})
@@ -612,6 +645,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     assert message.startswith(f"{folder / name}: is a link to {tmp_path / 'outside'}, outside of the model folder")
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("name", [ONE, "model.safetensors.index.json"])
 def test_shard_and_index_links_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     folder = write_shards(tmp_path / "m", {ONE: {"a": (2,)}}, {"a": ONE})
@@ -621,6 +655,7 @@ def test_shard_and_index_links_out_of_the_folder_are_refused(tmp_path: Path, nam
     assert message.startswith(f"{folder / name}: is a link to {tmp_path / 'outside'}, outside of the model")
 
 
+@pytest.mark.fault(19)
 def test_dangling_and_circular_links(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", {"a": (2,)})
     weights = folder / "model.safetensors"
@@ -643,11 +678,13 @@ def hub_cache(root: Path) -> tuple[Path, Path]:
     return snapshot, blobs
 
 
+@pytest.mark.fault(19)
 def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
     snapshot, _ = hub_cache(tmp_path)
     assert list(open_checkpoint(snapshot).tensors) == ["a"]
 
 
+@pytest.mark.fault(19)
 def test_hub_cache_links_to_another_model_are_refused(tmp_path: Path) -> None:
     snapshot, blobs = hub_cache(tmp_path)
     (tmp_path / "secret").write_bytes((blobs / "hash-model.safetensors").read_bytes())
@@ -656,6 +693,7 @@ def test_hub_cache_links_to_another_model_are_refused(tmp_path: Path) -> None:
     assert "outside of the model folder" in refusal(open_checkpoint, snapshot)
 
 
+@pytest.mark.fault(19)
 def test_blobs_that_are_themselves_a_link_open_no_door(tmp_path: Path) -> None:
     snapshot, blobs = hub_cache(tmp_path)
     blobs.rename(tmp_path / "elsewhere")
@@ -666,6 +704,7 @@ def test_blobs_that_are_themselves_a_link_open_no_door(tmp_path: Path) -> None:
 # ---- check_shapes
 
 
+@pytest.mark.fault(8)
 def test_check_shapes_returns_extra_names(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_model(tmp_path / "m", {"a": (2, 3), "z": (1,), "y": (1,)}))
     assert check_shapes(checkpoint, {"a": (2, 3)}, tied=frozenset()) == ["y", "z"]
@@ -673,6 +712,7 @@ def test_check_shapes_returns_extra_names(tmp_path: Path) -> None:
     assert check_shapes(checkpoint, expected, tied=frozenset({"head"})) == []
 
 
+@pytest.mark.fault(8, 15)
 def test_check_shapes_lists_expected_and_found(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_model(tmp_path / "m", {"a": (2, 3), "b": (1,)}))
     expected = {"a": (3, 2), "b": (1,), **{f"layer.{i}": (4,) for i in range(9)}}
@@ -727,6 +767,7 @@ def check_against_library(path: Path) -> None:
     }
 
 
+@pytest.mark.fault(1, 4, 5, 6)
 @_fuzz
 @given(header=_headers, data=st.binary(max_size=20), cut=st.integers(0, 30))
 def test_fuzz_structured_headers(tmp_path: Path, header: dict, data: bytes, cut: int) -> None:
@@ -734,6 +775,7 @@ def test_fuzz_structured_headers(tmp_path: Path, header: dict, data: bytes, cut:
     check_against_library(write(tmp_path / "m", raw[: len(raw) - cut] if cut < 10 else raw))
 
 
+@pytest.mark.fault(1, 3, 4, 5)
 @_fuzz
 @given(position=st.integers(0, len(GOOD) - 1), value=st.integers(0, 255), cut=st.integers(0, len(GOOD)))
 def test_fuzz_flipped_and_cut_headers(tmp_path: Path, position: int, value: int, cut: int) -> None:
@@ -742,6 +784,7 @@ def test_fuzz_flipped_and_cut_headers(tmp_path: Path, position: int, value: int,
     check_against_library(write(tmp_path / "m", raw[:cut]))
 
 
+@pytest.mark.fault(1, 9)
 @_fuzz
 @given(raw=st.binary(max_size=60))
 def test_fuzz_random_bytes(tmp_path: Path, raw: bytes) -> None:
@@ -749,6 +792,7 @@ def test_fuzz_random_bytes(tmp_path: Path, raw: bytes) -> None:
     check_against_library(write(tmp_path / "m", raw_safetensors(b"{" + raw, b"")))
 
 
+@pytest.mark.fault(9)
 @_fuzz
 @given(value=_json_values, flip=st.none() | st.tuples(st.integers(0, 200), st.integers(0, 255)))
 def test_fuzz_json(tmp_path: Path, value: object, flip: tuple[int, int] | None) -> None:

@@ -332,6 +332,7 @@ def differences(folder: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault(10)
 def test_one_flipped_bit_is_found(published: Path) -> None:
     path = published / "model.safetensors"
     raw = bytearray(path.read_bytes())
@@ -340,6 +341,7 @@ def test_one_flipped_bit_is_found(published: Path) -> None:
     assert "changed: 'model.safetensors': same size, other sha256" in differences(published)
 
 
+@pytest.mark.fault(10)
 def test_every_kind_of_difference_is_listed(published: Path) -> None:
     (published / "README.md").write_text("edited by hand\n")
     (published / "model.safetensors").unlink()
@@ -388,6 +390,7 @@ def test_manifest_survives_the_hub_cache_layout(published: Path, tmp_path: Path)
     verify_manifest(snapshot)
 
 
+@pytest.mark.fault(9, 70)
 @pytest.mark.parametrize(
     ("manifest", "says"),
     [

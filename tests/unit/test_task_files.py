@@ -64,6 +64,7 @@ def test_the_drawn_part_reaches_the_whole_file(tmp_path: Path) -> None:
     assert max(drawn.values()) < 30  # 12 expected
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -155,6 +156,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             load_tasks(tmp_path / "d.jsonl.xz")
 
 
+@pytest.mark.fault(12, 69)
 def test_limits_hold_while_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_lines(tmp_path / "x.jsonl.xz", [CHOICE[0]] * 20)
     monkeypatch.setattr(reader, "FILE_BYTES_MAX", 500)

@@ -169,6 +169,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.fault(56)
 def test_layers_are_found_and_described(architecture):
     walk = find_layers(tiny(architecture))
     expected = EXPECTED[architecture]
@@ -269,6 +270,7 @@ def test_layer_counts_its_bias():
     assert Layer(name="a", block=0, outputs=3, inputs=5, has_bias=False).numbers == 15
 
 
+@pytest.mark.fault(68)
 def test_an_encoder_decoder_is_refused():
     config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
     with pytest.raises(UsageError, match="T5ForConditionalGeneration is an encoder-decoder"):
@@ -281,6 +283,7 @@ def test_a_model_without_blocks_is_refused():
         find_layers(model)
 
 
+@pytest.mark.fault(56, 72)
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -295,6 +298,7 @@ def test_shared_weights_are_refused_by_name(first, second):
         find_layers(model)
 
 
+@pytest.mark.fault(56)
 def test_one_module_in_two_blocks_is_refused():
     model = tiny("llama")
     model.model.layers[1] = model.model.layers[0]
@@ -328,6 +332,7 @@ def test_equal_values_in_different_tensors_are_not_shared():
     assert ["model.layers.0.mlp.up_proj"] in groups
 
 
+@pytest.mark.fault(56)
 def test_a_layer_that_does_not_run_stands_alone_at_the_end():
     model = tiny("llama")
     model.model.layers[0].mlp.spare = nn.Linear(32, 32)

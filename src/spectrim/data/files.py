@@ -17,6 +17,7 @@ from typing import TextIO, cast
 from spectrim.data.part import BLANK_LINE, Part, counted, first_chars
 from spectrim.errors import InputError
 
+LINE_CHARS_MAX = 64 * 2**20  # of one JSON line; a file can be one line of any size
 SEPARATOR_LINE = "<|endoftext|>\n"
 _SEPARATOR = re.compile(r"^<\|endoftext\|>\n", re.M)
 TEXT_SUFFIXES = (".txt", ".txt.xz", ".txt.gz", ".jsonl", ".jsonl.xz", ".jsonl.gz")
@@ -68,7 +69,11 @@ def _read_json_lines(path: Path, max_chars: int | None) -> tuple[str, ...]:
     documents: list[str] = []
     num_chars = 0
     with _reading(path), _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(iter(lambda: stream.readline(LINE_CHARS_MAX + 1), ""), start=1):
+            if len(line) > LINE_CHARS_MAX:
+                raise InputError(
+                    f"{path}, line {number}: more than {LINE_CHARS_MAX:,} characters in one line; one document a line"
+                )
             _refuse_binary(path, line, f"line {number}, character")
             if not line.strip():
                 continue

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from spectrim.data.files import TEXT_SUFFIXES, checked_text
 from spectrim.data.part import BLANK_LINE, Part, counted, first_chars
-from spectrim.errors import InputError, UsageError
+from spectrim.errors import InputError, UsageError, without_tokens
 
 DEFAULT_SPLITS = {"calibration": "train", "evaluation": "test"}
 DEFAULT_MAX_CHARS = 50_000_000  # a streamed web corpus has no end; the note says when this limit was met
@@ -82,7 +82,7 @@ def _datasets_library() -> ModuleType:
 
 
 def _explained(error: Exception, *, where: str) -> str:
-    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    said = " ".join(without_tokens(f"{type(error).__name__}: {error}").split())[:300]
     if isinstance(error, ConnectionError | TimeoutError) or any(word in said.lower() for word in _NETWORK_WORDS):
         return f"{where}: no network, or the hub did not answer ({said}); use a file or builtin:stdlib"
     return f"{where}: the dataset cannot be read ({said}); check name, config and split on huggingface.co"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrim.data.sources import Texts
 from spectrim.errors import InputError, NumericalError, UsageError
+from spectrim.memory import Batch
 
 EVALUATION_PIECE_CHARS = 200_000  # part of the definition of every published figure; do not change
 CALIBRATION_PIECE_CHARS = 20_000
@@ -145,7 +145,11 @@ def sample_windows(
     with_start: bool = False,
     progress: Progress | None = None,
 ) -> Windows:
-    """Text drawn from the model's own distribution at temperature 1, with or without the token it starts from."""
+    """Text drawn from the model's own distribution at temperature 1, with or without the token it starts from.
+
+    Each window starts from a token of its own, drawn from what the model writes after a random one of the vocabulary:
+    neither bos, which a model may never have seen (docs/log.md, text from the model), nor entries that no text holds.
+    """
     _check_sizes(length=length, count=count, batch_size=1 if batch_size is None else batch_size)
     config = model.config.get_text_config()
     batch_size = batch_size or sampling_batch(model, length)
@@ -156,23 +160,20 @@ def sample_windows(
             f"(config.max_position_embeddings); use a length of {limit} or less"
         )
     generator = torch.Generator().manual_seed(seed)
-    start_N, started = _start_tokens(config, count=count, generator=generator)
+    seed_N = torch.randint(config.vocab_size, (count,), generator=generator)
     # One uniform number for each token, drawn beforehand: the batch size does not change what is sampled.
-    uniform_NL = torch.rand(count, length, generator=generator, dtype=torch.float64)
+    uniform_NL = torch.rand(count, 1 + length, generator=generator, dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
-        rows: list[Tensor] = []
-        for start_B, uniform_BL in zip(start_N.split(batch_size), uniform_NL.split(batch_size), strict=True):
-            tokens_BL = _sample_batch(model, start_B.to(model.device), uniform_BL.to(model.device))
-            rows.append(torch.cat([start_B[:, None], tokens_BL[:, :-1]], dim=1) if with_start else tokens_BL)
-            if progress is not None:
-                progress("sample", sum(map(len, rows)), count)
+        ids_NL = Batch(batch_size).run(
+            "sample", lambda size: _sample_all(model, seed_N, uniform_NL, size, with_start, progress)
+        )
     finally:
         model.train(was_training)
     place = "the first of each window" if with_start else "not in the windows"
-    note = f"sampled from the model at temperature 1, seed {seed}, starting from {started} ({place})"
-    return _windows(torch.cat(rows), source="self", note=note, warnings=())
+    note = f"sampled from the model at temperature 1, seed {seed}, from tokens that follow random ones ({place})"
+    return _windows(ids_NL, source="self", note=note, warnings=())
 
 
 def held_out_samples(
@@ -271,14 +272,23 @@ def hash_ids(ids_NL: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _start_tokens(config: Any, *, count: int, generator: torch.Generator) -> tuple[Tensor, str]:
-    for name in ("bos_token_id", "eos_token_id"):
-        token = getattr(config, name, None)
-        token = token[0] if isinstance(token, list) and token else token
-        if isinstance(token, int) and 0 <= token < config.vocab_size:
-            return torch.full((count,), token), f"{name} {token}"
-    drawn_N = torch.randint(config.vocab_size, (count,), generator=generator)
-    return drawn_N, "random tokens of the vocabulary, for the config names neither bos nor eos"
+def _sample_all(
+    model: PreTrainedModel,
+    seed_N: Tensor,
+    uniform_NL: Tensor,
+    batch_size: int,
+    with_start: bool,
+    progress: Progress | None,
+) -> Tensor:
+    rows: list[Tensor] = []
+    for seed_B, uniform_BL in zip(seed_N.split(batch_size), uniform_NL.split(batch_size), strict=True):
+        uniform_BL = uniform_BL.to(model.device)
+        start_B = _sample_batch(model, seed_B.to(model.device), uniform_BL[:, :1])[:, 0]
+        tokens_BL = _sample_batch(model, start_B.to(model.device), uniform_BL[:, 1:])
+        rows.append(torch.cat([start_B[:, None], tokens_BL[:, :-1]], dim=1) if with_start else tokens_BL)
+        if progress is not None:
+            progress("sample", sum(map(len, rows)), len(seed_N))
+    return torch.cat(rows)
 
 
 @torch.no_grad()

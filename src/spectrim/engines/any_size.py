@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.descent import STEPS, learn_order
-from spectrim.engines.layerwise import Plan, check_weights, swap, weight_budget
+from spectrim.engines.layerwise import Nonfinite, Plan, check_weights, refuse_large_sides, swap, weight_budget
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress
 from spectrim.engines.nested import Nested, nest, plan_at, slice_at
@@ -98,6 +98,7 @@ def compress_any_size(
     steps: int = STEPS,
     dtype: torch.dtype = torch.float32,
     gradient_windows: int | None = None,
+    nonfinite: Nonfinite = "refuse",
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
@@ -109,8 +110,8 @@ def compress_any_size(
     """
     check_anchors(anchors)
     check_method(method)
-    walk = find_layers(dense)
-    check_weights(dense, walk)
+    walk, warnings = check_weights(dense, find_layers(dense), nonfinite)
+    refuse_large_sides(method, walk)
     weight_budget(walk, anchors[-1], method.storage)
     clock: dict[str, float] = {}
     if gradient_windows is None:
@@ -130,7 +131,9 @@ def compress_any_size(
     else:
         with timed(clock, "allocate"):
             order = closed_order(method, walk, spectra, anchors)
-    return build(dense, method, walk, order, dtype, seconds=clock)
+    sizes = build(dense, method, walk, order, dtype, seconds=clock)
+    sizes.warnings = (*warnings, *sizes.warnings)
+    return sizes
 
 
 def build(

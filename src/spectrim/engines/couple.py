@@ -143,7 +143,7 @@ def _sides(walk: Walk, plain: Mapping[str, Stats], coupling: Coupling) -> dict[s
     sides = {}
     for layer in walk.layers:
         a, b = plain[layer.name].get(Stat.GRAM), plain[layer.name].get(Stat.OUTPUT_GRAD)
-        with solver_errors_of(layer, "its measured covariances"):
+        with solver_errors_of(layer.name, "its measured covariances"):
             if id(a) not in shared:
                 shared[id(a)] = _side(a, coupling.input_shrinkage)
             sides[layer.name] = (shared[id(a)], _side(b, coupling.output_shrinkage))

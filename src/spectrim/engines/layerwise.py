@@ -4,11 +4,12 @@ The order of a whole run, with measuring and training around it, is in engines/p
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from spectrim.engines.parts import Parts, digest_of, spectrum_from, spectrum_ten
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
 from spectrim.linalg.factor import Factors, Spectrum, truncate
+from spectrim.linalg.solver import LARGEST_SIDE, LinAlgError
 from spectrim.method import LayerMethod, Stat, Stats
 from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
@@ -53,33 +55,68 @@ def plan_from_facts(facts: Mapping[str, Any]) -> Plan:
     return Plan(targets=targets, numbers_before=facts["numbers_before"], numbers_after=facts["numbers_after"])
 
 
-def check_weights(model: PreTrainedModel, walk: Walk) -> None:
-    """Every target weight is finite, or the first that is not is named."""
+Nonfinite = Literal["refuse", "skip"]
+"""What becomes of a layer that holds NaN or Inf: the run stops, or the layer is copied unchanged."""
+
+
+def check_weights(model: PreTrainedModel, walk: Walk, nonfinite: Nonfinite = "refuse") -> tuple[Walk, list[str]]:
+    """The walk over layers that are finite, and what there is to say; NumericalError unless others may be skipped."""
+    kept: list[Layer] = []
+    skipped: list[tuple[str, int, str]] = []
     for layer in walk.layers:
-        weight = linear_at(model, layer.name).weight
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            raise NumericalError(
-                f"{layer.name}.weight: {bad} of {weight.numel()} values are NaN or Inf; none is allowed. "
-                "The checkpoint is damaged or overflowed; download it again or load it in a wider dtype"
+        module = linear_at(model, layer.name)
+        for part, tensor in (("weight", module.weight), ("bias", module.bias)):
+            bad = 0 if tensor is None else int((~torch.isfinite(tensor)).sum())
+            if bad:
+                says = f"{layer.name}.{part}: {bad:,} of {tensor.numel():,} values are NaN or Inf"
+                if nonfinite == "refuse":
+                    raise NumericalError(
+                        f"{says}; none is allowed. The checkpoint is damaged or overflowed; download it again, load it "
+                        "in a wider dtype, or copy such layers unchanged with --allow-nonfinite skip"
+                    )
+                skipped.append((layer.name, layer.numbers, says))
+                break
+        else:
+            kept.append(layer)
+    if not kept:
+        raise NumericalError(f"all {len(walk.layers)} layers hold NaN or Inf; nothing is left to compress")
+    finite = dataclasses.replace(walk, layers=tuple(kept), untouched=(*walk.untouched, *skipped))
+    return finite, [
+        f"{says}: the layer is copied unchanged, and the budget is that of the others" for *_, says in skipped
+    ]
+
+
+def refuse_large_sides(method: LayerMethod, walk: Walk) -> None:
+    """Refuse, before anything is measured, matrices that no solver takes."""
+    for layer in walk.layers:
+        sides = [min(layer.outputs, layer.inputs)]
+        sides += [layer.inputs] if Stat.GRAM in method.needs else []
+        sides += [layer.outputs] if Stat.OUTPUT_GRAD in method.needs else []
+        if max(sides) > LARGEST_SIDE:
+            raise UsageError(
+                f"{layer.name}: method {method.info.name} decomposes a {max(sides):,} x {max(sides):,} matrix for this "
+                f"{layer.outputs:,} x {layer.inputs:,} weight; eigensolvers take at most {LARGEST_SIDE:,} rows. "
+                "Methods svd and asvd need the shorter side only"
             )
 
 
 @contextmanager
-def solver_errors_of(layer: Layer, what: str) -> Iterator[None]:
-    """A failing eigensolver becomes a NumericalError that names the layer and what was solved."""
+def solver_errors_of(name: str, what: str) -> Iterator[None]:
+    """A failing solver becomes a NumericalError that names the layer and what was solved, with the matrix."""
     try:
         yield
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  (public, not re-exported)
-        raise NumericalError(
-            f"{layer.name}: the solver failed on {what}: {error}. Try --device cpu, or more calibration text"
-        ) from error
+    except LinAlgError as error:
+        failed = NumericalError(
+            f"{name}: the solver failed on {what}: {error}. Try --device cpu, or more calibration text"
+        )
+        failed.matrix = getattr(error, "matrix", None)
+        raise failed from error
 
 
 def decompose_layer(method: LayerMethod, layer: Layer, weight: Tensor, stats: Stats) -> Spectrum:
     """The spectrum of one weight (O, I), float64, in the method's metric; NumericalError unless it is finite."""
     shape = f"its {layer.outputs} x {layer.inputs} weight"
-    with solver_errors_of(layer, f"{shape} ({method.info.name})"):
+    with solver_errors_of(layer.name, f"{shape} ({method.info.name})"):
         # One layout, whether it was worked out or read from a state: products of views may round differently.
         spectrum = Spectrum(*(part.contiguous() for part in method.decompose(weight, stats)))
     if not all(bool(torch.isfinite(t).all()) for t in spectrum):
@@ -253,6 +290,7 @@ def apply_plan(
     placed = {}
     for layer in walk.layers:
         module, target = model.get_submodule(layer.name), plan.targets[layer.name]
-        placed[layer.name] = encode_layer(module, given[layer.name], target, learned=learned)
+        with solver_errors_of(layer.name, "its factors"):
+            placed[layer.name] = encode_layer(module, given[layer.name], target, learned=learned)
         swap(model, layer.name, placed[layer.name])
     return placed

@@ -23,6 +23,7 @@ from spectrim.engines.measure import Progress
 from spectrim.engines.pack import below, fill, find, fingerprint, pack, unpack, with_prefix
 from spectrim.engines.replay import Replay, Told
 from spectrim.errors import InputError, NumericalError
+from spectrim.memory import Batch
 
 WARM_UP_STEPS = 10
 
@@ -53,7 +54,10 @@ random generator; else a resumed run is another run.
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One stage of training, described by its owner. `loss` takes a batch of windows on the parameters' device."""
+    """One stage of training, described by its owner.
+
+    `loss` takes a batch of windows on the parameters' device, and is a mean over them (plus what depends on none).
+    """
 
     stage: str  # names the checkpoint
     label: str  # names the progress
@@ -128,6 +132,7 @@ class _Loop:
         self.replay = Replay([*self.parameters.values()], wanted=training.recorded)
         self.step = 0
         self.prepared = False  # before_step has run for the present step
+        self.part = Batch(training.batch_size)
         self.losses: list[Tensor] = []
 
     def advance(self) -> None:
@@ -151,10 +156,23 @@ class _Loop:
         self.step, self.prepared = step + 1, False
 
     def loss_and_gradients(self, batch: Tensor) -> Told:
-        """What a step computes before anything changes; the parameters hold no gradients yet."""
-        loss = self.training.loss(batch)
-        loss.backward()
-        return Told(loss.detach(), self.gradient_norm())
+        """What a step computes before anything changes: of a batch at once, or in parts as memory runs out."""
+
+        def in_parts_of(size: int) -> Tensor:
+            for parameter in self.parameters.values():
+                parameter.grad = None
+            total = torch.zeros((), device=self.device)
+            for part in batch.split(size):
+                # A mean over windows: each part counts by its share of them.
+                loss = self.training.loss(part) * (len(part) / len(batch))
+                loss.backward()
+                total = loss.detach() if len(part) == len(batch) else total + loss.detach()
+            return total
+
+        recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        # A recording that finds no memory is given up by replay.py, not made smaller.
+        loss = in_parts_of(self.part.size) if recording else self.part.run(self.training.label, in_parts_of)
+        return Told(loss, self.gradient_norm())
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Those that there are: an expert that no token reached has none."""

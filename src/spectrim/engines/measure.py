@@ -4,7 +4,7 @@ Inputs that several layers share are measured once. Gradients come from labels s
 distribution (the true Fisher, not the empirical one): they need no reference text and vanish nowhere.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -262,6 +262,22 @@ def _finish(name: str, own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Sta
     return Stats(tokens=shared.tokens, **found)
 
 
+def dead_inputs(stats: Mapping[str, Stats]) -> list[str]:
+    """One warning that counts the layers with inputs that were 0 for every token; their columns are cut at will."""
+    dead: dict[str, tuple[int, int]] = {}
+    for name, own in stats.items():
+        sizes = own.mean_abs if own.gram is None else own.gram.diagonal()
+        if sizes is not None and not bool(sizes.all()):
+            dead[name] = (int((sizes == 0).sum()), len(sizes))
+    if not dead:
+        return []
+    name, (count, total) = next(iter(dead.items()))
+    return [
+        f"{len(dead)} layers have inputs that are 0 for every calibration token (first {name}: {count} of {total}); "
+        "what they do to other text is not kept"
+    ]
+
+
 def _check_finite(sums: dict[str, _Sums], start: int) -> None:
     """Stop at the first layer (sums are in running order) whose sums are not finite; later layers only inherit it."""
     # The diagonal of a Gram matrix tells all; a Fisher matrix is not square and has to be looked at in full.
@@ -278,7 +294,8 @@ def _check_finite(sums: dict[str, _Sums], start: int) -> None:
     raise NumericalError(
         f"{name}: the {what} are not finite in the batch that starts at calibration window {start} "
         f"({count} of {total.numel()} entries of {stat.value}); no NaN or Inf is allowed. "
-        "Check the weights, or leave the text of that window out"
+        f"Computed in {computing_dtype(total.device)} (bfloat16 and float32 reach further than float16): check the "
+        "weights, or leave the text of that window out"
     )
 
 
@@ -304,6 +321,12 @@ def autocast(device: torch.device):
     if device.type == "cpu" and cpu_has_bf16():
         return torch.autocast("cpu", dtype=torch.bfloat16)
     return nullcontext()
+
+
+def computing_dtype(device: torch.device) -> str:
+    """What `autocast` makes products on this device be computed in."""
+    context = autocast(device)
+    return "float32" if isinstance(context, nullcontext) else str(context.fast_dtype).removeprefix("torch.")
 
 
 def cpu_has_bf16() -> bool:

@@ -26,16 +26,25 @@ from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.closed_form import LEADS_TO_IT, identity, pack_closed_form, unpack_closed_form
 from spectrim.engines.closed_form import STAGE as CLOSED_FORM
 from spectrim.engines.couple import couple
-from spectrim.engines.layerwise import Plan, apply_plan, check_weights, decompose_all, plan_ranks
+from spectrim.engines.layerwise import (
+    Nonfinite,
+    Plan,
+    apply_plan,
+    check_weights,
+    decompose_all,
+    plan_ranks,
+    refuse_large_sides,
+)
 from spectrim.engines.learned import Learned, skeleton, train_scores
 from spectrim.engines.masked import train_masks
-from spectrim.engines.measure import Progress, measure
+from spectrim.engines.measure import Progress, dead_inputs, measure
 from spectrim.engines.newton import newton_scores
 from spectrim.engines.parts import SavedFirst, energies_of, size_of
 from spectrim.engines.propagate import propagate
 from spectrim.engines.recovery import Recovered, recover, recovery_of
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
+from spectrim.memory import Batch
 from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Stats, TrainedMethod
 from spectrim.models.walk import Walk, device_of, find_layers
 from spectrim.replacement import Replacement
@@ -74,6 +83,7 @@ def compress_model(
     *,
     recovery: tuple[str, ...] = (),
     gradient_windows: int | None = None,
+    nonfinite: Nonfinite = "refuse",
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
@@ -82,13 +92,14 @@ def compress_model(
 
     `calibration` (windows, length) feeds the statistics, `training` the learned steps (None: the same windows).
     `gradient_windows` says how many of the calibration windows give gradients, see `default_gradient_windows`.
-    `recovery` names further steps, see engines/recovery.py. With a `checkpoint`, every stage is saved there where
-    that is cheap, and what it holds is taken from it: sums, spectra, scores, trained factors.
+    `recovery` names further steps, see engines/recovery.py. `nonfinite="skip"` copies layers with NaN or Inf unchanged.
+    With a `checkpoint`, every stage is saved there where that is cheap, and what it holds is taken from it: sums,
+    spectra, scores, trained factors.
     """
     check_keep(keep)
     steps = recovery_of(method, recovery)
-    walk = find_layers(dense)
-    check_weights(dense, walk)
+    walk, warnings = check_weights(dense, find_layers(dense), nonfinite)
+    refuse_large_sides(method, walk)
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
@@ -125,7 +136,7 @@ def compress_model(
         recovered=tuple(recovered),
         seconds=clock,
         gradient_windows=gradient_windows,
-        warnings=[*run.warnings, *(learned.warnings if learned else ())],
+        warnings=[*warnings, *run.warnings, *(learned.warnings if learned else ())],
     )
 
 
@@ -166,6 +177,9 @@ class _Run:
     checkpoint: Checkpoint | None = None
     one_size: bool = True
     warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.batch = Batch(CPU_BATCH if device_of(self.dense).type == "cpu" else GPU_BATCH)
 
     @property
     def propagates(self) -> bool:
@@ -208,6 +222,7 @@ class _Run:
     def closed_form(self, ids: Tensor) -> tuple[dict[str, Spectrum], Plan]:
         """Steps 2 to 5: spectra in the final metric, and the ranks under the budget."""
         first = stats = self.statistics(self.dense, ids, 0)
+        self.warnings += dead_inputs(first)
         spectra, plan = self.decide(stats, 0)
         for again in range(1, 1 + (self.method.rounds if self.keep < 1 else 0)):
             student = skeleton(self.dense)
@@ -220,77 +235,36 @@ class _Run:
             self.propagate(spectra, plan, stats, ids)
         if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
             with timed(self.clock, "newton"):
-                newton_scores(
-                    self.method,
-                    self.dense,
-                    self.walk,
-                    spectra,
-                    plan,
-                    self.round_windows(ids),
-                    steps=self.method.newton_steps,
-                    batch_size=self.batch_size,
-                    progress=self.progress,
-                    checkpoint=self.checkpoint,
-                )
+                given = (self.method, self.dense, self.walk, spectra, plan, self.round_windows(ids))
+                told = {"steps": self.method.newton_steps, "progress": self.progress, "checkpoint": self.checkpoint}
+                self.batch.run("newton", lambda size: newton_scores(*given, batch_size=size, **told))
         return spectra, plan
 
     def round_windows(self, ids: Tensor) -> Tensor:
         """The windows of a later round: those that give gradients."""
         return ids[: self.gradient_windows]
 
-    @property
-    def batch_size(self) -> int:
-        return CPU_BATCH if device_of(self.dense).type == "cpu" else GPU_BATCH
-
     def statistics(self, model: PreTrainedModel, ids: Tensor, again: int, after: str = "") -> dict[str, Stats]:
         """Those of round `again`; `after` says by a hash what `model` is."""
-        seed = self.seed + again
+        told = {"seed": self.seed + again, "progress": self.progress, "checkpoint": self.checkpoint}
         with timed(self.clock, "calibrate"):
-            stats = measure(
-                model,
-                self.walk,
-                ids,
-                self.method.needs,
-                batch_size=self.batch_size,
-                gradient_windows=self.gradient_windows,
-                seed=seed,
-                progress=self.progress,
-                checkpoint=self.checkpoint,
-                stage=f"statistics {again}",
-                after=after,
-            )
+            asked = (model, self.walk, ids, self.method.needs)
+            more = {"gradient_windows": self.gradient_windows, "stage": f"statistics {again}", "after": after}
+            stats = self.batch.run("calibrate", lambda size: measure(*asked, batch_size=size, **more, **told))
         if self.method.refinement is None:
             return stats
         with timed(self.clock, "couple"):
-            return couple(
-                model,
-                self.walk,
-                ids[: self.gradient_windows],
-                stats,
-                self.method.refinement,
-                batch_size=self.batch_size,
-                seed=seed,
-                progress=self.progress,
-                checkpoint=self.checkpoint,
-                stage=f"coupling {again}",
-            )
+            given = (model, self.walk, ids[: self.gradient_windows], stats, self.method.refinement)
+            stage = f"coupling {again}"
+            return self.batch.run("couple", lambda size: couple(*given, batch_size=size, stage=stage, **told))
 
     def propagate(self, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor) -> None:
         """Step 5, in place. Only forward passes; on a CPU the windows of a later round are enough of them."""
-        on_cpu = device_of(self.dense).type == "cpu"
+        windows = self.round_windows(ids) if device_of(self.dense).type == "cpu" else ids
+        given = (self.method, self.dense, self.walk, spectra, plan, stats, windows)
         with timed(self.clock, "propagate"):
-            self.warnings += propagate(
-                self.method,
-                self.dense,
-                self.walk,
-                spectra,
-                plan,
-                stats,
-                self.round_windows(ids) if on_cpu else ids,
-                batch_size=self.batch_size,
-                progress=self.progress,
-                checkpoint=self.checkpoint,
-            )
+            told = {"progress": self.progress, "checkpoint": self.checkpoint}
+            self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
 
     def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[dict[str, Spectrum], Plan]:
         with timed(self.clock, "decompose"):

@@ -109,7 +109,7 @@ def _corrected(
     """All components of W* in the method's metric; target and metric move by what the tokens are worth."""
     cross, gram = moments
     share = token_share(tokens, len(gram))
-    with solver_errors_of(layer, "the input Gram matrix of the compressed model"):
+    with solver_errors_of(layer.name, "the input Gram matrix of the compressed model"):
         target = drift_target(weight, cross, gram, mix=share * method.error_share)
     # Energies stay in units of the loss: a coupled Gram matrix carries the size of the token correlation with it.
     first = stats.get(Stat.GRAM)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import build_linear
+from spectrim.engines.layerwise import build_linear, solver_errors_of
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.stream import input_moments, start
 from spectrim.errors import InputError
@@ -64,9 +64,10 @@ def _refit_layer(student: PreTrainedModel, teacher: PreTrainedModel, name: str, 
     assert isinstance(module, LowRankLinear | PivotLinear)
     right = module.V.weight if isinstance(module, LowRankLinear) else module.pivot.weight
     weight = weight_of(teacher.get_submodule(name)).double()
-    left = refit_left(weight, right.double(), cross, gram)
     bias = module.bias
-    replacement: Replacement = encode(
-        Factors(left, right.double()), module.codec, like=right, bias=None if bias is None else bias.detach()
-    )
+    with solver_errors_of(name, "the moments of its inputs in the compressed model"):
+        left = refit_left(weight, right.double(), cross, gram)
+        replacement: Replacement = encode(
+            Factors(left, right.double()), module.codec, like=right, bias=None if bias is None else bias.detach()
+        )
     student.set_submodule(name, build_linear(replacement).train(module.training))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.measure import autocast, frozen
 from spectrim.errors import NumericalError
+from spectrim.memory import Batch
 from spectrim.models.walk import device_of
 
 
@@ -27,11 +28,15 @@ class Quality:
     agreement: float | None = None
 
 
-@torch.no_grad()
 def evaluate(
     model: PreTrainedModel, ids: Tensor, *, dense: PreTrainedModel | None = None, batch_size: int = 16
 ) -> Quality:
-    """Quality over `ids` (windows, length); `dense` is the model before compression."""
+    """Quality over `ids` (windows, length); `dense` is the model before compression. Batches shrink as memory does."""
+    return Batch(batch_size).run("evaluate", lambda size: _evaluate(model, ids, dense, size))
+
+
+@torch.no_grad()
+def _evaluate(model: PreTrainedModel, ids: Tensor, dense: PreTrainedModel | None, batch_size: int) -> Quality:
     device = device_of(model)
     loss = divergence = 0.0
     same = count = 0
@@ -47,7 +52,10 @@ def evaluate(
                 divergence += float((log_q.exp() * (log_q - log_p)).double().sum())
                 same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
     if not math.isfinite(loss):
-        raise NumericalError(f"the model's loss on the evaluation text is {loss}: its logits are not finite")
+        raise NumericalError(
+            f"the model's loss on the evaluation text is {loss}: its logits are not finite; none may be NaN or Inf. "
+            "Check its weights; what was made in bfloat16 or float32 can overflow in float16"
+        )
     return Quality(
         perplexity=math.exp(min(loss / count, 700.0)),
         tokens=count,

@@ -7,6 +7,7 @@ the left. Padding is on the right, where a causal model does not see it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectrim.data.tasks import Query, Task
 from spectrim.engines.measure import autocast, frozen
 from spectrim.errors import InputError, NumericalError
+from spectrim.memory import Batch
 from spectrim.models.walk import device_of
 
 BATCH_TOKENS = 8192
@@ -108,15 +110,22 @@ def score(
 ) -> list[Score]:
     """One score for each pair, in the given order."""
     scores: list[Score | None] = [None] * len(encoded)
-    device, done = device_of(model), 0
-    with frozen(model), autocast(device):
+    done = 0
+    with frozen(model), autocast(device_of(model)):
         for chosen in batches([len(one.ids) for one in encoded], batch_tokens):
-            for i, one in zip(chosen, _score_batch(model, [encoded[i] for i in chosen], device), strict=True):
+            found = Batch(len(chosen)).run("tasks", partial(_score_in_parts, model, [encoded[i] for i in chosen]))
+            for i, one in zip(chosen, found, strict=True):
                 scores[i] = one
             done += len(chosen)
             if progress is not None:
                 progress(done, len(encoded))
     return [one for one in scores if one is not None]
+
+
+def _score_in_parts(model: PreTrainedModel, batch: list[Encoded], size: int) -> list[Score]:
+    device = device_of(model)
+    parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+    return [one for part in parts for one in _score_batch(model, part, device)]
 
 
 def _score_batch(model: PreTrainedModel, batch: list[Encoded], device: torch.device) -> list[Score]:

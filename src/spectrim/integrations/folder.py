@@ -1,7 +1,6 @@
 """The folder a user gets: an ordinary Hugging Face folder in which the linear layers are low-rank."""
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, a
 from spectrim.models.load import no_progress_bars
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.nested import NestedLinear
+from spectrim.store import copy_companions
 
 MAX_SHARD_SIZE = "5GB"
 COMPANIONS = (
@@ -37,22 +37,24 @@ COMPANIONS = (
 
 
 @torch.no_grad()
-def round_to(model: nn.Module, dtype: torch.dtype) -> None:
+def round_to(model: nn.Module, dtype: torch.dtype, *, allow_nonfinite: bool = False) -> None:
     """Round all weights to what will be stored, still held in their dtype: figures are then about the file.
 
-    Weights that the dense model shares are replaced rather than changed; tied ones stay tied.
+    Weights that the dense model shares are replaced rather than changed; tied ones stay tied. A number that rounding
+    makes Inf is an error; one that was none before is too, unless allowed.
     """
     rounded: dict[nn.Parameter, nn.Parameter] = {}
     for path, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter not in rounded:
             stored = parameter.to(dtype).to(parameter.dtype)
-            if not bool(torch.isfinite(stored).all()):
+            good = torch.isfinite(stored) | (~torch.isfinite(parameter) if allow_nonfinite else False)
+            if not bool(good.all()):
                 raise NumericalError(
                     f"{path}: its largest value, {float(parameter.abs().max()):.4g}, is Inf or NaN in "
                     f"{str(dtype).removeprefix('torch.')}, which holds up to {torch.finfo(dtype).max:.4g}; "
                     "use --dtype bfloat16 or float32"
                 )
-            same = torch.equal(stored, parameter)
+            same = torch.equal(stored, parameter)  # never with a NaN, which is then a copy with a NaN
             rounded[parameter] = parameter if same else nn.Parameter(stored, parameter.requires_grad)
         owner, _, name = path.rpartition(".")
         setattr(model.get_submodule(owner), name, rounded[parameter])
@@ -101,9 +103,7 @@ def write_folder(stage: Path, model: PreTrainedModel, source: Path | None) -> No
         model.save_pretrained(stage, max_shard_size=MAX_SHARD_SIZE)
     if source is None:
         return
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, stage / name)
+    copy_companions(source, stage, COMPANIONS)
 
 
 def write_nested(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.metric import Root
+from spectrim.linalg.solver import eigh, svd
 
 
 class Spectrum(NamedTuple):
@@ -72,7 +73,7 @@ def decompose(weight: Tensor, left: Root | None = None, right: Root | None = Non
 
 def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, clamped at 0) and eigenvectors of a symmetric non-negative matrix."""
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    values, vectors = eigh((gram + gram.mT) / 2)
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
@@ -88,7 +89,7 @@ def balance(factors: Factors) -> Factors:
     """
     q_left, s_left = torch.linalg.qr(factors.left)
     q_right, s_right = torch.linalg.qr(factors.right.mT)
-    u, s, vt = torch.linalg.svd(s_left @ s_right.mT, full_matrices=False)
+    u, s, vt = svd(s_left @ s_right.mT)
     half = s.sqrt()
     return Factors(q_left @ (u * half), (half[:, None] * vt) @ q_right.mT)
 
@@ -123,7 +124,7 @@ def randomised_factors(
     basis = torch.linalg.qr(measured @ probe.to(measured)).Q
     for _ in range(power_iterations):
         basis = torch.linalg.qr(measured @ torch.linalg.qr(measured.mT @ basis).Q).Q
-    rotation = torch.linalg.svd(basis.mT @ measured, full_matrices=False).U
+    rotation, _, _ = svd(basis.mT @ measured)
     basis = basis @ rotation[:, :rank]
     return Factors(basis, basis.mT @ weight)
 
@@ -186,7 +187,7 @@ def drift_target(weight: Tensor, cross: Tensor, gram: Tensor, *, mix: float, rid
 
 def solve_symmetric(system: Tensor, target: Tensor) -> Tensor:
     """`system^-1 target` for a symmetric non-negative system (n, n), small eigenvalues cut relative to the largest."""
-    values, vectors = torch.linalg.eigh((system + system.mT) / 2)
+    values, vectors = eigh((system + system.mT) / 2)
     floor = values[-1] * len(values) * torch.finfo(values.dtype).eps
     inverse = torch.where(values > floor, 1 / values.clamp(min=torch.finfo(values.dtype).tiny), 0.0)
     return vectors @ (inverse[:, None] * (vectors.mT @ target))

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectrim.linalg.solver import eigh
+
 RELATIVE_FLOOR = 1e-10
 """Smallest eigenvalue kept, relative to the largest (float64). Its root, 1e-5, bounds the condition of a metric."""
 
@@ -44,7 +46,7 @@ def root_of(covariance: Tensor, *, floor: float = RELATIVE_FLOOR) -> Root:
 
     An all-zero covariance (an input that never fires) says nothing about directions: the identity is returned.
     """
-    eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    eigenvalues, vectors = eigh((covariance + covariance.mT) / 2)
     largest = eigenvalues[-1]
     if largest <= 0:
         eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean
+from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean, without_tokens
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.store import Checkpoint, open_checkpoint
-from spectrim.store.files import Stamp, stamp_of
+from spectrim.store.files import Stamp, shown, stamp_of
 
 BUILTIN = {"builtin:tiny": "tiny"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +38,12 @@ class Source:
     config: PretrainedConfig
     dtype: torch.dtype  # of most of its numbers
     stamps: Mapping[Path, Stamp | None]  # of the files that were checked: those must be the ones that are read
+
+    @property
+    def revision(self) -> str | None:
+        """The commit, where the folder is a snapshot in a Hugging Face cache."""
+        real = self.folder.resolve()
+        return real.name if real.parent.name == "snapshots" else None
 
     @property
     def is_compressed(self) -> bool:
@@ -109,8 +115,8 @@ def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What another library said, short enough for a message of ours."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """What another library said, short enough for a message of ours, and without the user's token."""
+    return f"{type(error).__name__}: {' '.join(without_tokens(str(error)).split())[:300]}"
 
 
 def _folder_of(name: str) -> Path:
@@ -210,8 +216,13 @@ def _check_blocks(source: Source, model: PreTrainedModel) -> None:
         )
 
 
-def load_dense(source: Source, device: torch.device) -> PreTrainedModel:
-    """The dense model in float32 on `device`; anything missing from the files is an error, never random numbers."""
+def load_dense(
+    source: Source, device: torch.device, *, allow_nonfinite: bool = False, warnings: list[str] | None = None
+) -> PreTrainedModel:
+    """The dense model in float32 on `device`; anything missing from the files is an error, never random numbers.
+
+    So is NaN or Inf anywhere, unless allowed. `warnings` is told what is in the files and not in the model.
+    """
     require_dense(source)
     check_against_config(source)
     model, info = _from_pretrained(source, dtype=torch.float32)
@@ -221,7 +232,14 @@ def load_dense(source: Source, device: torch.device) -> PreTrainedModel:
             f"{source.folder}: {len(missing)} tensors that the model needs are in no file, e.g. "
             f"{', '.join(missing[:3])}; config.json and the files disagree, or the download is incomplete"
         )
-    _check_finite(source, model)
+    extra = sorted(info["unexpected_keys"])
+    if extra and warnings is not None:
+        warnings.append(
+            f"{len(extra)} tensors in the files belong to no part of the model and are not in the result: "
+            + ", ".join(map(shown, extra[:3]))
+        )
+    if not allow_nonfinite:
+        _check_finite(source, model)
     nn.Module.to(model, device)  # transformers wraps its own `.to` in a way no type checker reads
     return model.eval()
 
@@ -232,7 +250,8 @@ def _check_finite(source: Source, model: PreTrainedModel) -> None:
         if bad:
             raise NumericalError(
                 f"{source.folder}: {name}: {bad} of {parameter.numel():,} values are NaN or Inf; none is allowed. "
-                "The checkpoint is damaged or overflowed; download it again"
+                "The checkpoint is damaged or overflowed; download it again, or leave what is not finite as it is with "
+                "--allow-nonfinite skip"
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spectrim import version
-from spectrim.report.facts import describe_windows, environment
+from spectrim.report.facts import describe_source, describe_windows, environment
 from spectrim.report.plot import line_chart
 
 CURVE = "size-curve.svg"
@@ -24,7 +24,7 @@ def build_any_size_report(
         "tool": f"spectrim {version.__version__}",
         "request": request,
         "method": sizes.method.to_config(),
-        "source": {"name": source.name, "numbers": source.checkpoint.numel, "bytes": source.checkpoint.nbytes},
+        "source": describe_source(source),
         "stored": {
             "dtype": str(dtype).removeprefix("torch."),
             "linear_numbers_dense": sizes.walk.numbers,

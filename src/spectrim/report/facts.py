@@ -20,7 +20,7 @@ def build_report(
         "tool": f"spectrim {version.__version__}",
         "request": request,
         "method": outcome.method.to_config(),
-        "source": {"name": source.name, "numbers": source.checkpoint.numel, "bytes": source.checkpoint.nbytes},
+        "source": describe_source(source),
         "stored": {
             "dtype": str(dtype).removeprefix("torch."),
             "linear_numbers_dense": plan.numbers_before,
@@ -49,6 +49,12 @@ def build_report(
         "warnings": list(outcome.warnings),
         "environment": environment(),
     }
+
+
+def describe_source(source: Any) -> dict[str, Any]:
+    """Which model it was; the commit where it came from the hub."""
+    numbers = {"numbers": source.checkpoint.numel, "bytes": source.checkpoint.nbytes}
+    return {"name": source.name, "revision": source.revision, **numbers}
 
 
 def describe_windows(windows: Any) -> dict[str, Any]:
@@ -86,7 +92,8 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "platform": platform.platform(),
+        # not platform.platform(), which runs `uname -p`, whatever that is on the PATH
+        "platform": f"{platform.system()}-{platform.release()}-{platform.machine()}",
         "gpu": gpu,
         "threads": str(torch.get_num_threads()),
     }

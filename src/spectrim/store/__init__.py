@@ -3,6 +3,7 @@
 Needs neither torch nor transformers, so a refused folder is refused in milliseconds.
 """
 
+from spectrim.store.companions import check_companions, copy_companions
 from spectrim.store.manifest import verify_manifest, write_manifest
 from spectrim.store.reader import (
     Checkpoint,
@@ -18,7 +19,9 @@ from spectrim.store.writer import preflight, staged, write_json, write_text
 __all__ = [
     "Checkpoint",
     "TensorInfo",
+    "check_companions",
     "check_shapes",
+    "copy_companions",
     "count_stored",
     "open_checkpoint",
     "preflight",

@@ -21,3 +21,5 @@ ELEMENTS_MAX = 2**63 - 1
 NAMED_IN_MESSAGE_MAX = 5
 # Words of a command line that is gone on with.
 COMMAND_WORDS_MAX = 1000
+# Tokenizers of 260,000 tokens take 35 MB.
+COMPANION_BYTES_MAX = 512 * 2**20

@@ -30,6 +30,7 @@ __all__ = [
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 _NUMBERED_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -81,6 +82,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """The model in `folder`, every header read and checked, or an `InputError` that says what is wrong."""
     folder = Path(folder)
     names = _names_in(folder)
+    if ADAPTER in names:
+        raise InputError(
+            f"{folder}: carries an adapter ({ADAPTER}), which would take another model's place when it is loaded; "
+            "merge it into its base model first"
+        )
     shard_of = _index(folder) if _is_sharded(folder, names) else None
     config = _config(folder)
     if shard_of is None:

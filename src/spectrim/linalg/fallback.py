@@ -1,0 +1,47 @@
+"""What did not go the usual way but went: told to whoever listens, so that a run can count and report it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+
+class Fallback(NamedTuple):
+    """One piece of work that was done in another way than the usual one."""
+
+    operation: str  # "eigh", "svd", "calibrate", ...
+    size: str  # of what was worked on: "64 x 64", "4 windows"
+    way: str  # the one that worked
+    why: str  # what the ways before it said
+
+
+_listener: ContextVar[list[Fallback] | None] = ContextVar("fallbacks", default=None)
+
+
+@contextmanager
+def listening() -> Iterator[list[Fallback]]:
+    """All fallbacks inside the block, as they happen; inside another `listening`, the inner one hears them."""
+    heard: list[Fallback] = []
+    token = _listener.set(heard)
+    try:
+        yield heard
+    finally:
+        _listener.reset(token)
+
+
+def tell(fallback: Fallback) -> None:
+    """To whoever listens; else nobody is told."""
+    heard = _listener.get()
+    if heard is not None:
+        heard.append(fallback)
+
+
+def summary(fallbacks: list[Fallback]) -> list[str]:
+    """One line for each operation and way: how often, and why the first time."""
+    kinds: dict[tuple[str, str], list[Fallback]] = {}
+    for fallback in fallbacks:
+        kinds.setdefault((fallback.operation, fallback.way), []).append(fallback)
+    return [
+        f"{operation}: {len(found)} times done with {way} ({found[0].size}; {found[0].why})"
+        for (operation, way), found in kinds.items()
+    ]

@@ -1,0 +1,68 @@
+"""Out of memory: the same work in smaller batches, said and counted; the result does not depend on the batch size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from spectrim.errors import ResourceError
+from spectrim.linalg.fallback import Fallback, tell
+
+T = TypeVar("T")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's own error, Python's, or the one of torch's allocator on the CPU, which has no type."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+@dataclass
+class Batch:
+    """How many windows are worked on at a time: halved when memory runs out, and not raised again."""
+
+    size: int
+
+    def run(self, stage: str, work: Callable[[int], T]) -> T:
+        """`work(size)`, from its beginning with half the size as often as memory runs out.
+
+        `work` must give the same result for every size and leave nothing behind when it fails.
+        """
+        while True:
+            try:
+                return work(self.size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = short(error)
+                if self.size == 1:
+                    raise out_of_memory(stage, "one window", said) from error
+            # Only here: the error's traceback held the tensors of the failed try.
+            self.halve(stage, said)
+
+    def halve(self, stage: str, said: str) -> None:
+        """Half the size from now on."""
+        before, self.size = self.size, self.size // 2
+        tell(Fallback(stage, f"{before} windows", f"batches of {self.size}", said))
+        release()
+
+
+def out_of_memory(stage: str, least: str, said: str) -> ResourceError:
+    """What to say when nothing smaller is left to try."""
+    return ResourceError(
+        f"{stage}: out of memory with {least} at a time ({said}); use shorter windows (--calib-length), another "
+        "device (--device cpu), or a machine with more memory"
+    )
+
+
+def short(error: BaseException) -> str:
+    """The first words of what an allocator says."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def release() -> None:
+    """Give cached blocks of a GPU back, so that larger ones can be formed of them."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
