@@ -194,7 +194,8 @@ def test_a_solver_that_always_fails_ends_the_run_with_the_matrix_saved(model: Pa
     matrix = load_file(path)["matrix"]
     assert matrix.shape == (32, 32)
     assert bool(torch.isfinite(matrix).all())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out.unsolved.safetensors"]
+    # What was measured may be kept too, where that took long enough to be worth it.
+    assert {p.name for p in tmp_path.iterdir()} - {"out.resume"} == {"model", "out.unsolved.safetensors"}
     assert hashes(model) == before
 
 

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ _BYTES_MAX = 1000
 
 def identity() -> dict[str, Any]:
     """This process, as it is written down; `started` tells it from a later process of the same number."""
-    return {"process": os.getpid(), "host": socket.gethostname(), "boot": boot_id(), "started": started(os.getpid())}
+    return {"process": os.getpid(), "host": os.uname().nodename, "boot": boot_id(), "started": started(os.getpid())}
 
 
 def boot_id() -> str:
@@ -64,7 +63,7 @@ def describe(holder: dict[str, Any]) -> str:
 
 def is_elsewhere(holder: dict[str, Any]) -> bool:
     """True for another host: nobody here can know whether that process lives."""
-    return holder["host"] != socket.gethostname()
+    return holder["host"] != os.uname().nodename
 
 
 def is_alive(holder: dict[str, Any]) -> bool:
