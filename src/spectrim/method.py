@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import NumericalError, UsageError, did_you_mean
-from spectrim.linalg.factor import Spectrum, truncate
+from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode
 
 Allocation = Literal["uniform", "global"]
@@ -38,6 +38,10 @@ class Stat(Enum):
     FISHER = "fisher"  # E[(dL/dW)^2] elementwise, one sample a sequence       (O, I)
 
 
+GRADIENT_STATS = frozenset({Stat.OUTPUT_GRAD, Stat.FISHER})
+"""Those that need backward passes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stats:
     """Measured statistics of one layer, float64. Fields that no method asked for are None."""
@@ -48,24 +52,19 @@ class Stats:
     output_grad: Tensor | None = None
     fisher: Tensor | None = None
 
+    def measured(self) -> dict[str, Tensor]:
+        """What is there, by field name."""
+        return {stat.value: value for stat in Stat if (value := getattr(self, stat.value)) is not None}
+
     def blend(self, other: "Stats", share: float = 0.5) -> "Stats":
         """The mean of two measurements, `share` of it from `other`."""
-
-        def mean(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None or b is None else (1 - share) * a + share * b
-
-        return Stats(
-            tokens=self.tokens + other.tokens,
-            gram=mean(self.gram, other.gram),
-            mean_abs=mean(self.mean_abs, other.mean_abs),
-            output_grad=mean(self.output_grad, other.output_grad),
-            fisher=mean(self.fisher, other.fisher),
-        )
+        theirs = other.measured()
+        both = {name: (1 - share) * own + share * theirs[name] for name, own in self.measured().items()}
+        return Stats(tokens=self.tokens + other.tokens, **both)
 
     def is_finite(self) -> bool:
         """No NaN or Inf in anything that was measured."""
-        measured = (self.gram, self.mean_abs, self.output_grad, self.fisher)
-        return all(bool(torch.isfinite(m).all()) for m in measured if m is not None)
+        return all(bool(torch.isfinite(value).all()) for value in self.measured().values())
 
     def get(self, stat: Stat) -> Tensor:
         """The statistic; asking for one that was not declared in `needs` is a programming error."""
@@ -135,6 +134,13 @@ class LayerMethod(ABC):
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """All components of `weight` (O, I), float64, in this method's metric; strongest first."""
 
+    def at_rank(self, weight: Tensor, cut: Factors, stats: Stats) -> Factors:
+        """The factors once the rank is known, for methods whose answers are not nested; most leave the `cut` as it is.
+
+        `cut` holds the first components of `decompose`, which the ranks were planned with.
+        """
+        return cut
+
     @final
     def compress(self, weight: Tensor, stats: Stats, target: Target) -> Replacement:
         """`weight` (O, I) at the target's rank in the target's codec, in the dtype of `weight`."""
@@ -146,7 +152,8 @@ class LayerMethod(ABC):
                 f"{self.info.name}: the weight or its statistics hold NaN or Inf; measure again on other text"
             )
         error = float(spectrum.energy[target.rank :].sum())
-        return encode(truncate(spectrum, target.rank), target.codec, like=weight, error=error)
+        factors = self.at_rank(weight.double(), truncate(spectrum, target.rank), stats)
+        return encode(factors, target.codec, like=weight, error=error)
 
     def to_config(self) -> dict[str, Any]:
         """JSON-ready: the method's name and all its fields."""

@@ -72,10 +72,16 @@ def two_sided_metric(method: Any, stats: Stats) -> Metric:
     return shrunk(stats.output_grad, method.output_shrinkage), shrunk(stats.gram, method.input_shrinkage)
 
 
+def fwsvd_metric(method: Any, stats: Stats) -> Metric:
+    importance = stats.fisher.sum(0 if method.weigh == "inputs" else 1)
+    return (None, torch.diag(importance)) if method.weigh == "inputs" else (torch.diag(importance), None)
+
+
 OWN_METRIC: dict[str, Callable[[Any, Stats], Metric]] = {
     "svd": lambda method, stats: (None, None),
     "acip": lambda method, stats: (None, None),
     "asvd": lambda method, stats: (None, torch.diag(stats.mean_abs ** (2 * method.alpha))),
+    "fwsvd": fwsvd_metric,
     "svd-llm": lambda method, stats: (None, stats.gram),
     "two-sided": two_sided_metric,
     "soco": lambda method, stats: two_sided_metric(method, stats) if method.basis == "two-sided" else NotImplemented,
@@ -83,7 +89,11 @@ OWN_METRIC: dict[str, Callable[[Any, Stats], Metric]] = {
 """soco with basis="svd" prices each component alone: singular components are not orthogonal in its metric, so the error
 of several is not the sum. A method that is not listed here states no additive error."""
 
-NOT_ROTATION_EQUIVARIANT = {"asvd": "mean |x| of each input depends on the axes in which the inputs are written"}
+NOT_ROTATION_EQUIVARIANT = {
+    "asvd": "mean |x| of each input depends on the axes in which the inputs are written",
+    "fwsvd": "the Fisher information of each entry depends on the axes",
+    "tfwsvd": "the Fisher information of each entry depends on the axes",
+}
 
 
 def own_metric(method: LayerMethod, stats: Stats) -> Metric:

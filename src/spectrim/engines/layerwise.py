@@ -134,6 +134,23 @@ def decompose_all(
     }
 
 
+def solve_at_ranks(
+    method: LayerMethod, walk: Walk, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]
+) -> None:
+    """What `method.at_rank` makes of each cut, in place."""
+    if type(method).at_rank is LayerMethod.at_rank:
+        return
+    for layer in walk.layers:
+        target, spectrum = plan.targets[layer.name], spectra[layer.name]
+        if target.codec == "dense":
+            continue
+        cut = truncate(spectrum, target.rank)
+        with solver_errors_of(layer, f"its factors at rank {target.rank} ({method.info.name})"):
+            solved = method.at_rank(spectrum.left @ spectrum.right, cut, stats[layer.name])
+        if solved is not cut:
+            spectra[layer.name] = Spectrum(*solved, spectrum.energy)
+
+
 def weight_budget(walk: Walk, keep: float, storage: Storage) -> int:
     """Numbers that all weights may take, so that weights and biases together stay within `keep` of the dense."""
     biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)

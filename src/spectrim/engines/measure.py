@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
-from spectrim.method import Stat, Stats
+from spectrim.method import GRADIENT_STATS, Stat, Stats
 from spectrim.models.walk import Walk, device_of, shared_inputs
 
 GRADIENT_CLIP = 10.0
@@ -79,7 +79,7 @@ def measure(
         generator = torch.Generator(device=device).manual_seed(seed)
         # No batch lies across the border, so that the batch size does not decide how many windows give gradients.
         border = 0
-        if needs & {Stat.OUTPUT_GRAD, Stat.FISHER}:
+        if needs & GRADIENT_STATS:
             border = len(ids) if gradient_windows is None else min(gradient_windows, len(ids))
         starts = [*range(0, border, batch_size), *range(border, len(ids), batch_size)]
 
@@ -105,7 +105,7 @@ def measure(
         own.to_means()
     layers = [la.name for la in walk.layers]
     if unreached == "leave out":
-        gradients = bool(needs & {Stat.OUTPUT_GRAD, Stat.FISHER})
+        gradients = bool(needs & GRADIENT_STATS)
         layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not gradients)]
     return {name: _finish(name, sums[name], sums[leader[name]], needs) for name in layers}
 
@@ -207,7 +207,7 @@ def _finish(name: str, own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Sta
     """What was asked for: input statistics from the layer that was measured for all that share it, the rest its own."""
     if shared.tokens == 0:
         raise InputError(f"{name}: no calibration token reached this layer (an expert never routed to?)")
-    if needs & {Stat.OUTPUT_GRAD, Stat.FISHER} and own.gradient_tokens == 0:
+    if needs & GRADIENT_STATS and own.gradient_tokens == 0:
         raise InputError(
             f"{name}: no gradient reached this layer; raise gradient_windows (an expert seldom routed to?)"
         )

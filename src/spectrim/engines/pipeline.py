@@ -6,6 +6,7 @@
 3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
 5. in running order, let each weight make up for the error before it, decompose it again engines/propagate.py
+   methods whose answer depends on the rank solve for it (LayerMethod.at_rank)           engines/layerwise.py
    Newton steps on the scores of what is kept, if the method asks for them              engines/newton.py
 6. trained methods: scores on the spectra, or masks and adapters         engines/learned.py, engines/masked.py
 7. encode each layer, put it in place
@@ -33,6 +34,7 @@ from spectrim.engines.layerwise import (
     decompose_all,
     plan_ranks,
     refuse_large_sides,
+    solve_at_ranks,
 )
 from spectrim.engines.learned import Learned, skeleton, train_scores
 from spectrim.engines.loop import Checkpoint, Saved
@@ -218,6 +220,9 @@ class _Run:
             spectra, plan = self.decide(stats)
         if self.propagates:
             self.propagate(spectra, plan, stats, ids)
+        if self.one_size and self.keep < 1:
+            with timed(self.clock, "solve"):
+                solve_at_ranks(self.method, self.walk, spectra, plan, stats)
         if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
             with timed(self.clock, "newton"):
                 given = (self.method, self.dense, self.walk, spectra, plan, self.round_windows(ids))

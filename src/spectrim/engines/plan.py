@@ -13,7 +13,7 @@ from spectrim.engines.layerwise import plan_ranks
 from spectrim.engines.masked import budget_of
 from spectrim.engines.recovery import RECOVERY_BATCH
 from spectrim.linalg.curvature import coupling_operations
-from spectrim.method import LayerMethod, MaskedMethod, Stat, TrainedMethod
+from spectrim.method import GRADIENT_STATS, LayerMethod, MaskedMethod, Stat, TrainedMethod
 from spectrim.models.load import Source, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
 
@@ -123,7 +123,7 @@ def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, 
     """Floating-point operations of calibration, decomposition and learning."""
     tokens = windows * length
     forward = 2.0 * total * tokens
-    passes = (1 + method.rounds) * (1.0 if not method.needs & {Stat.OUTPUT_GRAD, Stat.FISHER} else 2.0)
+    passes = (1 + method.rounds) * (1.0 if not method.needs & GRADIENT_STATS else 2.0)
     gram = sum(2.0 * la.inputs**2 for la in walk.layers) * tokens if method.needs else 0.0
     if Stat.OUTPUT_GRAD in method.needs:
         gram += sum(2.0 * la.outputs**2 for la in walk.layers) * tokens
