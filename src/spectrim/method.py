@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spectrim.errors import NumericalError, UsageError, did_you_mean
 from spectrim.linalg.factor import Factors, Spectrum, truncate
-from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode
+from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode, with_mean_kept
 
 Allocation = Literal["uniform", "global"]
 
@@ -33,11 +33,14 @@ class Stat(Enum):
     """What calibration can measure at a linear layer y = W x; g is the gradient of the loss at y."""
 
     GRAM = "gram"  # E[x x^T]              (I, I)
+    MEAN = "mean"  # E[x]                  (I,)
     MEAN_ABS = "mean_abs"  # E|x|          (I,)
     OUTPUT_GRAD = "output_grad"  # E[g g^T], labels sampled from the model     (O, O)
     FISHER = "fisher"  # E[(dL/dW)^2] elementwise, one sample a sequence       (O, I)
 
 
+INPUT_STATS = frozenset({Stat.GRAM, Stat.MEAN, Stat.MEAN_ABS})
+"""Those of what a layer reads: measured once for layers that read the same."""
 GRADIENT_STATS = frozenset({Stat.OUTPUT_GRAD, Stat.FISHER})
 """Those that need backward passes."""
 
@@ -48,6 +51,7 @@ class Stats:
 
     tokens: int
     gram: Tensor | None = None
+    mean: Tensor | None = None
     mean_abs: Tensor | None = None
     output_grad: Tensor | None = None
     fisher: Tensor | None = None
@@ -130,6 +134,14 @@ class LayerMethod(ABC):
         """
         return 0.0
 
+    @property
+    def centres(self) -> bool:
+        """Whether the bias makes up for the mean of what is lost: b' = b + (W - W') E[x]. Needs MEAN.
+
+        A layer without a bias then gets one, which counts.
+        """
+        return False
+
     @abstractmethod
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """All components of `weight` (O, I), float64, in this method's metric; strongest first."""
@@ -153,7 +165,8 @@ class LayerMethod(ABC):
             )
         error = float(spectrum.energy[target.rank :].sum())
         factors = self.at_rank(weight.double(), truncate(spectrum, target.rank), stats)
-        return encode(factors, target.codec, like=weight, error=error)
+        placed = encode(factors, target.codec, like=weight, error=error)
+        return with_mean_kept(placed, weight, stats.get(Stat.MEAN)) if self.centres else placed
 
     def to_config(self) -> dict[str, Any]:
         """JSON-ready: the method's name and all its fields."""

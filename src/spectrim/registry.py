@@ -12,6 +12,7 @@ METHODS = {
     "fwsvd": "spectrim.methods.weights.fwsvd:FWSVD",
     "tfwsvd": "spectrim.methods.weights.tfwsvd:TFWSVD",
     "svd-llm": "spectrim.methods.weights.svd_llm:SVDLLM",
+    "afm": "spectrim.methods.weights.afm:AFM",
     "two-sided": "spectrim.methods.weights.two_sided:TwoSided",
     "acip": "spectrim.methods.weights.acip:ACIP",
     "soco": "spectrim.methods.weights.soco:SoCo",

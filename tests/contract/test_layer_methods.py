@@ -77,11 +77,16 @@ def fwsvd_metric(method: Any, stats: Stats) -> Metric:
     return (None, torch.diag(importance)) if method.weigh == "inputs" else (torch.diag(importance), None)
 
 
+def afm_metric(method: Any, stats: Stats) -> Metric:
+    return None, stats.gram - torch.outer(stats.mean, stats.mean)
+
+
 OWN_METRIC: dict[str, Callable[[Any, Stats], Metric]] = {
     "svd": lambda method, stats: (None, None),
     "acip": lambda method, stats: (None, None),
     "asvd": lambda method, stats: (None, torch.diag(stats.mean_abs ** (2 * method.alpha))),
     "fwsvd": fwsvd_metric,
+    "afm": afm_metric,
     "svd-llm": lambda method, stats: (None, stats.gram),
     "two-sided": two_sided_metric,
     "soco": lambda method, stats: two_sided_metric(method, stats) if method.basis == "two-sided" else NotImplemented,
@@ -124,6 +129,7 @@ def statistics(x: Tensor, g: Tensor, sequence: int = 8) -> Stats:
     return Stats(
         tokens=len(x),
         gram=x.mT @ x / len(x),
+        mean=x.mean(0),
         mean_abs=x.abs().mean(0),
         output_grad=g.mT @ g / len(g),
         fisher=torch.stack([(a.mT @ b).square() for a, b in pairs]).mean(0),
@@ -328,7 +334,7 @@ def test_reported_numbers_equal_counted_ones(method, shape, codec, rank):
         shapes = {"pivot.weight": (rank, inputs), "rest.weight": (outputs - rank, rank), "mask": (-(-outputs // 8),)}
     assert {name: tuple(t.shape) for name, t in replacement.tensors.items()} == shapes
     counted = sum(math.prod(s) for s in shapes.values())
-    assert replacement.numbers == counted
+    assert replacement.numbers == counted + (outputs if method.centres else 0)
     assert stored_numbers(outputs, inputs, target) == counted
     assert int((factor_cost if codec == "factor" else pivot_cost)(outputs, inputs, torch.tensor(rank))) == counted
     assert (replacement.rank, replacement.codec) == (rank, codec)
@@ -336,6 +342,24 @@ def test_reported_numbers_equal_counted_ones(method, shape, codec, rank):
     biased = dataclasses.replace(replacement, bias=torch.zeros(outputs))
     assert biased.numbers == counted + outputs
     assert dense_replacement(p.weight).numbers == stored_numbers(outputs, inputs, Target(rank=rank, codec="dense"))
+
+
+# ---------- the mean
+
+
+@every_case
+@every_shape
+@every_codec
+def test_methods_that_centre_keep_the_mean_output_and_others_leave_the_bias_alone(method, shape, codec):
+    p = problem(shape)
+    x = p.x + 3 * normal(9, shape[1])
+    replacement = method.compress(p.weight, statistics(x, p.g), Target(rank=2, codec=codec))
+    if not method.centres:
+        assert replacement.bias is None
+        return
+    assert replacement.bias.shape == (shape[0],)
+    y = x @ replacement.dense().mT + replacement.bias
+    assert_same(y.mean(0), (x @ p.weight.mT).mean(0), 1e-9)
 
 
 # ---------- 7 to 10: symmetries

@@ -36,6 +36,7 @@ from command_line import (
 )
 from spectrim import job, terminal
 from spectrim.errors import Interrupted
+from spectrim.registry import METHODS
 from spectrim.store import target
 
 pytestmark = pytest.mark.faults
@@ -123,7 +124,7 @@ def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path:
     ("options", "says"),
     [
         (("--method", "sov"), "unknown method 'sov'; did you mean 'svd'?"),
-        (("--method", "zzz"), "unknown method 'zzz'; known: acip, asvd, fwsvd, soco, svd, svd-llm, tfwsvd, two-sided"),
+        (("--method", "zzz"), "unknown method 'zzz'; known: " + ", ".join(sorted(METHODS))),
         (("--preset", "fast"), "method svd has no presets (it does not train); leave --preset out"),
         (("--method", "soco", "--preset", "fats"), "method soco: unknown preset 'fats'; did you mean 'fast'?"),
         (("--method", "soco", "--set", "step=1"), "method soco: unknown option 'step'; did you mean 'steps'?"),

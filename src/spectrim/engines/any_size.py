@@ -73,6 +73,11 @@ def check_method(method: LayerMethod, recovery: tuple[str, ...] = ()) -> None:
             f"method {method.info.name} trains masks and adapters for one size; for --any-size take a method that "
             "learns scores (soco) or none (two-sided, svd-llm, ...)"
         )
+    if method.centres or type(method).at_rank is not LayerMethod.at_rank:
+        raise UsageError(
+            f"method {method.info.name} solves for each layer's factors or bias at one rank; --any-size needs a method "
+            "whose components serve all ranks (soco, two-sided, svd-llm, ...)"
+        )
     distil_steps = getattr(method, "distil_steps", 0)
     if distil_steps:
         raise UsageError(

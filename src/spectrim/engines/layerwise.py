@@ -22,7 +22,7 @@ from spectrim.linalg.solver import LARGEST_SIDE, LinAlgError
 from spectrim.method import LayerMethod, Stat, Stats
 from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
-from spectrim.replacement import Codec, Replacement, Storage, Target, dense_replacement, encode
+from spectrim.replacement import Codec, Replacement, Storage, Target, dense_replacement, encode, with_mean_kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +151,22 @@ def solve_at_ranks(
             spectra[layer.name] = Spectrum(*solved, spectrum.energy)
 
 
-def weight_budget(walk: Walk, keep: float, storage: Storage) -> int:
-    """Numbers that all weights may take, so that weights and biases together stay within `keep` of the dense."""
+def new_bias(method: LayerMethod, layer: Layer) -> int:
+    """Numbers of the bias that a layer gets when it is cut, beside the bias it has."""
+    return layer.outputs if method.centres and not layer.has_bias else 0
+
+
+def weight_budget(walk: Walk, keep: float, storage: Storage, new_biases: int = 0) -> int:
+    """Numbers that all weights may take, so that weights and biases together stay within `keep` of the dense.
+
+    `new_biases` counts those that rank 1 everywhere would add.
+    """
     biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
     budget = int(keep * walk.numbers) - biases
     cost = factor_cost if storage == "factor" else pivot_cost
     rank_one = torch.tensor(1)
     least = sum(min(int(cost(la.outputs, la.inputs, rank_one)), la.weight_numbers) for la in walk.layers)
+    least += new_biases
     if budget < least:
         smallest = math.ceil(10_000 * (least + biases) / walk.numbers) / 10_000
         raise UsageError(
@@ -167,10 +176,13 @@ def weight_budget(walk: Walk, keep: float, storage: Storage) -> int:
     return budget
 
 
-def options_of(layer: Layer, storage: Codec, energy: Tensor) -> tuple[Options, list[Target]]:
-    """What a layer can be under a storage: each rank that pays, and dense. Error from `energy` (K,) descending."""
+def options_of(layer: Layer, storage: Codec, energy: Tensor, extra: int = 0) -> tuple[Options, list[Target]]:
+    """What a layer can be under a storage: each rank that pays, and dense. Error from `energy` (K,) descending.
+
+    `extra` numbers go with every rank.
+    """
     ranks = torch.arange(1, len(energy) + 1)
-    cost = (factor_cost if storage == "factor" else pivot_cost)(layer.outputs, layer.inputs, ranks)
+    cost = (factor_cost if storage == "factor" else pivot_cost)(layer.outputs, layer.inputs, ranks) + extra
     pays = cost < layer.weight_numbers
     tail = energy.flip(0).cumsum(0).flip(0)  # tail[r] = error of rank r
     error = torch.cat([tail[1:], tail.new_zeros(1)])
@@ -187,8 +199,9 @@ def options_of(layer: Layer, storage: Codec, energy: Tensor) -> tuple[Options, l
 
 def plan_ranks(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor], keep: float) -> Plan:
     """A target for every layer, meeting the budget. `energies[name]` (K,) is what losing each component costs."""
-    budget = weight_budget(walk, keep, method.storage)
-    menu = [options_of(layer, method.storage, energies[layer.name]) for layer in walk.layers]
+    extra = {la.name: new_bias(method, la) for la in walk.layers}
+    budget = weight_budget(walk, keep, method.storage, sum(extra.values()))
+    menu = [options_of(la, method.storage, energies[la.name], extra[la.name]) for la in walk.layers]
     if method.allocation == "global":
         choice = allocate([options for options, _ in menu], budget)
     else:
@@ -215,8 +228,18 @@ def _uniform_choice(
     return fill_uniform(costs, start, budget)
 
 
-def encode_layer(module: nn.Module, given: Spectrum | Factors, target: Target, *, learned: bool = False) -> Replacement:
-    """One layer in its target codec, its bias carried over. `learned` factors replace the weight even when dense."""
+def encode_layer(
+    module: nn.Module,
+    given: Spectrum | Factors,
+    target: Target,
+    *,
+    learned: bool = False,
+    mean: Tensor | None = None,
+) -> Replacement:
+    """One layer in its target codec, its bias carried over. `learned` factors replace the weight even when dense.
+
+    With the `mean` (I,) of its inputs, the bias makes up for the mean of what is lost.
+    """
     weight = weight_of(module).detach()
     bias = cast(nn.Linear, module).bias
     bias = None if bias is None else bias.detach()
@@ -225,7 +248,8 @@ def encode_layer(module: nn.Module, given: Spectrum | Factors, target: Target, *
     wide = Factors(factors.left.double(), factors.right.double())
     if target.codec == "dense":
         return dense_replacement((wide.left @ wide.right).to(weight.dtype) if learned else weight, bias)
-    return encode(wide, target.codec, like=weight, bias=bias, error=error)
+    placed = encode(wide, target.codec, like=weight, bias=bias, error=error)
+    return placed if mean is None else with_mean_kept(placed, weight, mean)
 
 
 def swap(model: PreTrainedModel, name: str, replacement: Replacement) -> None:
@@ -273,12 +297,15 @@ def apply_plan(
     given: Mapping[str, Spectrum] | Mapping[str, Factors],
     *,
     learned: bool = False,
+    means: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Replacement]:
-    """Encode and swap every layer; returns what was put in place."""
+    """Encode and swap every layer; returns what was put in place. `means` of inputs that biases make up for."""
     placed = {}
+    means = {} if means is None else means
     for layer in walk.layers:
         module, target = model.get_submodule(layer.name), plan.targets[layer.name]
+        mean = means.get(layer.name)
         with solver_errors_of(layer.name, "its factors"):
-            placed[layer.name] = encode_layer(module, given[layer.name], target, learned=learned)
+            placed[layer.name] = encode_layer(module, given[layer.name], target, learned=learned, mean=mean)
         swap(model, layer.name, placed[layer.name])
     return placed

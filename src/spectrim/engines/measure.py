@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
-from spectrim.method import GRADIENT_STATS, Stat, Stats
+from spectrim.method import GRADIENT_STATS, INPUT_STATS, Stat, Stats
 from spectrim.models.walk import Walk, device_of, shared_inputs
 
 GRADIENT_CLIP = 10.0
@@ -171,6 +171,8 @@ def _add_input(sums: _Sums, x: Tensor, needs: frozenset[Stat]) -> None:
     width = rows.shape[1]
     if Stat.GRAM in needs:
         add_gram(sums.total(Stat.GRAM, (width, width), x.device), rows)
+    if Stat.MEAN in needs:
+        sums.total(Stat.MEAN, (width,), x.device).add_(rows.double().sum(0))
     if Stat.MEAN_ABS in needs:
         sums.total(Stat.MEAN_ABS, (width,), x.device).add_(rows.double().abs().sum(0))
 
@@ -211,7 +213,7 @@ def _finish(name: str, own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Sta
         raise InputError(
             f"{name}: no gradient reached this layer; raise gradient_windows (an expert seldom routed to?)"
         )
-    found = {s.value: (shared if s in (Stat.GRAM, Stat.MEAN_ABS) else own).totals[s] for s in needs}
+    found = {s.value: (shared if s in INPUT_STATS else own).totals[s] for s in needs}
     return Stats(tokens=shared.tokens, **found)
 
 
@@ -233,13 +235,13 @@ def dead_inputs(stats: Mapping[str, Stats]) -> list[str]:
 
 def _check_finite(sums: dict[str, _Sums], start: int) -> None:
     """Stop at the first layer (sums are in running order) whose sums are not finite; later layers only inherit it."""
-    # The diagonal of a Gram matrix tells all; a Fisher matrix is not square and has to be looked at in full.
+    # The diagonal of a Gram matrix tells all; others have none and have to be looked at in full.
     bad = [(name, stat) for name, own in sums.items() for stat, t in own.totals.items()
-           if not bool(torch.isfinite(t if stat in (Stat.MEAN_ABS, Stat.FISHER) else t.diagonal()).all())]  # fmt: skip
+           if not bool(torch.isfinite(t.diagonal() if stat in (Stat.GRAM, Stat.OUTPUT_GRAD) else t).all())]  # fmt: skip
     if not bad:
         return
     # A gradient turns bad from the last layer backwards, an input from the first layer forwards.
-    inputs = [b for b in bad if b[1] in (Stat.GRAM, Stat.MEAN_ABS)]
+    inputs = [b for b in bad if b[1] in INPUT_STATS]
     name, stat = inputs[0] if inputs else bad[-1]
     what = "inputs" if inputs else "output gradients"
     total = sums[name].totals[stat]

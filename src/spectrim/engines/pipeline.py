@@ -46,7 +46,7 @@ from spectrim.engines.recovery import Recovered, recover, recovery_of
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
-from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Stats, TrainedMethod
+from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Stat, Stats, TrainedMethod
 from spectrim.models.walk import Walk, device_of, find_layers
 from spectrim.replacement import Replacement
 
@@ -122,7 +122,7 @@ def compress_model(
         placed = apply_plan(student, walk, plan, learned.factors, learned=True)
     else:
         with timed(clock, "encode"):
-            placed = apply_plan(student, walk, plan, spectra, learned=run.changes)
+            placed = apply_plan(student, walk, plan, spectra, learned=run.changes, means=run.means)
     recovered = recover(
         steps, student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed, progress=progress,
         checkpoint=checkpoint,
@@ -172,6 +172,8 @@ class _Run:
     gradient_windows: int
     one_size: bool = True
     warnings: list[str] = field(default_factory=list)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    """Of the inputs of every layer, where biases make up for them."""
 
     def __post_init__(self) -> None:
         self.batch = Batch(CPU_BATCH if device_of(self.dense).type == "cpu" else GPU_BATCH)
@@ -198,11 +200,13 @@ class _Run:
         if saved is None:
             spectra, plan = self.closed_form(ids)
         else:
-            spectra, plan, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run)
+            spectra, plan, self.means, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run)
 
         def pack() -> Saved:
             changed = learned or self.changes
-            return pack_closed_form(spectra, plan, run, learned=learned, changed=changed, warnings=self.warnings)
+            return pack_closed_form(
+                spectra, plan, run, learned=learned, changed=changed, warnings=self.warnings, means=self.means
+            )
 
         keeper = SavedFirst(checkpoint, CLOSED_FORM, pack, kept=saved is not None)
         return spectra, plan, keeper
@@ -214,7 +218,7 @@ class _Run:
         spectra, plan = self.decide(stats)
         for extra in range(self.method.rounds if self.keep < 1 else 0):
             student = skeleton(self.dense)
-            apply_plan(student, self.walk, plan, spectra)
+            apply_plan(student, self.walk, plan, spectra, means=self.means)
             again = self.statistics(student, self.round_windows(ids), self.seed + 1 + extra)
             stats = {name: first[name].blend(again[name]) for name in first}
             spectra, plan = self.decide(stats)
@@ -258,6 +262,8 @@ class _Run:
             )
 
     def decide(self, stats: Mapping[str, Stats]) -> tuple[dict[str, Spectrum], Plan]:
+        if self.method.centres:
+            self.means = {name: own.get(Stat.MEAN) for name, own in stats.items()}
         with timed(self.clock, "decompose"):
             spectra = decompose_all(self.method, self.dense, self.walk, stats)
         with timed(self.clock, "allocate"):

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import plan_ranks
+from spectrim.engines.layerwise import new_bias, plan_ranks
 from spectrim.engines.masked import budget_of
 from spectrim.engines.recovery import RECOVERY_BATCH
 from spectrim.linalg.curvature import coupling_operations
 from spectrim.method import GRADIENT_STATS, LayerMethod, MaskedMethod, Stat, TrainedMethod
 from spectrim.models.load import Source, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
+from spectrim.replacement import Target, stored_numbers
 
 EFFICIENCY = 0.4
 """Share of the measured matrix rate that whole training passes of small models reach here (measured, CPU and GPU)."""
@@ -84,17 +85,16 @@ def _layers(method: LayerMethod, walk: Walk, keep: float, uniform: bool) -> list
         row: dict[str, Any] = {"name": layer.name, "shape": [layer.outputs, layer.inputs], "dense": layer.numbers}
         if uniform:
             target = targets[layer.name]
-            row |= {"codec": target.codec, "rank": target.rank, "numbers": _numbers(layer, target)}
+            row |= {"codec": target.codec, "rank": target.rank, "numbers": _numbers(method, layer, target)}
         else:
             row |= {"codec": method.storage, "rank": None, "numbers": None}
         rows.append(row)
     return rows
 
 
-def _numbers(layer: Layer, target: Any) -> int:
-    from spectrim.replacement import stored_numbers
-
-    return stored_numbers(layer.outputs, layer.inputs, target) + layer.numbers - layer.weight_numbers
+def _numbers(method: LayerMethod, layer: Layer, target: Target) -> int:
+    bias = layer.numbers - layer.weight_numbers + (0 if target.codec == "dense" else new_bias(method, layer))
+    return stored_numbers(layer.outputs, layer.inputs, target) + bias
 
 
 def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:

@@ -75,6 +75,11 @@ def parse_step(text: str) -> Step:
 def recovery_of(method: LayerMethod, asked: Iterable[str]) -> tuple[Step, ...]:
     """The method's own steps, those asked for, and `distil_steps` of a method that has them as a last `kl` step."""
     steps = [parse_step(text) for text in (*method.recovery, *asked)]
+    if method.centres and any(step.name == "refit" for step in steps):
+        raise UsageError(
+            f"method {method.info.name}: refit solves for factors without the bias that this method has moved; leave "
+            "refit out; block and kl train biases too"
+        )
     distil_steps = getattr(method, "distil_steps", 0)
     return (*steps, *([Step("kl", distil_steps)] if distil_steps else []))
 
