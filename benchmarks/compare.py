@@ -60,8 +60,16 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="svd-llm", method="svd-llm"),
         Row(label="svd-llm, update=sequential", method="svd-llm", options={"update": "sequential"}),
         Row(label="svd-llm, pivot", method="svd-llm", options={"storage": "pivot"}),
+        Row(label="afm", method="afm"),
+        Row(label="lord", method="lord"),
         Row(label="two-sided", method="two-sided"),
         Row(label="soco fast", method="soco", preset="fast"),
+    ],
+    "searched": [
+        Row(label="svd-llm, global", method="svd-llm", options={"allocation": "global"}),
+        Row(label="svd-llm, sensitivity", method="svd-llm", options={"allocation": "sensitivity"}),
+        Row(label="svd-llm, evopress", method="svd-llm", options={"allocation": "evopress"}),
+        Row(label="two-sided, evopress", method="two-sided", options={"allocation": "evopress"}),
     ],
     "trained": [
         Row(label="soco balanced", method="soco", preset="balanced"),

@@ -26,7 +26,9 @@ from spectrim.errors import NumericalError, UsageError, did_you_mean
 from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode, with_mean_kept
 
-Allocation = Literal["uniform", "global"]
+Allocation = Literal["uniform", "global", "sensitivity", "evopress"]
+"""How ranks are chosen: equal shares; the least sum of predicted errors; by what the whole model makes of them."""
+SEARCHED = ("sensitivity", "evopress")
 
 
 class Stat(Enum):
@@ -114,11 +116,16 @@ class LayerMethod(ABC):
     allocation: Allocation = "uniform"
     rounds: int = 0
     """How often the statistics are measured again in the compressed model and averaged with the first ones."""
+    generations: int = 40
+    offspring: int = 16
+    """Of allocation="evopress", see engines/search.py."""
 
     def __post_init__(self) -> None:
         require_choice(self.info.name, "storage", self.storage, ("factor", "pivot"))
-        require_choice(self.info.name, "allocation", self.allocation, ("uniform", "global"))
+        require_choice(self.info.name, "allocation", self.allocation, ("uniform", "global", *SEARCHED))
         require_range(self.info.name, "rounds", self.rounds, 0, 8)
+        require_range(self.info.name, "generations", self.generations, 1, 100_000)
+        require_range(self.info.name, "offspring", self.offspring, 1, 100_000)
 
     @property
     def refinement(self) -> Coupling | None:
@@ -203,6 +210,7 @@ class TrainedMethod(LayerMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_choice(self.info.name, "allocation", self.allocation, ("uniform", "global"))
         require_range(self.info.name, "steps", self.steps, 0, 1_000_000)
         require_range(self.info.name, "batch_size", self.batch_size, 1, 65_536)
         require_range(self.info.name, "learning_rate", self.learning_rate, 1e-9, 10.0)

@@ -13,6 +13,7 @@ METHODS = {
     "tfwsvd": "spectrim.methods.weights.tfwsvd:TFWSVD",
     "svd-llm": "spectrim.methods.weights.svd_llm:SVDLLM",
     "afm": "spectrim.methods.weights.afm:AFM",
+    "lord": "spectrim.methods.weights.lord:LoRD",
     "two-sided": "spectrim.methods.weights.two_sided:TwoSided",
     "acip": "spectrim.methods.weights.acip:ACIP",
     "soco": "spectrim.methods.weights.soco:SoCo",

@@ -87,6 +87,7 @@ OWN_METRIC: dict[str, Callable[[Any, Stats], Metric]] = {
     "asvd": lambda method, stats: (None, torch.diag(stats.mean_abs ** (2 * method.alpha))),
     "fwsvd": fwsvd_metric,
     "afm": afm_metric,
+    "lord": afm_metric,
     "svd-llm": lambda method, stats: (None, stats.gram),
     "two-sided": two_sided_metric,
     "soco": lambda method, stats: two_sided_metric(method, stats) if method.basis == "two-sided" else NotImplemented,

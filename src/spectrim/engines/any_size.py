@@ -22,7 +22,7 @@ from spectrim.engines.nested import Nested, nest, plan_at, slice_at
 from spectrim.engines.order import Order, closed_order
 from spectrim.engines.pipeline import closed_form, default_gradient_windows, timed
 from spectrim.errors import UsageError
-from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod
+from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod
 from spectrim.models.walk import Walk, device_of, find_layers, linear_at
 
 ANCHORS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35)
@@ -77,6 +77,11 @@ def check_method(method: LayerMethod, recovery: tuple[str, ...] = ()) -> None:
         raise UsageError(
             f"method {method.info.name} solves for each layer's factors or bias at one rank; --any-size needs a method "
             "whose components serve all ranks (soco, two-sided, svd-llm, ...)"
+        )
+    if method.allocation in SEARCHED:
+        raise UsageError(
+            f"method {method.info.name}: allocation={method.allocation} searches the ranks of one size; --any-size "
+            "takes uniform or global"
         )
     distil_steps = getattr(method, "distil_steps", 0)
     if distil_steps:

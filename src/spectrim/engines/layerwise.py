@@ -6,10 +6,10 @@ The order of a whole run, with measuring and training around it, is in engines/p
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,26 +197,48 @@ def options_of(layer: Layer, storage: Codec, energy: Tensor, extra: int = 0) -> 
     )
 
 
-def plan_ranks(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor], keep: float) -> Plan:
-    """A target for every layer, meeting the budget. `energies[name]` (K,) is what losing each component costs."""
-    extra = {la.name: new_bias(method, la) for la in walk.layers}
-    budget = weight_budget(walk, keep, method.storage, sum(extra.values()))
-    menu = [options_of(la, method.storage, energies[la.name], extra[la.name]) for la in walk.layers]
-    if method.allocation == "global":
-        choice = allocate([options for options, _ in menu], budget)
-    else:
-        choice = _uniform_choice(walk, menu, method.storage, keep, budget)
-    picked = {la.name: targets[k] for la, (_, targets), k in zip(walk.layers, menu, choice, strict=True)}
-    spent = sum(int(options.cost[k]) for (options, _), k in zip(menu, choice, strict=True))
+class Priced(NamedTuple):
+    """A layer and its menu: what each target costs, and the error its components predict."""
+
+    layer: Layer
+    options: Options
+    targets: list[Target]
+
+
+def menu_of(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor]) -> list[Priced]:
+    """Every layer's menu. `energies[name]` (K,) is what losing each component costs."""
+    return [Priced(la, *options_of(la, method.storage, energies[la.name], new_bias(method, la))) for la in walk.layers]
+
+
+def budget_under(method: LayerMethod, walk: Walk, keep: float) -> int:
+    """Numbers for all weights, and for the biases that cutting adds."""
+    return weight_budget(walk, keep, method.storage, sum(new_bias(method, layer) for layer in walk.layers))
+
+
+def plan_of(menu: Sequence[Priced], choice: Sequence[int], walk: Walk) -> Plan:
+    """The plan in which every layer takes the option of its menu at an index."""
+    picked = {own.layer.name: own.targets[k] for own, k in zip(menu, choice, strict=True)}
+    spent = sum(int(own.options.cost[k]) for own, k in zip(menu, choice, strict=True))
     biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
     return Plan(targets=picked, numbers_before=walk.numbers, numbers_after=spent + biases)
 
 
-def _uniform_choice(
-    walk: Walk, menu: list[tuple[Options, list[Target]]], storage: Codec, keep: float, budget: int
-) -> list[int]:
+def plan_ranks(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor], keep: float) -> Plan:
+    """A target for every layer, meeting the budget: least sum of errors, or the same share everywhere.
+
+    Allocations that look at more than errors start from the same share (engines/search.py).
+    """
+    budget, menu = budget_under(method, walk, keep), menu_of(method, walk, energies)
+    if method.allocation == "global":
+        choice = allocate([own.options for own in menu], budget)
+    else:
+        choice = _uniform_choice(walk, menu, keep, budget)
+    return plan_of(menu, choice, walk)
+
+
+def _uniform_choice(walk: Walk, menu: Sequence[Priced], keep: float, budget: int) -> list[int]:
     """The same kept share in every layer (what most papers do), then integer left-overs handed out in turn."""
-    costs = [options.cost for options, _ in menu]
+    costs = [own.options.cost for own in menu]
     if keep >= 1.0:
         return [len(c) - 1 for c in costs]
     share = budget / sum(layer.weight_numbers for layer in walk.layers)
@@ -226,6 +248,24 @@ def _uniform_choice(
     if sum(int(c[k]) for c, k in zip(costs, start, strict=True)) > budget:
         start = [0] * len(costs)  # near rank 1 equal shares do not fit: small layers take more than theirs
     return fill_uniform(costs, start, budget)
+
+
+def place_cut(
+    student: PreTrainedModel,
+    dense: PreTrainedModel,
+    name: str,
+    spectrum: Spectrum,
+    target: Target,
+    mean: Tensor | None = None,
+) -> None:
+    """A layer at `target` as a dense module of `student`: it computes what the encoded one does, to rounding."""
+    module = linear_at(dense, name)
+    weight, bias = weight_of(module).detach(), module.bias
+    cut = truncate(spectrum, len(spectrum.energy) if target.codec == "dense" else target.rank)
+    placed = dense_replacement((cut.left @ cut.right).to(weight.dtype), None if bias is None else bias.detach())
+    if mean is not None and target.codec != "dense":
+        placed = with_mean_kept(placed, weight, mean)
+    swap(student, name, placed)
 
 
 def encode_layer(
@@ -261,6 +301,8 @@ def swap(model: PreTrainedModel, name: str, replacement: Replacement) -> None:
             return
         new: nn.Module = copy.deepcopy(old)
         weight_of(new).data.copy_(weight)
+        if replacement.bias is not None:
+            new.register_parameter("bias", nn.Parameter(replacement.bias.clone(), requires_grad=False))
     else:
         new = build_linear(replacement)
     model.set_submodule(name, new.train(old.training))

@@ -5,6 +5,7 @@
    and refine them in a second gradient pass, if the method asks for it                  engines/couple.py
 3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
+   ranks by what the whole model does with them, for allocations that search           engines/search.py
 5. in running order, let each weight make up for the error before it, decompose it again engines/propagate.py
    methods whose answer depends on the rank solve for it (LayerMethod.at_rank)           engines/layerwise.py
    Newton steps on the scores of what is kept, if the method asks for them              engines/newton.py
@@ -43,10 +44,11 @@ from spectrim.engines.measure import Progress, dead_inputs, measure
 from spectrim.engines.newton import newton_scores
 from spectrim.engines.propagate import propagate
 from spectrim.engines.recovery import Recovered, recover, recovery_of
+from spectrim.engines.search import searched_plan
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
-from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Stat, Stats, TrainedMethod
+from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod, Stat, Stats, TrainedMethod
 from spectrim.models.walk import Walk, device_of, find_layers
 from spectrim.replacement import Replacement
 
@@ -222,6 +224,8 @@ class _Run:
             again = self.statistics(student, self.round_windows(ids), self.seed + 1 + extra)
             stats = {name: first[name].blend(again[name]) for name in first}
             spectra, plan = self.decide(stats)
+        if self.one_size and self.keep < 1 and self.method.allocation in SEARCHED:
+            plan = self.search(spectra, ids)
         if self.propagates:
             self.propagate(spectra, plan, stats, ids)
         if self.one_size and self.keep < 1:
@@ -251,6 +255,21 @@ class _Run:
         with timed(self.clock, "couple"):
             given = (model, self.walk, ids[: self.gradient_windows], stats, self.method.refinement)
             return self.batch.run("couple", lambda size: couple(*given, batch_size=size, **told))
+
+    def search(self, spectra: Mapping[str, Spectrum], ids: Tensor) -> Plan:
+        """Ranks by what the model does with them."""
+        with timed(self.clock, "search"):
+            return searched_plan(
+                self.method,
+                self.dense,
+                self.walk,
+                spectra,
+                self.means,
+                self.keep,
+                ids,
+                seed=self.seed,
+                progress=self.progress,
+            )
 
     def propagate(self, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor) -> None:
         """Step 5, in place. Only forward passes; on a CPU the windows of a later round are enough of them."""

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import Plan, decompose_layer, solver_errors_of, swap
+from spectrim.engines.layerwise import Plan, decompose_layer, place_cut, solver_errors_of
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.stream import input_moments, start
-from spectrim.linalg.factor import Spectrum, drift_target, token_share, truncate
+from spectrim.linalg.factor import Spectrum, drift_target, token_share
 from spectrim.method import LayerMethod, Stat, Stats
-from spectrim.models.walk import Layer, Walk, device_of, linear_at, shared_inputs, weight_of
-from spectrim.replacement import Target, dense_replacement
+from spectrim.models.walk import Layer, Walk, device_of, shared_inputs, weight_of
 
 
 @torch.no_grad()
@@ -65,7 +64,7 @@ def propagate(
                     else:
                         weight = weight_of(dense.get_submodule(name)).double()
                         spectra[name] = _corrected(method, layers[name], weight, stats[name], moments, ids.numel())
-                    _place(student, name, spectra[name], plan.targets[name])
+                    place_cut(student, dense, name, spectra[name], plan.targets[name])
             for stream in (full, small):
                 stream.advance(block)
             if progress is not None:
@@ -87,14 +86,6 @@ def _corrected(
     scaled = gram * size if bool(torch.isfinite(size)) else gram  # an input that never fires has no size
     mixed = (1 - share) * first + share * scaled
     return decompose_layer(method, layer, target, dataclasses.replace(stats, gram=mixed))
-
-
-def _place(student: PreTrainedModel, name: str, spectrum: Spectrum, target: Target) -> None:
-    """The cut weight as a dense module: it computes what the encoded one does, to rounding."""
-    module = linear_at(student, name)
-    factors = truncate(spectrum, len(spectrum.energy) if target.codec == "dense" else target.rank)
-    weight = (factors.left @ factors.right).to(module.weight.dtype)
-    swap(student, name, dense_replacement(weight, module.bias))
 
 
 def _warning(names: list[str]) -> str:

@@ -41,10 +41,10 @@ class AFM(LayerMethod):
 
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """Components in the metric of the inputs' covariance."""
-        return decompose(weight, right=root_of(input_covariance(stats)))
+        return feature_spectrum(weight, stats)
 
 
-def input_covariance(stats: Stats) -> Tensor:
-    """E[x x^T] - E[x] E[x]^T, (I, I)."""
+def feature_spectrum(weight: Tensor, stats: Stats) -> Spectrum:
+    """Steps 1 and 2 for one weight (O, I), all ranks."""
     mean = stats.get(Stat.MEAN)
-    return stats.get(Stat.GRAM) - mean[:, None] * mean
+    return decompose(weight, right=root_of(stats.get(Stat.GRAM) - mean[:, None] * mean))
