@@ -62,6 +62,9 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="svd-llm, pivot", method="svd-llm", options={"storage": "pivot"}),
         Row(label="afm", method="afm"),
         Row(label="lord", method="lord"),
+        Row(label="welore", method="welore"),
+        Row(label="zero-sum", method="zero-sum"),
+        Row(label="mpifa", method="mpifa"),
         Row(label="two-sided", method="two-sided"),
         Row(label="soco fast", method="soco", preset="fast"),
     ],
@@ -74,6 +77,8 @@ GROUPS: dict[str, list[Row]] = {
     "trained": [
         Row(label="soco balanced", method="soco", preset="balanced"),
         Row(label="soco best", method="soco", preset="best"),
+        Row(label="svd-llm, block:25", method="svd-llm", recover=("block:25",)),
+        Row(label="welore, kl:300", method="welore", recover=("kl:300",)),
         Row(label="svd-llm, kl:300", method="svd-llm", recover=("kl:300",)),
         Row(label="acip, 1000 steps", method="acip", options={"target": "dense"}),
     ],

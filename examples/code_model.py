@@ -67,7 +67,7 @@ def adapt(model: Any, ids: Tensor, steps: int, batch: int) -> None:
         optimizer.step()
         schedule.step()
         if (step + 1) % 50 == 0:
-            print(f"adapt: step {step + 1} of {steps}, loss {float(loss):.3f}", flush=True)
+            print(f"adapt: step {step + 1} of {steps}, loss {float(loss.detach()):.3f}", flush=True)
     model.eval().requires_grad_(False)
 
 

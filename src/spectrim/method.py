@@ -13,7 +13,7 @@ the clock.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -26,8 +26,9 @@ from spectrim.errors import NumericalError, UsageError, did_you_mean
 from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode, with_mean_kept
 
-Allocation = Literal["uniform", "global", "sensitivity", "evopress"]
-"""How ranks are chosen: equal shares; the least sum of predicted errors; by what the whole model makes of them."""
+Allocation = Literal["uniform", "global", "sensitivity", "evopress", "order"]
+"""How ranks are chosen: equal shares; the least sum of predicted errors; by what the whole model makes of them;
+in an order of the method's own."""
 SEARCHED = ("sensitivity", "evopress")
 
 
@@ -39,12 +40,14 @@ class Stat(Enum):
     MEAN_ABS = "mean_abs"  # E|x|          (I,)
     OUTPUT_GRAD = "output_grad"  # E[g g^T], labels sampled from the model     (O, O)
     FISHER = "fisher"  # E[(dL/dW)^2] elementwise, one sample a sequence       (O, I)
+    SLOPE = "slope"  # E[dL/dW], labels from the text (of sampled labels it is 0)   (O, I)
 
 
 INPUT_STATS = frozenset({Stat.GRAM, Stat.MEAN, Stat.MEAN_ABS})
 """Those of what a layer reads: measured once for layers that read the same."""
-GRADIENT_STATS = frozenset({Stat.OUTPUT_GRAD, Stat.FISHER})
-"""Those that need backward passes."""
+SAMPLED_STATS = frozenset({Stat.OUTPUT_GRAD, Stat.FISHER})
+GRADIENT_STATS = SAMPLED_STATS | {Stat.SLOPE}
+"""Those that need backward passes, from labels sampled from the model or from the text's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class Stats:
     mean_abs: Tensor | None = None
     output_grad: Tensor | None = None
     fisher: Tensor | None = None
+    slope: Tensor | None = None
 
     def measured(self) -> dict[str, Tensor]:
         """What is there, by field name."""
@@ -106,6 +110,8 @@ class LayerMethod(ABC):
     optimal_in_gram: ClassVar[bool] = False
     """True when `decompose` is optimal in the input-Gram metric (the contract tests then check it)."""
 
+    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global", *SEARCHED)
+    """Those that the method can be used with."""
     recovery: ClassVar[tuple[str, ...]] = ()
     """Steps run after the layers are in place, as `--recover` takes them; see engines/recovery.py."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
@@ -122,7 +128,7 @@ class LayerMethod(ABC):
 
     def __post_init__(self) -> None:
         require_choice(self.info.name, "storage", self.storage, ("factor", "pivot"))
-        require_choice(self.info.name, "allocation", self.allocation, ("uniform", "global", *SEARCHED))
+        require_choice(self.info.name, "allocation", self.allocation, self.allocations)
         require_range(self.info.name, "rounds", self.rounds, 0, 8)
         require_range(self.info.name, "generations", self.generations, 1, 100_000)
         require_range(self.info.name, "offspring", self.offspring, 1, 100_000)
@@ -191,6 +197,23 @@ class LayerMethod(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OrderedMethod(LayerMethod):
+    """A method with a rule of its own for the order in which components of all layers go, the last of a layer first."""
+
+    allocations: ClassVar[tuple[str, ...]] = ("order", "uniform", "global", *SEARCHED)
+
+    allocation: Allocation = "order"
+
+    @abstractmethod
+    def prices(self, weight: Tensor, spectrum: Spectrum, stats: Stats) -> Tensor:
+        """What the rule looks at: one number (K,) for each component of a layer."""
+
+    @abstractmethod
+    def removal_order(self, prices: Sequence[Tensor]) -> list[int]:
+        """Which layer (a position in `prices`) loses its last remaining component, one after the other, to the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Components:
     """What a learned method may look at when it prices the components of one layer; all (K,)."""
 
@@ -204,13 +227,14 @@ class Components:
 class TrainedMethod(LayerMethod):
     """A method that trains, end to end, on windows of text; with `steps=0` it is its closed form."""
 
+    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global")
+
     steps: int = 0
     batch_size: int = 32
     learning_rate: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice(self.info.name, "allocation", self.allocation, ("uniform", "global"))
         require_range(self.info.name, "steps", self.steps, 0, 1_000_000)
         require_range(self.info.name, "batch_size", self.batch_size, 1, 65_536)
         require_range(self.info.name, "learning_rate", self.learning_rate, 1e-9, 10.0)

@@ -43,6 +43,7 @@ def layer() -> tuple[Tensor, Stats]:
         mean_abs=x.abs().mean(0),
         output_grad=g.mT @ g / TOKENS,
         fisher=per_sequence.mean(0),
+        slope=g.mT @ x / TOKENS,
     )
     return weight, stats
 

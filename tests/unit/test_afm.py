@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_the_means_of_its_checkpoint():
 
 def test_what_cannot_be_done_with_moved_biases_is_refused(tmp_path: Path):
     model = tiny("llama")
-    with pytest.raises(UsageError, match="refit solves for factors without the bias"):
+    with pytest.raises(UsageError, match="refit and reconstruct solve for factors without the bias"):
         compress_model(model, make_method("afm"), 0.6, IDS, recovery=("refit",))
     small = spectrim.compress(model, keep=0.6, method="afm", calibration=IDS)
     folder = resolve(str(small.save_pretrained(tmp_path / "small")))

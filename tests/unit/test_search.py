@@ -133,7 +133,7 @@ def test_windows_are_drawn_without_repeats():
 
 
 def test_searches_are_refused_where_they_cannot_be():
-    with pytest.raises(UsageError, match="allocation=evopress searches the ranks of one size"):
+    with pytest.raises(UsageError, match="allocation=evopress finds the ranks of one size"):
         check_method(make_method("svd-llm", options={"allocation": "evopress"}))
     with pytest.raises(UsageError, match="method soco: allocation must be one of uniform, global"):
         make_method("soco", options={"allocation": "evopress"})

@@ -78,10 +78,10 @@ def check_method(method: LayerMethod, recovery: tuple[str, ...] = ()) -> None:
             f"method {method.info.name} solves for each layer's factors or bias at one rank; --any-size needs a method "
             "whose components serve all ranks (soco, two-sided, svd-llm, ...)"
         )
-    if method.allocation in SEARCHED:
+    if method.allocation in (*SEARCHED, "order"):
         raise UsageError(
-            f"method {method.info.name}: allocation={method.allocation} searches the ranks of one size; --any-size "
-            "takes uniform or global"
+            f"method {method.info.name}: allocation={method.allocation} finds the ranks of one size; --any-size takes "
+            "uniform or global"
         )
     distil_steps = getattr(method, "distil_steps", 0)
     if distil_steps:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
-from spectrim.method import GRADIENT_STATS, INPUT_STATS, Stat, Stats
+from spectrim.method import GRADIENT_STATS, INPUT_STATS, SAMPLED_STATS, Stat, Stats
 from spectrim.models.walk import Walk, device_of, shared_inputs
 
 GRADIENT_CLIP = 10.0
@@ -45,7 +45,11 @@ class _Sums:
 
     def to_means(self) -> None:
         """Divide the sums in place: layers that share an input then share the tensor, not three copies of it."""
-        counts = {Stat.OUTPUT_GRAD: self.gradient_tokens, Stat.FISHER: self.sequences}
+        counts = {
+            Stat.OUTPUT_GRAD: self.gradient_tokens,
+            Stat.SLOPE: self.gradient_tokens,
+            Stat.FISHER: self.sequences,
+        }
         for stat, total in self.totals.items():
             total /= counts.get(stat, self.tokens)
 
@@ -71,6 +75,7 @@ def measure(
     """
     if not needs:
         return {layer.name: Stats(tokens=int(ids.numel())) for layer in walk.layers}
+    assert not (Stat.SLOPE in needs and needs & SAMPLED_STATS), "one pass has one kind of labels"
     with frozen(model):  # before the groups are found: in training mode OPT drops whole layers at random
         groups = shared_inputs(model, walk.layers)
         leader = {name: group[0] for group in groups for name in group}
@@ -93,7 +98,9 @@ def measure(
         with hooks(model, walk, on_input, on_gradient if border else None), autocast(device):
             for start, stop in zip(starts, [*starts[1:], len(ids)], strict=False):
                 batch = ids[start:stop].to(device)
-                if start < border:
+                if start < border and Stat.SLOPE in needs:
+                    backward_from_text(model, batch)
+                elif start < border:
                     backward_from_sampled_labels(model, batch, generator)
                 else:
                     with torch.no_grad():
@@ -121,6 +128,13 @@ def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generato
             labels = (log_p - (-uniform.log()).log()).argmax(-1, keepdim=True)
         loss = -log_p.gather(-1, labels).sum()
         loss.backward()
+
+
+def backward_from_text(model: PreTrainedModel, batch: Tensor) -> None:
+    """Backpropagate `sum over tokens of -log p(next token of the text)`."""
+    with torch.enable_grad():
+        log_p = model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        (-log_p.gather(-1, batch[:, 1:, None]).sum()).backward()
 
 
 OnInput = Callable[[str, Tensor], None]
@@ -188,6 +202,9 @@ def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Sta
         width = rows.shape[1]
         clipped = clip_rows(rows, ratio=GRADIENT_CLIP)
         add_gram(sums.total(Stat.OUTPUT_GRAD, (width, width), x.device), clipped)
+    if Stat.SLOPE in needs:
+        flat = x.reshape(-1, x.shape[-1])
+        add_gram(sums.total(Stat.SLOPE, (rows.shape[1], flat.shape[1]), x.device), rows, flat)
     if Stat.FISHER in needs:
         g, rows_in = in_sequences(rows, windows), in_sequences(x, windows)
         add_squares(sums.total(Stat.FISHER, (g.shape[-1], x.shape[-1]), x.device), g, rows_in)

@@ -42,13 +42,23 @@ from spectrim.engines.loop import Checkpoint, Saved
 from spectrim.engines.masked import train_masks
 from spectrim.engines.measure import Progress, dead_inputs, measure
 from spectrim.engines.newton import newton_scores
+from spectrim.engines.ordered import ordered_plan
 from spectrim.engines.propagate import propagate
 from spectrim.engines.recovery import Recovered, recover, recovery_of
 from spectrim.engines.search import searched_plan
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
-from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod, Stat, Stats, TrainedMethod
+from spectrim.method import (
+    SEARCHED,
+    LayerMethod,
+    LearnedMethod,
+    MaskedMethod,
+    OrderedMethod,
+    Stat,
+    Stats,
+    TrainedMethod,
+)
 from spectrim.models.walk import Walk, device_of, find_layers
 from spectrim.replacement import Replacement
 
@@ -285,6 +295,9 @@ class _Run:
             self.means = {name: own.get(Stat.MEAN) for name, own in stats.items()}
         with timed(self.clock, "decompose"):
             spectra = decompose_all(self.method, self.dense, self.walk, stats)
+        if isinstance(self.method, OrderedMethod) and self.method.allocation == "order":
+            with timed(self.clock, "allocate"):
+                return spectra, ordered_plan(self.method, self.dense, self.walk, spectra, stats, self.keep)
         with timed(self.clock, "allocate"):
             energies = {name: s.energy for name, s in spectra.items()}
             return spectra, plan_ranks(self.method, self.walk, energies, self.keep)

@@ -2,11 +2,12 @@
 
     1. collect the outputs of every linear layer over source files of the one language
     2. W' = U U^T W with the strongest eigenvectors U of their covariance, the mean kept by the bias   (as in `afm`)
-    3. sweep: each layer alone at several ranks, the loss of the whole model measured; the ranks that hurt least are taken
+    3. sweep: each layer alone at several ranks, the loss of the whole model measured; those that hurt least are taken
 
-Calibrate on code (`--calib FILES`): the point of the paper is that a model used for one language needs fewer directions.
-Step 3 is allocation="sensitivity" (engines/search.py), where the paper chooses the layers from plots of the sweep. It also
-rounds ranks to multiples of 64 for its kernels and quantises the factors; here ranks are exact and nothing is quantised.
+Calibrate on code (`--calib FILES`): the point of the paper is that a model used for one language needs fewer
+directions. Step 3 is allocation="sensitivity" (engines/search.py), where the paper chooses the layers from plots of the
+sweep. It also rounds ranks to multiples of 64 for its kernels and quantises the factors; here ranks are exact and
+nothing is quantised.
 """
 
 from dataclasses import dataclass
