@@ -35,8 +35,8 @@ from spectrim.registry import make_method
 from spectrim.report.facts import environment
 from spectrim.report.plot import line_chart
 
-CHARS_A_WINDOW = 4 * WINDOW
-"""Enough text for a window of running prose, several times over what a tokenizer needs."""
+CHARS_A_WINDOW = 8 * WINDOW
+"""Text that is read for each window: twice what this tokenizer needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

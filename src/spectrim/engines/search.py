@@ -87,19 +87,31 @@ def searched_plan(
     """Targets that keep `keep` of the numbers by the method's `allocation`, judged on `ids` (windows, length)."""
     generator = torch.Generator().manual_seed(seed)
     budget = budget_under(method, walk, keep)
-    priced = menu_of(method, walk, {name: spectrum.energy for name, spectrum in spectra.items()})
     with frozen(dense):
-        options, start = levels_of(priced, budget)
-        student = skeleton(dense)
-        searched = Searched(
-            method, dense, student, priced, spectra, means, options, start, [len(own) - 1 for own in options]
-        )
+        searched = searchable(method, dense, walk, spectra, means, keep)
+        priced = searched.priced
         if method.allocation == "sensitivity":
             return plan_of(priced, by_sensitivity(searched, ids, budget, generator, progress), walk)
         choice = evolve(searched, ids, generator, method.generations, method.offspring, progress)
-    picked = [options[layer][level] for layer, level in enumerate(choice)]
+    picked = [searched.options[layer][level] for layer, level in enumerate(choice)]
     costs = [own.options.cost for own in priced]
     return plan_of(priced, fill_uniform(costs, picked, budget), walk)
+
+
+def searchable(
+    method: LayerMethod,
+    dense: PreTrainedModel,
+    walk: Walk,
+    spectra: Mapping[str, Spectrum],
+    means: Mapping[str, Tensor],
+    keep: float,
+) -> Searched:
+    """A copy of `dense` whose layers can be set to any level; all are dense at first."""
+    priced = menu_of(method, walk, {name: spectrum.energy for name, spectrum in spectra.items()})
+    options, start = levels_of(priced, budget_under(method, walk, keep))
+    return Searched(
+        method, dense, skeleton(dense), priced, spectra, means, options, start, [len(own) - 1 for own in options]
+    )
 
 
 def levels_of(priced: Sequence[Priced], budget: int) -> tuple[list[list[int]], int]:
