@@ -5,7 +5,8 @@ import torch
 
 from spectrim.engines import search
 from spectrim.engines.any_size import check_method
-from spectrim.engines.layerwise import budget_under, decompose_all, menu_of
+from spectrim.engines.layerwise import apply_plan, budget_under, decompose_all, menu_of, plan_of
+from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.search import draw, exchanged, levels_of
@@ -14,7 +15,7 @@ from spectrim.evaluate.language import evaluate
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
 from spectrim.replacement import stored_numbers
-from tiny_models import assert_same_state, state_of, tiny, token_ids
+from tiny_models import assert_same_state, logits_of, state_of, tiny, token_ids
 
 IDS = token_ids(24, 16)
 SEARCHES = {
@@ -124,6 +125,29 @@ def test_the_parent_is_judged_by_the_windows_of_its_generation_only(monkeypatch)
     assert len(batches) == 3 * len(search.STAGES)
     assert all(len(set(choices)) == len(choices) for choices in batches.values())
     assert [len(choices) for choices in batches.values()][1::2] == [5, 5, 5]  # four survivors and the parent
+
+
+@pytest.mark.parametrize("name", ["svd-llm", "afm"])
+@pytest.mark.parametrize("architecture", ["llama", "llama-gqa-bias", "gpt2"])
+def test_a_level_gives_the_model_that_compress_would_write_and_dense_is_the_way_back(name, architecture):
+    """Found: a layer that had been given a bias kept it when it was set back to dense."""
+    model, method = tiny(architecture), make_method(name)
+    walk = find_layers(model)
+    stats = measure(model, walk, IDS, method.needs)
+    spectra = decompose_all(method, model, walk, stats)
+    means = {n: own.mean for n, own in stats.items()} if method.centres else {}
+    searched = search.searchable(method, model, walk, spectra, means, 0.6)  # type: ignore[arg-type]
+    top, cut = list(searched.now), [searched.start] * len(searched.now)
+    dense = logits_of(model, IDS)
+    searched.set(cut)
+    picked = [options[searched.start] for options in searched.options]
+    student = skeleton(model)
+    apply_plan(student, walk, plan_of(searched.priced, picked, walk), spectra, means=means)  # type: ignore[arg-type]
+    written = logits_of(student, IDS)
+    assert float((written - dense).abs().max()) > 0.05
+    torch.testing.assert_close(logits_of(searched.student, IDS), written, atol=1e-3, rtol=1e-3)
+    searched.set(top)
+    torch.testing.assert_close(logits_of(searched.student, IDS), dense, atol=1e-3, rtol=1e-3)
 
 
 def test_windows_are_drawn_without_repeats():

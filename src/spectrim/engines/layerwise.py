@@ -301,8 +301,8 @@ def swap(model: PreTrainedModel, name: str, replacement: Replacement) -> None:
             return
         new: nn.Module = copy.deepcopy(old)
         weight_of(new).data.copy_(weight)
-        if replacement.bias is not None:
-            new.register_parameter("bias", nn.Parameter(replacement.bias.clone(), requires_grad=False))
+        bias = replacement.bias
+        new.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
     else:
         new = build_linear(replacement)
     model.set_submodule(name, new.train(old.training))

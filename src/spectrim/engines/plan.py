@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from spectrim.engines.layerwise import new_bias, plan_ranks
 from spectrim.engines.masked import budget_of
 from spectrim.engines.recovery import RECOVERY_BATCH
+from spectrim.engines.search import SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS, STAGES
 from spectrim.linalg.curvature import coupling_operations
 from spectrim.method import GRADIENT_STATS, LayerMethod, MaskedMethod, Stat, TrainedMethod
 from spectrim.models.load import Source, meta_model
@@ -105,6 +106,8 @@ def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
         statistics += sum(la.inputs**2 for la in walk.layers) * 8
     if Stat.OUTPUT_GRAD in method.needs:
         statistics += sum(la.outputs**2 for la in walk.layers) * 8
+    if method.needs & {Stat.FISHER, Stat.SLOPE}:
+        statistics += sum_weights(walk) * 8
     if method.refinement is not None:  # sums in float64 and inverses in float32 beside the plain ones
         statistics = statistics * 5 // 2
     rounds = 2 if method.rounds else 1
@@ -135,11 +138,22 @@ def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, 
     if method.error_share > 0:  # both models: to start, up to each of four groups of layers, and to go on
         calibration += 8 * forward + 2 * gram
         decomposition *= (2 + method.rounds) / (1 + method.rounds)
+    calibration += forward / windows * searched_windows(method, len(walk.layers))
     learning = 0.0
     if isinstance(method, TrainedMethod):
         steps = method.steps + getattr(method, "distil_steps", 0)
         learning = 8.0 * total * steps * method.batch_size * length  # student there and back, teacher there
     return calibration + decomposition + learning
+
+
+def searched_windows(method: LayerMethod, layers: int) -> int:
+    """Windows that an allocation that searches runs the compressed model on."""
+    if method.allocation == "sensitivity":
+        return layers * SENSITIVITY_LEVELS * SENSITIVITY_WINDOWS
+    if method.allocation == "evopress":
+        judged = [method.offspring, *(survivors + 1 for survivors, _ in STAGES[:-1])]
+        return method.generations * sum(n * windows for n, (_, windows) in zip(judged, STAGES, strict=True))
+    return 0
 
 
 def matrix_rate(device: torch.device) -> float:
