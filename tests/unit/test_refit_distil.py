@@ -170,17 +170,15 @@ def test_every_layer_is_optimal_for_the_inputs_of_the_final_model(architecture, 
 
 def test_reconstruct_solves_for_both_factors_of_the_first_group():
     """Where nothing has drifted yet, left then right by least squares; against lstsq on the inputs themselves."""
-    dense = tiny("llama")
-    student = compressed(dense, "svd", storage="factor")
+    dense, student, walk = compressed("llama", storage="factor")
     name = "model.layers.0.self_attn.q_proj"
     before = student.get_submodule(name)
     right = before.V.weight.detach().double()  # type: ignore[union-attr]
-    x = seen_at(dense, [name], inputs=True)[name].double()
-    x = x.reshape(-1, x.shape[-1])
+    x = seen_at(dense, [name], inputs=True)[name]
     weight = weight_of(dense.get_submodule(name)).detach().double()
     left = torch.linalg.lstsq(x @ right.mT, x @ weight.mT).solution.mT
     expected = left @ torch.linalg.lstsq(left, weight).solution
-    reconstruct(student, dense, find_layers(dense), IDS)
+    reconstruct(student, dense, walk, IDS)
     found = student.get_submodule(name).dense_weight().double()  # type: ignore[operator]
     error = ((x @ (found - weight).mT).square().sum() / (x @ weight.mT).square().sum()) ** 0.5
     best = ((x @ (expected - weight).mT).square().sum() / (x @ weight.mT).square().sum()) ** 0.5
