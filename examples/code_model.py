@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:tiny")
     parser.add_argument("--adapt", type=int, default=200, help="training steps on code before compressing")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.9, 0.8])
+    parser.add_argument("--rows", nargs="*", help="labels to run (default: all)")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=40, help="of each completion")
     parser.add_argument("--windows", type=int, default=64)
@@ -104,7 +105,7 @@ def main() -> None:
     print(f"{args.model}, {args.adapt} steps on code, {len(prompts)} prompts, {args.windows} windows of {args.length}")
     judge("dense", 1.0, model, 0.0)
     for keep in args.keeps:
-        for label, name, options, text in ROWS:
+        for label, name, options, text in (r for r in ROWS if not args.rows or r[0] in args.rows):
             start = time.perf_counter()
             outcome = compress_model(model, make_method(name, options=options), keep, calibration[text])
             judge(label, keep, outcome.model, time.perf_counter() - start)
