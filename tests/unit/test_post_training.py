@@ -36,3 +36,19 @@ def test_tfwsvd_is_not_its_start():
     for layer, placed in outcome["tfwsvd"].placed.items():
         assert not torch.allclose(placed.dense(), outcome["fwsvd"].placed[layer].dense(), atol=1e-4)
     assert outcome["tfwsvd"].seconds["solve"] > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa-bias", "gpt2"])
+def test_mpifa_is_whitened_svd_in_pivot_storage_with_its_reconstruction(architecture):
+    model = tiny(architecture)
+    plain = compress_model(model, make_method("svd-llm", options={"storage": "pivot"}), 0.6, IDS)
+    mpifa = compress_model(model, make_method("mpifa"), 0.6, IDS)
+    asked = compress_model(
+        model, make_method("svd-llm", options={"storage": "pivot"}), 0.6, IDS, recovery=("reconstruct",)
+    )
+    assert mpifa.plan == plain.plan
+    assert [str(done.step) for done in mpifa.recovered] == ["reconstruct"]
+    assert mpifa.seconds["reconstruct"] > 0
+    ours, theirs, before = (outcome.model.state_dict() for outcome in (mpifa, asked, plain))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert any(not torch.allclose(ours[key], before[key], atol=1e-3) for key in ours if "pivot" in key)
