@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from spectrim.errors import UsageError, did_you_mean
-from spectrim.method import GRADIENT_STATS, LayerMethod, TrainedMethod
+from spectrim.method import GRADIENT_STATS, SEARCHED, LayerMethod, TrainedMethod
 
 METHODS = {
     "svd": "spectrim.methods.weights.svd:SVD",
@@ -54,6 +54,10 @@ def cost_of(cls: type[LayerMethod]) -> str:
         steps.append("forward passes")
     if cls.at_rank is not LayerMethod.at_rank:
         steps.append("iterations")
+    if cls.allocation in SEARCHED:
+        steps.append("search")
+    if isinstance(cls.recovery, tuple):  # a property depends on the options
+        steps.extend(cls.recovery)
     if issubclass(cls, TrainedMethod):
         steps.append("training")
     return ", ".join(steps) or "nothing"
