@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
-from spectrim.engines.layerwise import apply_plan, decompose_all, plan_of
+from spectrim.engines.layerwise import apply_plan, decompose_all
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import frozen, measure
 from spectrim.engines.pipeline import compress_model
+from spectrim.engines.ranks import plan_of
 from spectrim.engines.search import STAGES, Choice, Searched, draw, exchanged, logits, searchable, shapes
 from spectrim.evaluate.language import evaluate
 from spectrim.models.load import load_dense, pick_device, resolve

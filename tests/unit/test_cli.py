@@ -461,7 +461,7 @@ def test_a_diverged_training_exits_with_5_and_publishes_nothing(
 ) -> None:
     model = small_model(tmp_path / "model")
     real = divergence.distillation_loss
-    monkeypatch.setattr(soco, "mean_kl", lambda a, b: real(a, b) * math.nan)
+    monkeypatch.setattr(soco, "distillation_loss", lambda *given: real(*given) * math.nan)
     monkeypatch.setattr(distil, "distillation_loss", lambda *given: real(*given) * math.nan)
     answer = compress(model, tmp_path / "out", *options, "--eval", "none", "--keep", "0.6")
     assert answer.code == 5

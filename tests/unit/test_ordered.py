@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from spectrim.engines import measure as measure_engine
-from spectrim.engines.layerwise import menu_of
 from spectrim.engines.measure import measure
 from spectrim.engines.ordered import costs_by_rank
 from spectrim.engines.pipeline import compress_model
+from spectrim.engines.ranks import menu_of
 from spectrim.errors import UsageError
 from spectrim.linalg.allocate import cut_in_order
 from spectrim.method import Stats

@@ -5,10 +5,11 @@ import torch
 
 from spectrim.engines import search
 from spectrim.engines.any_size import check_method
-from spectrim.engines.layerwise import apply_plan, budget_under, decompose_all, menu_of, plan_of
+from spectrim.engines.layerwise import apply_plan, decompose_all
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import compress_model
+from spectrim.engines.ranks import budget_under, menu_of, plan_of
 from spectrim.engines.search import draw, exchanged, levels_of
 from spectrim.errors import UsageError
 from spectrim.evaluate.language import evaluate

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.descent import STEPS, learn_order
-from spectrim.engines.layerwise import Nonfinite, Plan, check_weights, refuse_large_sides, swap, weight_budget
+from spectrim.engines.layerwise import Nonfinite, check_weights, refuse_large_sides, swap
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress
 from spectrim.engines.nested import Nested, nest, plan_at, slice_at
 from spectrim.engines.order import Order, closed_order
 from spectrim.engines.pipeline import closed_form, default_gradient_windows, timed
+from spectrim.engines.ranks import Plan, weight_budget
 from spectrim.errors import UsageError
 from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod
 from spectrim.models.walk import Walk, device_of, find_layers, linear_at

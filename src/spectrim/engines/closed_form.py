@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import Plan, plan_from_facts, plan_to_facts
 from spectrim.engines.loop import Checkpoint, Saved
 from spectrim.engines.pack import find, fingerprint
+from spectrim.engines.ranks import Plan, plan_from_facts, plan_to_facts
 from spectrim.errors import InputError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LayerMethod

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import Plan
 from spectrim.engines.learned import relax, skeleton, step_loss
 from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.ranks import Plan
 from spectrim.errors import NumericalError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LearnedMethod

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import Plan, Priced, budget_under, menu_of, plan_of
+from spectrim.engines.ranks import Plan, Priced, budget_under, menu_of, plan_of
 from spectrim.errors import NumericalError
 from spectrim.linalg.allocate import cut_in_order
 from spectrim.linalg.factor import Spectrum

@@ -3,7 +3,7 @@
 1. find the target layers; refuse weights that are not finite
 2. measure the statistics the method needs, in one pass over the calibration windows     engines/measure.py
    and refine them in a second gradient pass, if the method asks for it                  engines/couple.py
-3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py
+3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py, engines/ranks.py
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
    ranks by what the whole model does with them, for allocations that search           engines/search.py
 5. in running order, let each weight make up for the error before it, decompose it again engines/propagate.py
@@ -29,11 +29,9 @@ from spectrim.engines.closed_form import SavedFirst, identity, pack_closed_form,
 from spectrim.engines.couple import couple
 from spectrim.engines.layerwise import (
     Nonfinite,
-    Plan,
     apply_plan,
     check_weights,
     decompose_all,
-    plan_ranks,
     refuse_large_sides,
     solve_at_ranks,
 )
@@ -44,6 +42,7 @@ from spectrim.engines.measure import Progress, dead_inputs, measure
 from spectrim.engines.newton import newton_scores
 from spectrim.engines.ordered import ordered_plan
 from spectrim.engines.propagate import propagate
+from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.recovery import Recovered, recover, recovery_of
 from spectrim.engines.search import searched_plan
 from spectrim.errors import UsageError

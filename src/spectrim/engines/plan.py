@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import new_bias, plan_ranks
 from spectrim.engines.masked import budget_of
+from spectrim.engines.ranks import new_bias, plan_ranks
 from spectrim.engines.recovery import RECOVERY_BATCH
 from spectrim.engines.search import SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS, STAGES
 from spectrim.linalg.curvature import coupling_operations

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import Plan, decompose_layer, place_cut, solver_errors_of
+from spectrim.engines.layerwise import decompose_layer, place_cut, solver_errors_of
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.ranks import Plan
 from spectrim.engines.stream import input_moments, start
 from spectrim.linalg.factor import Spectrum, drift_target, token_share
 from spectrim.method import LayerMethod, Stat, Stats

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import Plan, Priced, budget_under, menu_of, place_cut, plan_of
+from spectrim.engines.layerwise import place_cut
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.ranks import Plan, Priced, budget_under, menu_of, plan_of
 from spectrim.linalg.allocate import Options, allocate, fill_uniform
 from spectrim.linalg.divergence import mean_kl
 from spectrim.linalg.factor import Spectrum
