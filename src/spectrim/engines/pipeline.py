@@ -3,7 +3,8 @@
 1. find the target layers; refuse weights that are not finite
 2. measure the statistics the method needs, in one pass over the calibration windows     engines/measure.py
    and refine them in a second gradient pass, if the method asks for it                  engines/couple.py
-3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py, engines/ranks.py
+3. decompose every weight in the method's metric                                         engines/layerwise.py
+   choose all ranks under the budget                                                     engines/ranks.py
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
    ranks by what the whole model does with them, for allocations that search           engines/search.py
 5. in running order, let each weight make up for the error before it, decompose it again engines/propagate.py
