@@ -313,8 +313,8 @@ def methods(json_: Json = False) -> None:
         json_,
         lambda: print_table(
             "methods",
-            ["name", "family", "paper", "needs", "presets", "promise"],
-            [[r["name"], r["family"], r["paper"], ", ".join(r["needs"]) or "nothing", ", ".join(r["presets"]),
-              r["promise"]] for r in rows],
+            ["name", "family", "paper", "needs", "cost", "presets", "promise"],
+            [[r["name"], r["family"], r["paper"], ", ".join(r["needs"]) or "nothing", r["cost"],
+              ", ".join(r["presets"]), r["promise"]] for r in rows],
         ),
     )  # fmt: skip

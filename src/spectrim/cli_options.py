@@ -27,7 +27,9 @@ Method = Annotated[str, typer.Option(help="see `spectrim methods`")]
 Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, for methods that train")]
 Recover = Annotated[
     list[str],
-    typer.Option(help="step after the method: refit, block or kl, the last two also NAME:STEPS; may be repeated"),
+    typer.Option(
+        help="step after the method: refit, reconstruct, block or kl, the last two also NAME:STEPS; may be repeated"
+    ),
 ]
 Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of the method; may be repeated")]
 Calib = Annotated[str, typer.Option(help="hub data set, .txt/.jsonl files, builtin:stdlib, or self")]

@@ -13,7 +13,7 @@ the clock.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -23,19 +23,31 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import NumericalError, UsageError, did_you_mean
-from spectrim.linalg.factor import Spectrum, truncate
-from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode
+from spectrim.linalg.factor import Factors, Spectrum, truncate
+from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode, with_mean_kept
 
-Allocation = Literal["uniform", "global"]
+Allocation = Literal["uniform", "global", "sensitivity", "evopress", "order"]
+"""How ranks are chosen: equal shares; the least sum of predicted errors; by what the whole model makes of them;
+in an order of the method's own."""
+SEARCHED = ("sensitivity", "evopress")
 
 
 class Stat(Enum):
     """What calibration can measure at a linear layer y = W x; g is the gradient of the loss at y."""
 
     GRAM = "gram"  # E[x x^T]              (I, I)
+    MEAN = "mean"  # E[x]                  (I,)
     MEAN_ABS = "mean_abs"  # E|x|          (I,)
     OUTPUT_GRAD = "output_grad"  # E[g g^T], labels sampled from the model     (O, O)
     FISHER = "fisher"  # E[(dL/dW)^2] elementwise, one sample a sequence       (O, I)
+    SLOPE = "slope"  # E[dL/dW], labels from the text (of sampled labels it is 0)   (O, I)
+
+
+INPUT_STATS = frozenset({Stat.GRAM, Stat.MEAN, Stat.MEAN_ABS})
+"""Those of what a layer reads: measured once for layers that read the same."""
+SAMPLED_STATS = frozenset({Stat.OUTPUT_GRAD, Stat.FISHER})
+GRADIENT_STATS = SAMPLED_STATS | {Stat.SLOPE}
+"""Those that need backward passes, from labels sampled from the model or from the text's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,28 +56,25 @@ class Stats:
 
     tokens: int
     gram: Tensor | None = None
+    mean: Tensor | None = None
     mean_abs: Tensor | None = None
     output_grad: Tensor | None = None
     fisher: Tensor | None = None
+    slope: Tensor | None = None
+
+    def measured(self) -> dict[str, Tensor]:
+        """What is there, by field name."""
+        return {stat.value: value for stat in Stat if (value := getattr(self, stat.value)) is not None}
 
     def blend(self, other: "Stats", share: float = 0.5) -> "Stats":
         """The mean of two measurements, `share` of it from `other`."""
-
-        def mean(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None or b is None else (1 - share) * a + share * b
-
-        return Stats(
-            tokens=self.tokens + other.tokens,
-            gram=mean(self.gram, other.gram),
-            mean_abs=mean(self.mean_abs, other.mean_abs),
-            output_grad=mean(self.output_grad, other.output_grad),
-            fisher=mean(self.fisher, other.fisher),
-        )
+        theirs = other.measured()
+        both = {name: (1 - share) * own + share * theirs[name] for name, own in self.measured().items()}
+        return Stats(tokens=self.tokens + other.tokens, **both)
 
     def is_finite(self) -> bool:
         """No NaN or Inf in anything that was measured."""
-        measured = (self.gram, self.mean_abs, self.output_grad, self.fisher)
-        return all(bool(torch.isfinite(m).all()) for m in measured if m is not None)
+        return all(bool(torch.isfinite(value).all()) for value in self.measured().values())
 
     def get(self, stat: Stat) -> Tensor:
         """The statistic; asking for one that was not declared in `needs` is a programming error."""
@@ -101,6 +110,8 @@ class LayerMethod(ABC):
     optimal_in_gram: ClassVar[bool] = False
     """True when `decompose` is optimal in the input-Gram metric (the contract tests then check it)."""
 
+    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global", *SEARCHED)
+    """Those that the method can be used with."""
     recovery: ClassVar[tuple[str, ...]] = ()
     """Steps run after the layers are in place, as `--recover` takes them; see engines/recovery.py."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
@@ -111,11 +122,16 @@ class LayerMethod(ABC):
     allocation: Allocation = "uniform"
     rounds: int = 0
     """How often the statistics are measured again in the compressed model and averaged with the first ones."""
+    generations: int = 40
+    offspring: int = 16
+    """Of allocation="evopress", see engines/search.py."""
 
     def __post_init__(self) -> None:
         require_choice(self.info.name, "storage", self.storage, ("factor", "pivot"))
-        require_choice(self.info.name, "allocation", self.allocation, ("uniform", "global"))
+        require_choice(self.info.name, "allocation", self.allocation, self.allocations)
         require_range(self.info.name, "rounds", self.rounds, 0, 8)
+        require_range(self.info.name, "generations", self.generations, 1, 100_000)
+        require_range(self.info.name, "offspring", self.offspring, 1, 100_000)
 
     @property
     def refinement(self) -> Coupling | None:
@@ -131,9 +147,24 @@ class LayerMethod(ABC):
         """
         return 0.0
 
+    @property
+    def centres(self) -> bool:
+        """Whether the bias makes up for the mean of what is lost: b' = b + (W - W') E[x]. Needs MEAN.
+
+        A layer without a bias then gets one, which counts.
+        """
+        return False
+
     @abstractmethod
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """All components of `weight` (O, I), float64, in this method's metric; strongest first."""
+
+    def at_rank(self, weight: Tensor, cut: Factors, stats: Stats) -> Factors:
+        """The factors once the rank is known, for methods whose answers are not nested; most leave the `cut` as it is.
+
+        `cut` holds the first components of `decompose`, which the ranks were planned with.
+        """
+        return cut
 
     @final
     def compress(self, weight: Tensor, stats: Stats, target: Target) -> Replacement:
@@ -146,7 +177,9 @@ class LayerMethod(ABC):
                 f"{self.info.name}: the weight or its statistics hold NaN or Inf; measure again on other text"
             )
         error = float(spectrum.energy[target.rank :].sum())
-        return encode(truncate(spectrum, target.rank), target.codec, like=weight, error=error)
+        factors = self.at_rank(weight.double(), truncate(spectrum, target.rank), stats)
+        placed = encode(factors, target.codec, like=weight, error=error)
+        return with_mean_kept(placed, weight, stats.get(Stat.MEAN)) if self.centres else placed
 
     def to_config(self) -> dict[str, Any]:
         """JSON-ready: the method's name and all its fields."""
@@ -164,6 +197,23 @@ class LayerMethod(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OrderedMethod(LayerMethod):
+    """A method with a rule of its own for the order in which components of all layers go, the last of a layer first."""
+
+    allocations: ClassVar[tuple[str, ...]] = ("order", "uniform", "global", *SEARCHED)
+
+    allocation: Allocation = "order"
+
+    @abstractmethod
+    def prices(self, weight: Tensor, spectrum: Spectrum, stats: Stats) -> Tensor:
+        """What the rule looks at: one number (K,) for each component of a layer."""
+
+    @abstractmethod
+    def removal_order(self, prices: Sequence[Tensor]) -> list[int]:
+        """Which layer (a position in `prices`) loses its last remaining component, one after the other, to the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Components:
     """What a learned method may look at when it prices the components of one layer; all (K,)."""
 
@@ -176,6 +226,8 @@ class Components:
 @dataclass(frozen=True, kw_only=True)
 class TrainedMethod(LayerMethod):
     """A method that trains, end to end, on windows of text; with `steps=0` it is its closed form."""
+
+    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global")
 
     steps: int = 0
     batch_size: int = 32

@@ -4,12 +4,19 @@ from importlib import import_module
 from typing import Any
 
 from spectrim.errors import UsageError, did_you_mean
-from spectrim.method import LayerMethod
+from spectrim.method import GRADIENT_STATS, SEARCHED, LayerMethod, TrainedMethod
 
 METHODS = {
     "svd": "spectrim.methods.weights.svd:SVD",
     "asvd": "spectrim.methods.weights.asvd:ASVD",
+    "fwsvd": "spectrim.methods.weights.fwsvd:FWSVD",
+    "tfwsvd": "spectrim.methods.weights.tfwsvd:TFWSVD",
     "svd-llm": "spectrim.methods.weights.svd_llm:SVDLLM",
+    "afm": "spectrim.methods.weights.afm:AFM",
+    "lord": "spectrim.methods.weights.lord:LoRD",
+    "welore": "spectrim.methods.weights.welore:WeLore",
+    "zero-sum": "spectrim.methods.weights.zero_sum:ZeroSum",
+    "mpifa": "spectrim.methods.weights.mpifa:MPIFA",
     "two-sided": "spectrim.methods.weights.two_sided:TwoSided",
     "acip": "spectrim.methods.weights.acip:ACIP",
     "soco": "spectrim.methods.weights.soco:SoCo",
@@ -38,6 +45,24 @@ def make_method(name: str, preset: str | None = None, options: dict[str, object]
     return cls.from_config({**values, **(options or {})})
 
 
+def cost_of(cls: type[LayerMethod]) -> str:
+    """What a run does beside decomposing each weight, the dearest last."""
+    steps = []
+    if cls.needs & GRADIENT_STATS:
+        steps.append("gradients")
+    elif cls.needs:
+        steps.append("forward passes")
+    if cls.at_rank is not LayerMethod.at_rank:
+        steps.append("iterations")
+    if cls.allocation in SEARCHED:
+        steps.append("search")
+    if isinstance(cls.recovery, tuple):  # a property depends on the options
+        steps.extend(cls.recovery)
+    if issubclass(cls, TrainedMethod):
+        steps.append("training")
+    return ", ".join(steps) or "nothing"
+
+
 def describe_methods() -> list[dict[str, Any]]:
     """One row a method, for the table of `spectrim methods`."""
     return [
@@ -46,6 +71,7 @@ def describe_methods() -> list[dict[str, Any]]:
             "family": cls.info.family,
             "paper": cls.info.paper,
             "needs": sorted(s.value for s in cls.needs),
+            "cost": cost_of(cls),
             "presets": list(cls.presets),
             "promise": cls.info.promise,
         }

@@ -1,5 +1,6 @@
 """What a layer becomes: a rank and a codec that are asked for, and the tensors that are stored."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -83,6 +84,13 @@ def encode(
         bias=bias,
         predicted_error=error,
     )
+
+
+def with_mean_kept(placed: Replacement, weight: Tensor, mean: Tensor) -> Replacement:
+    """The bias moved by (W - W') E[x], so that the mean output is that of `weight` (O, I); W' as stored."""
+    moved = (weight.double() - placed.dense().double()) @ mean
+    bias = moved if placed.bias is None else placed.bias.double() + moved
+    return dataclasses.replace(placed, bias=bias.to(weight.dtype))
 
 
 def stored_numbers(outputs: int, inputs: int, target: Target) -> int:

@@ -134,10 +134,11 @@ def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A table of text cells, the first column left-aligned."""
+    """A table of text cells, the first column left-aligned and never shortened."""
+    names = max((len(row[0]) for row in rows), default=0)
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True, min_width=0 if i else names)
     for row in rows:
         table.add_row(*row)
     stdout.print(table)

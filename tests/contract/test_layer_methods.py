@@ -28,7 +28,7 @@ import spectrim.methods
 from spectrim.errors import SpectrimError, UsageError
 from spectrim.linalg.allocate import factor_cost, pivot_cost
 from spectrim.linalg.curvature import add_gram
-from spectrim.method import LayerMethod, LearnedMethod, Stat, Stats
+from spectrim.method import LayerMethod, LearnedMethod, OrderedMethod, Stat, Stats
 from spectrim.nn.linears import LINEARS
 from spectrim.registry import METHODS, make_method, method_class
 from spectrim.replacement import Codec, Target, dense_replacement, stored_numbers
@@ -72,18 +72,37 @@ def two_sided_metric(method: Any, stats: Stats) -> Metric:
     return shrunk(stats.output_grad, method.output_shrinkage), shrunk(stats.gram, method.input_shrinkage)
 
 
+def fwsvd_metric(method: Any, stats: Stats) -> Metric:
+    importance = stats.fisher.sum(0 if method.weigh == "inputs" else 1)
+    return (None, torch.diag(importance)) if method.weigh == "inputs" else (torch.diag(importance), None)
+
+
+def afm_metric(method: Any, stats: Stats) -> Metric:
+    return None, stats.gram - torch.outer(stats.mean, stats.mean)
+
+
 OWN_METRIC: dict[str, Callable[[Any, Stats], Metric]] = {
     "svd": lambda method, stats: (None, None),
+    "welore": lambda method, stats: (None, None),
     "acip": lambda method, stats: (None, None),
     "asvd": lambda method, stats: (None, torch.diag(stats.mean_abs ** (2 * method.alpha))),
+    "fwsvd": fwsvd_metric,
+    "afm": afm_metric,
+    "lord": afm_metric,
     "svd-llm": lambda method, stats: (None, stats.gram),
+    "zero-sum": lambda method, stats: (None, stats.gram),
+    "mpifa": lambda method, stats: (None, stats.gram),
     "two-sided": two_sided_metric,
     "soco": lambda method, stats: two_sided_metric(method, stats) if method.basis == "two-sided" else NotImplemented,
 }
 """soco with basis="svd" prices each component alone: singular components are not orthogonal in its metric, so the error
 of several is not the sum. A method that is not listed here states no additive error."""
 
-NOT_ROTATION_EQUIVARIANT = {"asvd": "mean |x| of each input depends on the axes in which the inputs are written"}
+NOT_ROTATION_EQUIVARIANT = {
+    "asvd": "mean |x| of each input depends on the axes in which the inputs are written",
+    "fwsvd": "the Fisher information of each entry depends on the axes",
+    "tfwsvd": "the Fisher information of each entry depends on the axes",
+}
 
 
 def own_metric(method: LayerMethod, stats: Stats) -> Metric:
@@ -114,9 +133,11 @@ def statistics(x: Tensor, g: Tensor, sequence: int = 8) -> Stats:
     return Stats(
         tokens=len(x),
         gram=x.mT @ x / len(x),
+        mean=x.mean(0),
         mean_abs=x.abs().mean(0),
         output_grad=g.mT @ g / len(g),
         fisher=torch.stack([(a.mT @ b).square() for a, b in pairs]).mean(0),
+        slope=g.mT @ x / len(x),
     )
 
 
@@ -318,7 +339,7 @@ def test_reported_numbers_equal_counted_ones(method, shape, codec, rank):
         shapes = {"pivot.weight": (rank, inputs), "rest.weight": (outputs - rank, rank), "mask": (-(-outputs // 8),)}
     assert {name: tuple(t.shape) for name, t in replacement.tensors.items()} == shapes
     counted = sum(math.prod(s) for s in shapes.values())
-    assert replacement.numbers == counted
+    assert replacement.numbers == counted + (outputs if method.centres else 0)
     assert stored_numbers(outputs, inputs, target) == counted
     assert int((factor_cost if codec == "factor" else pivot_cost)(outputs, inputs, torch.tensor(rank))) == counted
     assert (replacement.rank, replacement.codec) == (rank, codec)
@@ -326,6 +347,24 @@ def test_reported_numbers_equal_counted_ones(method, shape, codec, rank):
     biased = dataclasses.replace(replacement, bias=torch.zeros(outputs))
     assert biased.numbers == counted + outputs
     assert dense_replacement(p.weight).numbers == stored_numbers(outputs, inputs, Target(rank=rank, codec="dense"))
+
+
+# ---------- the mean
+
+
+@every_case
+@every_shape
+@every_codec
+def test_methods_that_centre_keep_the_mean_output_and_others_leave_the_bias_alone(method, shape, codec):
+    p = problem(shape)
+    x = p.x + 3 * normal(9, shape[1])
+    replacement = method.compress(p.weight, statistics(x, p.g), Target(rank=2, codec=codec))
+    if not method.centres:
+        assert replacement.bias is None
+        return
+    assert replacement.bias.shape == (shape[0],)
+    y = x @ replacement.dense().mT + replacement.bias
+    assert_same(y.mean(0), (x @ p.weight.mT).mean(0), 1e-9)
 
 
 # ---------- 7 to 10: symmetries
@@ -451,6 +490,12 @@ def test_save_load_equal_in_the_file_and_in_the_module(method, codec, tmp_path):
     assert_same(y, p.x @ replacement.dense().double().mT, 1e-5)
 
 
+def read(method: LayerMethod, weight: Tensor, stats: Stats) -> list[Tensor]:
+    """All that a method makes of a layer, statistics for its own order of removal included."""
+    spectrum = method.decompose(weight, stats)
+    return [*spectrum, *([method.prices(weight, spectrum, stats)] if isinstance(method, OrderedMethod) else [])]
+
+
 def poisoned(method: LayerMethod, shape: tuple[int, int], bad: float):
     """(what, weight, stats) with one bad number, in the weight and in every statistic that the method reads."""
     p = problem(shape)
@@ -472,10 +517,10 @@ def poisoned(method: LayerMethod, shape: tuple[int, int], bad: float):
 def test_a_nan_anywhere_never_becomes_a_number(method, shape, bad):
     for what, weight, stats in poisoned(method, shape, bad):
         try:
-            spectrum = method.decompose(weight, stats)
+            found = read(method, weight, stats)
         except (SpectrimError, RuntimeError):
             continue
-        finite = all(bool(torch.isfinite(t).all()) for t in spectrum)
+        finite = all(bool(torch.isfinite(t).all()) for t in found)
         assert not finite, f"{bad} in {what} disappeared"  # the engine refuses what is not finite
 
 
@@ -500,7 +545,7 @@ def test_only_declared_statistics_are_read(method):
     assert torch.equal(product(method, p.weight, bare, 4), product(method, p.weight, p.stats, 4))
     for stat in method.needs:
         with pytest.raises(AssertionError, match="declare it in `needs`"):
-            method.decompose(p.weight, dataclasses.replace(bare, **{stat.value: None}))
+            read(method, p.weight, dataclasses.replace(bare, **{stat.value: None}))
 
 
 # ---------- configuration
@@ -645,6 +690,19 @@ def test_learned_methods_schedule_ends_at_the_budget_and_prices_are_finite(metho
     assert not budgets or budgets[-1] == 0.4
     logits, ids = normal(1, 2, 3, 7), torch.randint(0, 7, (2, 3), generator=torch.Generator().manual_seed(3))
     assert float(method.loss(logits + normal(2, 2, 3, 7), ids, logits)) > float(method.loss(logits, ids, logits)) + 0.01
+
+
+@every_case
+def test_an_own_order_removes_every_component_and_each_layers_last_one_first(method):
+    if not isinstance(method, OrderedMethod):
+        pytest.skip(f"{method.info.name} has no order of removal of its own")
+    problems = [problem(shape, seed=seed) for seed, shape in enumerate(SHAPES)]
+    spectra = [method.decompose(p.weight, p.stats) for p in problems]
+    prices = [method.prices(p.weight, s, p.stats) for p, s in zip(problems, spectra, strict=True)]
+    assert [tuple(price.shape) for price in prices] == [(min(shape),) for shape in SHAPES]
+    order = method.removal_order(prices)
+    assert [order.count(layer) for layer in range(len(SHAPES))] == [min(shape) for shape in SHAPES]
+    assert order == method.removal_order(prices)
 
 
 # ---------- the registry

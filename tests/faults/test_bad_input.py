@@ -36,6 +36,7 @@ from command_line import (
 )
 from spectrim import job, terminal
 from spectrim.errors import Interrupted
+from spectrim.registry import METHODS
 from spectrim.store import target
 
 pytestmark = pytest.mark.faults
@@ -123,11 +124,14 @@ def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path:
     ("options", "says"),
     [
         (("--method", "sov"), "unknown method 'sov'; did you mean 'svd'?"),
-        (("--method", "zzz"), "unknown method 'zzz'; known: acip, asvd, soco, svd, svd-llm, two-sided"),
+        (("--method", "zzz"), "unknown method 'zzz'; known: " + ", ".join(sorted(METHODS))),
         (("--preset", "fast"), "method svd has no presets (it does not train); leave --preset out"),
         (("--method", "soco", "--preset", "fats"), "method soco: unknown preset 'fats'; did you mean 'fast'?"),
         (("--method", "soco", "--set", "step=1"), "method soco: unknown option 'step'; did you mean 'steps'?"),
-        (("--set", "foo=1"), "method svd: unknown option 'foo'; known: allocation, rounds, storage"),
+        (
+            ("--set", "foo=1"),
+            "method svd: unknown option 'foo'; known: allocation, generations, offspring, rounds, storage",
+        ),
         (("--set", "storage"), "--set storage: expected NAME=VALUE, e.g. --set steps=100"),
         (("--set", "=1"), "--set =1: expected NAME=VALUE"),
         (("--method", "soco", "--set", "steps=many"), "method soco: option steps takes int, got str 'many'"),

@@ -39,9 +39,11 @@ def layer() -> tuple[Tensor, Stats]:
     stats = Stats(
         tokens=TOKENS,
         gram=x.mT @ x / TOKENS,
+        mean=x.mean(0),
         mean_abs=x.abs().mean(0),
         output_grad=g.mT @ g / TOKENS,
         fisher=per_sequence.mean(0),
+        slope=g.mT @ x / TOKENS,
     )
     return weight, stats
 

@@ -19,10 +19,11 @@ import spectrim
 from command_line import PLAIN, QUICK, call, small_model, small_text
 from spectrim.engines import descent
 from spectrim.engines.any_size import AnySize, build, compress_any_size
-from spectrim.engines.layerwise import apply_plan, plan_ranks
+from spectrim.engines.layerwise import apply_plan
 from spectrim.engines.learned import skeleton
 from spectrim.engines.order import closed_order
 from spectrim.engines.pipeline import closed_form
+from spectrim.engines.ranks import plan_ranks
 from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.integrations import any_size as format_side
 from spectrim.integrations import folder as folder_side

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines import block as block_engine
 from spectrim.engines.block import refine_blocks
-from spectrim.engines.layerwise import apply_plan, decompose_all, plan_ranks
+from spectrim.engines.layerwise import apply_plan, decompose_all
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import compress_model
+from spectrim.engines.ranks import plan_ranks
 from spectrim.errors import NumericalError
 from spectrim.evaluate.language import evaluate
 from spectrim.models.load import load_dense, resolve

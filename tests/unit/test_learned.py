@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectrim.engines import learned, measure
-from spectrim.engines.layerwise import decompose_all, plan_ranks
+from spectrim.engines.layerwise import decompose_all
 from spectrim.engines.learned import (
     GRADIENT_MEMORY,
     collapsed,
@@ -21,6 +21,7 @@ from spectrim.engines.learned import (
     train_scores,
     unmoved,
 )
+from spectrim.engines.ranks import plan_ranks
 from spectrim.errors import NumericalError
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.method import Components

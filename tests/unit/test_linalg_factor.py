@@ -16,6 +16,7 @@ from spectrim.linalg.factor import (
     drift_target,
     randomised_factors,
     refit_left,
+    refit_right,
     solve_symmetric,
     tail_energy,
     token_share,
@@ -378,3 +379,20 @@ def test_following_the_drift_lowers_the_error_at_equal_rank():
     same_target = error(weight, gram)
     half, full = (error(drift_target(weight, cross, gram, mix=mix), gram) for mix in (0.5, 1.0))
     assert full < half < 0.95 * min(stays, same_target)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_refit_right_equals_least_squares_on_samples_and_keeps_what_cannot_be_better(shape):
+    outputs, inputs = shape
+    weight, left, right = normal(0, outputs, inputs), normal(1, outputs, 3), normal(2, 3, inputs)
+    x = normal(3, 400, inputs)
+    y = x + 0.3 * normal(4, 400, inputs)  # the compressed model's inputs
+    cross, gram = x.mT @ y / 400, y.mT @ y / 400
+    found = refit_right(weight, left, right, cross, gram, ridge=1e-12)
+    # The slow way: the best map from y to the targets' coordinates in the columns of `left`.
+    coordinates = torch.linalg.lstsq(left, weight @ x.mT).solution
+    expected = torch.linalg.lstsq(y, coordinates.mT).solution.mT
+    assert torch.allclose(found, expected, atol=1e-8)
+    assert torch.allclose(refit_right(weight, left, found, cross, gram), found, atol=1e-8)
+    silent = refit_right(weight, left, right, cross * 0, gram * 0)
+    assert torch.equal(silent, right)

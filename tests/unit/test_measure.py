@@ -21,7 +21,7 @@ from spectrim.models.walk import find_layers, weight_of
 from spectrim.registry import make_method
 from tiny_models import assert_same_state, logits_of, state_of, tiny, token_ids
 
-INPUTS = frozenset({Stat.GRAM, Stat.MEAN_ABS})
+INPUTS = frozenset({Stat.GRAM, Stat.MEAN, Stat.MEAN_ABS})
 GRADIENTS = frozenset({Stat.OUTPUT_GRAD, Stat.FISHER})
 EVERYTHING = INPUTS | GRADIENTS
 ARCHITECTURES = ("llama-gqa-bias", "gpt2", "opt", "phi3")  # plain, transposed weights, flattened inputs, other order
@@ -51,7 +51,7 @@ def known_labels(monkeypatch):
 
 
 def oracle(model: PreTrainedModel, ids: Tensor, *, clip: float | None = None) -> dict[str, dict[str, Tensor]]:
-    """All four statistics, window by window in float64; FISHER from autograd's own weight gradients."""
+    """All statistics, window by window in float64; FISHER from autograd's own weight gradients."""
     wide = copy.deepcopy(model).double()
     names = [la.name for la in find_layers(model).layers]
     inputs: dict[str, list[Tensor]] = {n: [] for n in names}
@@ -83,6 +83,7 @@ def oracle(model: PreTrainedModel, ids: Tensor, *, clip: float | None = None) ->
             g = g * (limit / g.norm(dim=1, keepdim=True)).clamp(max=1)
         found[name] = {
             "gram": x.mT @ x / len(x),
+            "mean": x.mean(0),
             "mean_abs": x.abs().mean(0),
             "output_grad": g.mT @ g / len(g),
             "fisher": torch.stack(squares[name]).mean(0),
@@ -141,7 +142,8 @@ def test_large_gradients_are_clipped(known_labels, monkeypatch):
 @pytest.mark.parametrize("needs", [{s} for s in Stat], ids=lambda needs: next(iter(needs)).value)
 def test_only_what_was_asked_for_is_measured(needs, known_labels):
     model = tiny("llama")
-    everything = measure(model, find_layers(model), IDS, EVERYTHING)
+    together = frozenset({Stat.SLOPE}) | INPUTS if Stat.SLOPE in needs else EVERYTHING  # labels of one kind in a pass
+    everything = measure(model, find_layers(model), IDS, together)
     for name, stats in measure(model, find_layers(model), IDS, frozenset(needs)).items():
         for stat in Stat:
             value = getattr(stats, stat.value)

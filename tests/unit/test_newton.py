@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.engines import measure
-from spectrim.engines.layerwise import Plan, decompose_all, plan_ranks
+from spectrim.engines.layerwise import decompose_all
 from spectrim.engines.learned import relax, skeleton, step_loss
 from spectrim.engines.measure import frozen
 from spectrim.engines.newton import (
@@ -19,6 +19,7 @@ from spectrim.engines.newton import (
     score_gradients,
 )
 from spectrim.engines.pipeline import compress_model
+from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.errors import NumericalError
 from spectrim.evaluate.language import evaluate
 from spectrim.linalg.factor import Spectrum, truncate

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memory_checkpoint import Killed, MemoryCheckpoint, kill_at
-from spectrim.engines.layerwise import apply_plan, decompose_all, plan_ranks
+from spectrim.engines.layerwise import apply_plan, decompose_all
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.engines.propagate import propagate
+from spectrim.engines.ranks import plan_ranks
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import DRIFT_RIDGE, Spectrum, token_share
 from spectrim.method import LayerMethod

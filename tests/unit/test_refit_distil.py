@@ -12,7 +12,7 @@ from spectrim.engines import distil as distil_engine
 from spectrim.engines import refit as refit_engine
 from spectrim.engines.distil import distil
 from spectrim.engines.pipeline import compress_model
-from spectrim.engines.refit import refit
+from spectrim.engines.refit import reconstruct, refit
 from spectrim.errors import NumericalError
 from spectrim.models.walk import Walk, find_layers, weight_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
@@ -166,6 +166,23 @@ def test_every_layer_is_optimal_for_the_inputs_of_the_final_model(architecture, 
         want = torch.linalg.lstsq(system, target, driver="gelsd").solution.mT @ right[name]
         got = student.get_submodule(name).dense_weight().double()
         assert (got - want).abs().max() < 1e-3 * want.abs().max(), name
+
+
+def test_reconstruct_solves_for_both_factors_of_the_first_group():
+    """Where nothing has drifted yet, left then right by least squares; against lstsq on the inputs themselves."""
+    dense, student, walk = compressed("llama", storage="factor")
+    name = "model.layers.0.self_attn.q_proj"
+    before = student.get_submodule(name)
+    right = before.V.weight.detach().double()  # type: ignore[union-attr]
+    x = seen_at(dense, [name], inputs=True)[name]
+    weight = weight_of(dense.get_submodule(name)).detach().double()
+    left = torch.linalg.lstsq(x @ right.mT, x @ weight.mT).solution.mT
+    expected = left @ torch.linalg.lstsq(left, weight).solution
+    reconstruct(student, dense, walk, IDS)
+    found = student.get_submodule(name).dense_weight().double()  # type: ignore[operator]
+    error = ((x @ (found - weight).mT).square().sum() / (x @ weight.mT).square().sum()) ** 0.5
+    best = ((x @ (expected - weight).mT).square().sum() / (x @ weight.mT).square().sum()) ** 0.5
+    assert float(error) == pytest.approx(float(best), rel=0.02)
 
 
 def test_the_batch_size_does_not_matter_to_refit():

@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.descent import STEPS, learn_order
-from spectrim.engines.layerwise import Nonfinite, Plan, check_weights, refuse_large_sides, swap, weight_budget
+from spectrim.engines.layerwise import Nonfinite, check_weights, refuse_large_sides, swap
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress
 from spectrim.engines.nested import Nested, nest, plan_at, slice_at
 from spectrim.engines.order import Order, closed_order
 from spectrim.engines.pipeline import closed_form, default_gradient_windows, timed
+from spectrim.engines.ranks import Plan, weight_budget
 from spectrim.errors import UsageError
-from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod
+from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod
 from spectrim.models.walk import Walk, device_of, find_layers, linear_at
 
 ANCHORS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35)
@@ -73,6 +74,16 @@ def check_method(method: LayerMethod, recovery: tuple[str, ...] = ()) -> None:
         raise UsageError(
             f"method {method.info.name} trains masks and adapters for one size; for --any-size take a method that "
             "learns scores (soco) or none (two-sided, svd-llm, ...)"
+        )
+    if method.centres or type(method).at_rank is not LayerMethod.at_rank:
+        raise UsageError(
+            f"method {method.info.name} solves for each layer's factors or bias at one rank; --any-size needs a method "
+            "whose components serve all ranks (soco, two-sided, svd-llm, ...)"
+        )
+    if method.allocation in (*SEARCHED, "order"):
+        raise UsageError(
+            f"method {method.info.name}: allocation={method.allocation} finds the ranks of one size; --any-size takes "
+            "uniform or global"
         )
     distil_steps = getattr(method, "distil_steps", 0)
     if distil_steps:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Saved
-from spectrim.engines.layerwise import Plan, plan_from_facts, plan_to_facts
 from spectrim.engines.pack import find, fingerprint
+from spectrim.engines.ranks import Plan, plan_from_facts, plan_to_facts
 from spectrim.errors import InputError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LayerMethod
@@ -48,6 +48,7 @@ def pack_closed_form(
     changed: bool,
     every: bool = False,
     warnings: Sequence[str] = (),
+    means: Mapping[str, Tensor] | None = None,
 ) -> Saved:
     """On the CPU: all components in float32 where scores are learned on them, else those that are kept, in float64.
 
@@ -63,27 +64,30 @@ def pack_closed_form(
         tensors[f"{name}.left"] = (left.float() if learned else left).contiguous().cpu()
         tensors[f"{name}.right"] = (right.float() if learned else right).contiguous().cpu()
         tensors[f"{name}.energy"] = spectrum.energy.cpu()
+    tensors |= {f"{name}.mean": mean.cpu() for name, mean in (means or {}).items()}
     return Saved(1, tensors, {"run": run, "plan": plan_to_facts(plan), "warnings": list(warnings)})
 
 
 def unpack_closed_form(
     saved: Saved, model: PreTrainedModel, walk: Walk, run: dict[str, Any]
-) -> tuple[dict[str, Spectrum], Plan, list[str]]:
-    """Spectra on their weights' devices, the plan, and warnings; InputError when they are of another run."""
+) -> tuple[dict[str, Spectrum], Plan, dict[str, Tensor], list[str]]:
+    """Spectra and means on their weights' devices, the plan, and warnings; InputError when they are of another run."""
     for name, value in run.items():
         if saved.facts["run"].get(name) != value:
             raise InputError(
                 f"checkpoint: it is of a run with another {name} ({_short(saved.facts['run'].get(name))}, now "
                 f"{_short(value)}); go on with what it was made with, or remove it"
             )
-    spectra = {}
+    spectra, means = {}, {}
     for layer in walk.layers:
         device = weight_of(model.get_submodule(layer.name)).device
         left, right, energy = (
             find(saved.tensors, f"{layer.name}.{part}").to(device) for part in ("left", "right", "energy")
         )
         spectra[layer.name] = Spectrum(left, right, energy)
-    return spectra, plan_from_facts(saved.facts["plan"]), list(saved.facts["warnings"])
+        if f"{layer.name}.mean" in saved.tensors:
+            means[layer.name] = find(saved.tensors, f"{layer.name}.mean").to(device)
+    return spectra, plan_from_facts(saved.facts["plan"]), means, list(saved.facts["warnings"])
 
 
 def _short(value: object) -> str:

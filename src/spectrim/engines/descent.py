@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
-from spectrim.engines.layerwise import weight_budget
 from spectrim.engines.learned import collapsed, relax, remember, skeleton, step_loss
 from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, frozen
 from spectrim.engines.order import Order, worth_of_steps
 from spectrim.engines.pack import below, fill, find, with_prefix
+from spectrim.engines.ranks import weight_budget
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.linalg.ladder import cut, growth_order, ladder_costs, levels_of

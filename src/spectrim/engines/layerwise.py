@@ -1,15 +1,13 @@
-"""Layer by layer: check the weights, decompose them, choose all ranks at once, encode, swap.
+"""Layer by layer: check the weights, decompose them, encode, swap. Ranks for all at once: engines/ranks.py.
 
 The order of a whole run, with measuring and training around it, is in engines/pipeline.py.
 """
 
 import copy
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,43 +15,14 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.parts import Parts, digest_of, spectrum_from, spectrum_tensors
+from spectrim.engines.ranks import Plan
 from spectrim.errors import NumericalError, UsageError
-from spectrim.linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
 from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.linalg.solver import LARGEST_SIDE, LinAlgError
 from spectrim.method import LayerMethod, Stat, Stats
 from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
-from spectrim.replacement import Codec, Replacement, Storage, Target, dense_replacement, encode
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What each layer becomes, and what that stores."""
-
-    targets: Mapping[str, Target]
-    numbers_before: int
-    numbers_after: int
-
-    @property
-    def keep(self) -> float:
-        return self.numbers_after / self.numbers_before
-
-
-def plan_to_facts(plan: Plan) -> dict[str, Any]:
-    """JSON-ready, for checkpoints."""
-    return {
-        "targets": {name: [target.codec, target.rank] for name, target in plan.targets.items()},
-        "numbers_before": plan.numbers_before,
-        "numbers_after": plan.numbers_after,
-    }
-
-
-def plan_from_facts(facts: Mapping[str, Any]) -> Plan:
-    """The plan again."""
-    targets = {name: Target(rank=rank, codec=codec) for name, (codec, rank) in facts["targets"].items()}
-    return Plan(targets=targets, numbers_before=facts["numbers_before"], numbers_after=facts["numbers_after"])
-
+from spectrim.replacement import Replacement, Target, dense_replacement, encode, with_mean_kept
 
 Nonfinite = Literal["refuse", "skip"]
 """What becomes of a layer that holds NaN or Inf: the run stops, or the layer is copied unchanged."""
@@ -163,72 +132,53 @@ def _diagonals(walk: Walk, stats: Mapping[str, Stats]) -> Iterator[Tensor]:
                 yield measured.diagonal() if measured.ndim == 2 else measured
 
 
-def weight_budget(walk: Walk, keep: float, storage: Storage) -> int:
-    """Numbers that all weights may take, so that weights and biases together stay within `keep` of the dense."""
-    biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
-    budget = int(keep * walk.numbers) - biases
-    cost = factor_cost if storage == "factor" else pivot_cost
-    rank_one = torch.tensor(1)
-    least = sum(min(int(cost(la.outputs, la.inputs, rank_one)), la.weight_numbers) for la in walk.layers)
-    if budget < least:
-        smallest = math.ceil(10_000 * (least + biases) / walk.numbers) / 10_000
-        raise UsageError(
-            f"keep {keep:g} leaves {max(budget, 0):,} numbers for {len(walk.layers)} weights; rank 1 everywhere takes "
-            f"{least:,}. The smallest reachable keep is {smallest:.4f}"
-        )
-    return budget
+def solve_at_ranks(
+    method: LayerMethod, walk: Walk, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]
+) -> None:
+    """What `method.at_rank` makes of each cut, in place."""
+    if type(method).at_rank is LayerMethod.at_rank:
+        return
+    for layer in walk.layers:
+        target, spectrum = plan.targets[layer.name], spectra[layer.name]
+        if target.codec == "dense":
+            continue
+        cut = truncate(spectrum, target.rank)
+        with solver_errors_of(layer.name, f"its factors at rank {target.rank} ({method.info.name})"):
+            solved = method.at_rank(spectrum.left @ spectrum.right, cut, stats[layer.name])
+        if solved is not cut:
+            spectra[layer.name] = Spectrum(*solved, spectrum.energy)
 
 
-def options_of(layer: Layer, storage: Codec, energy: Tensor) -> tuple[Options, list[Target]]:
-    """What a layer can be under a storage: each rank that pays, and dense. Error from `energy` (K,) descending."""
-    ranks = torch.arange(1, len(energy) + 1)
-    cost = (factor_cost if storage == "factor" else pivot_cost)(layer.outputs, layer.inputs, ranks)
-    pays = cost < layer.weight_numbers
-    tail = energy.flip(0).cumsum(0).flip(0)  # tail[r] = error of rank r
-    error = torch.cat([tail[1:], tail.new_zeros(1)])
-    targets = [Target(rank=int(r), codec=storage) for r in ranks[pays]]
-    targets.append(Target(rank=min(layer.outputs, layer.inputs), codec="dense"))
-    return (
-        Options(
-            torch.cat([error[pays.to(error.device)].cpu(), torch.zeros(1, dtype=error.dtype)]),
-            torch.cat([cost[pays], torch.tensor([layer.weight_numbers])]),
-        ),
-        targets,
-    )
+def place_cut(
+    student: PreTrainedModel,
+    dense: PreTrainedModel,
+    name: str,
+    spectrum: Spectrum,
+    target: Target,
+    mean: Tensor | None = None,
+) -> None:
+    """A layer at `target` as a dense module of `student`: it computes what the encoded one does, to rounding."""
+    module = linear_at(dense, name)
+    weight, bias = weight_of(module).detach(), module.bias
+    cut = truncate(spectrum, len(spectrum.energy) if target.codec == "dense" else target.rank)
+    placed = dense_replacement((cut.left @ cut.right).to(weight.dtype), None if bias is None else bias.detach())
+    if mean is not None and target.codec != "dense":
+        placed = with_mean_kept(placed, weight, mean)
+    swap(student, name, placed)
 
 
-def plan_ranks(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor], keep: float) -> Plan:
-    """A target for every layer, meeting the budget. `energies[name]` (K,) is what losing each component costs."""
-    budget = weight_budget(walk, keep, method.storage)
-    menu = [options_of(layer, method.storage, energies[layer.name]) for layer in walk.layers]
-    if method.allocation == "global":
-        choice = allocate([options for options, _ in menu], budget)
-    else:
-        choice = _uniform_choice(walk, menu, method.storage, keep, budget)
-    picked = {la.name: targets[k] for la, (_, targets), k in zip(walk.layers, menu, choice, strict=True)}
-    spent = sum(int(options.cost[k]) for (options, _), k in zip(menu, choice, strict=True))
-    biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
-    return Plan(targets=picked, numbers_before=walk.numbers, numbers_after=spent + biases)
+def encode_layer(
+    module: nn.Module,
+    given: Spectrum | Factors,
+    target: Target,
+    *,
+    learned: bool = False,
+    mean: Tensor | None = None,
+) -> Replacement:
+    """One layer in its target codec, its bias carried over. `learned` factors replace the weight even when dense.
 
-
-def _uniform_choice(
-    walk: Walk, menu: list[tuple[Options, list[Target]]], storage: Codec, keep: float, budget: int
-) -> list[int]:
-    """The same kept share in every layer (what most papers do), then integer left-overs handed out in turn."""
-    costs = [options.cost for options, _ in menu]
-    if keep >= 1.0:
-        return [len(c) - 1 for c in costs]
-    share = budget / sum(layer.weight_numbers for layer in walk.layers)
-    start = [
-        max(0, int((c <= share * layer.weight_numbers).sum()) - 1) for c, layer in zip(costs, walk.layers, strict=True)
-    ]
-    if sum(int(c[k]) for c, k in zip(costs, start, strict=True)) > budget:
-        start = [0] * len(costs)  # near rank 1 equal shares do not fit: small layers take more than theirs
-    return fill_uniform(costs, start, budget)
-
-
-def encode_layer(module: nn.Module, given: Spectrum | Factors, target: Target, *, learned: bool = False) -> Replacement:
-    """One layer in its target codec, its bias carried over. `learned` factors replace the weight even when dense."""
+    With the `mean` (I,) of its inputs, the bias makes up for the mean of what is lost.
+    """
     weight = weight_of(module).detach()
     bias = cast(nn.Linear, module).bias
     bias = None if bias is None else bias.detach()
@@ -237,7 +187,8 @@ def encode_layer(module: nn.Module, given: Spectrum | Factors, target: Target, *
     wide = Factors(factors.left.double(), factors.right.double())
     if target.codec == "dense":
         return dense_replacement((wide.left @ wide.right).to(weight.dtype) if learned else weight, bias)
-    return encode(wide, target.codec, like=weight, bias=bias, error=error)
+    placed = encode(wide, target.codec, like=weight, bias=bias, error=error)
+    return placed if mean is None else with_mean_kept(placed, weight, mean)
 
 
 def swap(model: PreTrainedModel, name: str, replacement: Replacement) -> None:
@@ -249,6 +200,8 @@ def swap(model: PreTrainedModel, name: str, replacement: Replacement) -> None:
             return
         new: nn.Module = copy.deepcopy(old)
         weight_of(new).data.copy_(weight)
+        bias = replacement.bias
+        new.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
     else:
         new = build_linear(replacement)
     model.set_submodule(name, new.train(old.training))
@@ -285,12 +238,15 @@ def apply_plan(
     given: Mapping[str, Spectrum] | Mapping[str, Factors],
     *,
     learned: bool = False,
+    means: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Replacement]:
-    """Encode and swap every layer; returns what was put in place."""
+    """Encode and swap every layer; returns what was put in place. `means` of inputs that biases make up for."""
     placed = {}
+    means = {} if means is None else means
     for layer in walk.layers:
         module, target = model.get_submodule(layer.name), plan.targets[layer.name]
+        mean = means.get(layer.name)
         with solver_errors_of(layer.name, "its factors"):
-            placed[layer.name] = encode_layer(module, given[layer.name], target, learned=learned)
+            placed[layer.name] = encode_layer(module, given[layer.name], target, learned=learned, mean=mean)
         swap(model, layer.name, placed[layer.name])
     return placed

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
-from spectrim.engines.layerwise import Plan, plan_from_facts, plan_ranks, plan_to_facts
 from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.pack import fill, with_prefix
+from spectrim.engines.ranks import Plan, plan_from_facts, plan_ranks, plan_to_facts
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.method import Components, LearnedMethod
 from spectrim.models.walk import Walk

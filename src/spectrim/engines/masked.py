@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
-from spectrim.engines.layerwise import Plan, plan_from_facts, plan_to_facts, weight_budget
 from spectrim.engines.learned import Learned, skeleton
 from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.pack import fill, with_prefix
+from spectrim.engines.ranks import Plan, plan_from_facts, plan_to_facts, weight_budget
 from spectrim.errors import UsageError
 from spectrim.linalg.extinction import cost_table, counts_within, numbers_of, order_of
 from spectrim.linalg.factor import Spectrum

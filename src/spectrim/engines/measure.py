@@ -6,7 +6,6 @@ distribution (the true Fisher, not the empirical one): they need no reference te
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectrim.engines.checkpoint import Checkpoint, Saved
+from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.pack import fingerprint
-from spectrim.engines.parts import Run, load_own, size_of
+from spectrim.engines.sums import KeptSums, Sums
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
-from spectrim.method import Stat, Stats
+from spectrim.method import GRADIENT_STATS, INPUT_STATS, SAMPLED_STATS, Stat, Stats
 from spectrim.models.walk import Walk, device_of, shared_inputs
 
 GRADIENT_CLIP = 10.0
@@ -27,30 +26,6 @@ GRADIENT_CLIP = 10.0
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
-
-
-@dataclass
-class _Sums:
-    """Running sums of one shared input, or of one layer's outputs."""
-
-    tokens: int = 0
-    gradient_tokens: int = 0
-    sequences: int = 0
-    totals: dict[Stat, Tensor] = field(default_factory=dict)
-
-    def total(self, stat: Stat, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """The float64 sum, created at first use."""
-        if stat not in self.totals:
-            # Apple's GPUs have no float64; everything else sums in double.
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self.totals[stat] = torch.zeros(shape, dtype=dtype, device=device)
-        return self.totals[stat]
-
-    def to_means(self) -> None:
-        """Divide the sums in place: layers that share an input then share the tensor, not three copies of it."""
-        counts = {Stat.OUTPUT_GRAD: self.gradient_tokens, Stat.FISHER: self.sequences}
-        for stat, total in self.totals.items():
-            total /= counts.get(stat, self.tokens)
 
 
 def measure(
@@ -79,19 +54,18 @@ def measure(
     """
     if not needs:
         return {layer.name: Stats(tokens=int(ids.numel())) for layer in walk.layers}
+    assert not (Stat.SLOPE in needs and needs & SAMPLED_STATS), "one pass has one kind of labels"
     with frozen(model):  # before the groups are found: in training mode OPT drops whole layers at random
         groups = shared_inputs(model, walk.layers)
         leader = {name: group[0] for group in groups for name in group}
-        sums = {name: _Sums() for name in leader}  # in the order in which the model runs its layers
+        sums = {name: Sums() for name in leader}  # in the order in which the model runs its layers
         device = device_of(model)
         generator = torch.Generator(device=device).manual_seed(seed)
-        # No batch lies across the border, so that the batch size does not decide how many windows give gradients.
         border = 0
-        if needs & {Stat.OUTPUT_GRAD, Stat.FISHER}:
+        if needs & GRADIENT_STATS:
             border = len(ids) if gradient_windows is None else min(gradient_windows, len(ids))
-        starts = [*range(0, border, batch_size), *range(border, len(ids), batch_size)]
         run = {"after": after, "windows": fingerprint(ids), "batch_size": batch_size, "border": border, "seed": seed}
-        keeper = _Keeper(checkpoint, stage, run | {"needs": sorted(s.value for s in needs)}, sums, generator)
+        keeper = KeptSums(checkpoint, stage, run | {"needs": sorted(s.value for s in needs)}, sums, generator)
         measured = keeper.load(device)
 
         def on_input(name: str, x: Tensor) -> None:
@@ -102,11 +76,11 @@ def measure(
             _add_gradient(sums[name], gradient, x, needs, windows)
 
         with hooks(model, walk, on_input, on_gradient if border else None), autocast(device):
-            for start, stop in zip(starts, [*starts[1:], len(ids)], strict=False):
-                if start < measured:
-                    continue
+            for start, stop in _spans(len(ids), border, batch_size, measured):
                 batch = ids[start:stop].to(device)
-                if start < border:
+                if start < border and Stat.SLOPE in needs:
+                    backward_from_text(model, batch)
+                elif start < border:
                     backward_from_sampled_labels(model, batch, generator)
                 else:
                     with torch.no_grad():
@@ -119,42 +93,16 @@ def measure(
         own.to_means()
     layers = [la.name for la in walk.layers]
     if unreached == "leave out":
-        gradients = bool(needs & {Stat.OUTPUT_GRAD, Stat.FISHER})
-        layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not gradients)]
+        layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not border)]
     return {name: _finish(name, sums[name], sums[leader[name]], needs) for name in layers}
 
 
-@dataclass
-class _Keeper:
-    """The sums in a checkpoint, between two batches."""
-
-    checkpoint: Checkpoint | None
-    stage: str
-    run: Run
-    sums: dict[str, _Sums]
-    generator: torch.Generator
-
-    def load(self, device: torch.device) -> int:
-        """Take up what was summed before; how many windows that were."""
-        saved = load_own(self.checkpoint, self.stage, self.run)
-        if saved is None:
-            return 0
-        for name, own in self.sums.items():
-            own.tokens, own.gradient_tokens, own.sequences = saved.facts["counts"][name]
-            kept = {stat: saved.tensors.get(f"{name}.{stat.value}") for stat in Stat}
-            own.totals = {stat: total.to(device) for stat, total in kept.items() if total is not None}
-        self.generator.set_state(saved.tensors["generator"])
-        return saved.step
-
-    def save(self, windows: int, *, last: bool) -> None:
-        """The sums over so many windows, if it is time, or if they are complete and worth it."""
-        if self.checkpoint is None:
-            return
-        totals = {f"{name}.{stat.value}": t for name, own in self.sums.items() for stat, t in own.totals.items()}
-        if self.checkpoint.due() or (last and self.checkpoint.worth(size_of(totals))):
-            counts = {name: [own.tokens, own.gradient_tokens, own.sequences] for name, own in self.sums.items()}
-            tensors = {**totals, "generator": self.generator.get_state()}
-            self.checkpoint.save(self.stage, Saved(windows, tensors, {"run": self.run, "counts": counts}))
+def _spans(windows: int, border: int, batch_size: int, done: int) -> list[tuple[int, int]]:
+    """First window and end of each batch after those that are `done`; none lies across the border, so that the batch
+    size does not decide how many windows give gradients.
+    """
+    starts = [*range(0, border, batch_size), *range(border, windows, batch_size)]
+    return [span for span in zip(starts, [*starts[1:], windows], strict=False) if span[0] >= done]
 
 
 def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
@@ -168,6 +116,13 @@ def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generato
             labels = (log_p - (-uniform.log()).log()).argmax(-1, keepdim=True)
         loss = -log_p.gather(-1, labels).sum()
         loss.backward()
+
+
+def backward_from_text(model: PreTrainedModel, batch: Tensor) -> None:
+    """Backpropagate `sum over tokens of -log p(next token of the text)`."""
+    with torch.enable_grad():
+        log_p = model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        (-log_p.gather(-1, batch[:, 1:, None]).sum()).backward()
 
 
 OnInput = Callable[[str, Tensor], None]
@@ -211,18 +166,20 @@ def hooks(
             handle.remove()
 
 
-def _add_input(sums: _Sums, x: Tensor, needs: frozenset[Stat]) -> None:
+def _add_input(sums: Sums, x: Tensor, needs: frozenset[Stat]) -> None:
     """Add the rows of x (..., I)."""
     rows = x.reshape(-1, x.shape[-1])
     sums.tokens += len(rows)
     width = rows.shape[1]
     if Stat.GRAM in needs:
         add_gram(sums.total(Stat.GRAM, (width, width), x.device), rows)
+    if Stat.MEAN in needs:
+        sums.total(Stat.MEAN, (width,), x.device).add_(rows.double().sum(0))
     if Stat.MEAN_ABS in needs:
         sums.total(Stat.MEAN_ABS, (width,), x.device).add_(rows.double().abs().sum(0))
 
 
-def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat], windows: torch.Size) -> None:
+def _add_gradient(sums: Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat], windows: torch.Size) -> None:
     """Add the rows of the gradient (..., O) at a layer's output; x (..., I) is the input of the same call.
 
     `windows` is (B, S) of the batch; FISHER squares the sum over one sequence.
@@ -233,6 +190,9 @@ def _add_gradient(sums: _Sums, gradient: Tensor, x: Tensor, needs: frozenset[Sta
         width = rows.shape[1]
         clipped = clip_rows(rows, ratio=GRADIENT_CLIP)
         add_gram(sums.total(Stat.OUTPUT_GRAD, (width, width), x.device), clipped)
+    if Stat.SLOPE in needs:
+        flat = x.reshape(-1, x.shape[-1])
+        add_gram(sums.total(Stat.SLOPE, (rows.shape[1], flat.shape[1]), x.device), rows, flat)
     if Stat.FISHER in needs:
         g, rows_in = in_sequences(rows, windows), in_sequences(x, windows)
         add_squares(sums.total(Stat.FISHER, (g.shape[-1], x.shape[-1]), x.device), g, rows_in)
@@ -250,15 +210,15 @@ def in_sequences(rows: Tensor, windows: torch.Size) -> Tensor:
     return rows.reshape(batch, -1, width)
 
 
-def _finish(name: str, own: _Sums, shared: _Sums, needs: frozenset[Stat]) -> Stats:
+def _finish(name: str, own: Sums, shared: Sums, needs: frozenset[Stat]) -> Stats:
     """What was asked for: input statistics from the layer that was measured for all that share it, the rest its own."""
     if shared.tokens == 0:
         raise InputError(f"{name}: no calibration token reached this layer (an expert never routed to?)")
-    if needs & {Stat.OUTPUT_GRAD, Stat.FISHER} and own.gradient_tokens == 0:
+    if needs & GRADIENT_STATS and own.gradient_tokens == 0:
         raise InputError(
             f"{name}: no gradient reached this layer; raise gradient_windows (an expert seldom routed to?)"
         )
-    found = {s.value: (shared if s in (Stat.GRAM, Stat.MEAN_ABS) else own).totals[s] for s in needs}
+    found = {s.value: (shared if s in INPUT_STATS else own).totals[s] for s in needs}
     return Stats(tokens=shared.tokens, **found)
 
 
@@ -278,15 +238,15 @@ def dead_inputs(stats: Mapping[str, Stats]) -> list[str]:
     ]
 
 
-def _check_finite(sums: dict[str, _Sums], start: int) -> None:
+def _check_finite(sums: dict[str, Sums], start: int) -> None:
     """Stop at the first layer (sums are in running order) whose sums are not finite; later layers only inherit it."""
-    # The diagonal of a Gram matrix tells all; a Fisher matrix is not square and has to be looked at in full.
+    # The diagonal of a Gram matrix tells all; others have none and have to be looked at in full.
     bad = [(name, stat) for name, own in sums.items() for stat, t in own.totals.items()
-           if not bool(torch.isfinite(t if stat in (Stat.MEAN_ABS, Stat.FISHER) else t.diagonal()).all())]  # fmt: skip
+           if not bool(torch.isfinite(t.diagonal() if stat in (Stat.GRAM, Stat.OUTPUT_GRAD) else t).all())]  # fmt: skip
     if not bad:
         return
     # A gradient turns bad from the last layer backwards, an input from the first layer forwards.
-    inputs = [b for b in bad if b[1] in (Stat.GRAM, Stat.MEAN_ABS)]
+    inputs = [b for b in bad if b[1] in INPUT_STATS]
     name, stat = inputs[0] if inputs else bad[-1]
     what = "inputs" if inputs else "output gradients"
     total = sums[name].totals[stat]

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from spectrim.engines.layerwise import Plan, weight_budget
+from spectrim.engines.ranks import Plan, weight_budget
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.linalg.ladder import cut, interpolate, ladder_costs
 from spectrim.models.walk import Layer, Walk

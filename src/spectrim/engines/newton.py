@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint, Saved
-from spectrim.engines.layerwise import Plan
 from spectrim.engines.learned import relax, skeleton, step_loss
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.pack import fill, fingerprint
 from spectrim.engines.parts import Run, energies_of, load_own
+from spectrim.engines.ranks import Plan
 from spectrim.errors import NumericalError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LearnedMethod

@@ -3,9 +3,12 @@
 1. find the target layers; refuse weights that are not finite
 2. measure the statistics the method needs, in one pass over the calibration windows     engines/measure.py
    and refine them in a second gradient pass, if the method asks for it                  engines/couple.py
-3. decompose every weight in the method's metric, choose all ranks under the budget      engines/layerwise.py
+3. decompose every weight in the method's metric                                         engines/layerwise.py
+   choose all ranks under the budget                                                     engines/ranks.py
 4. `rounds` times: put the compressed layers in place, measure again, average, go to 3
+   ranks by what the whole model does with them, for allocations that search           engines/search.py
 5. in running order, let each weight make up for the error before it, decompose it again engines/propagate.py
+   methods whose answer depends on the rank solve for it (LayerMethod.at_rank)           engines/layerwise.py
    Newton steps on the scores of what is kept, if the method asks for them              engines/newton.py
 6. trained methods: scores on the spectra, or masks and adapters         engines/learned.py, engines/masked.py
 7. encode each layer, put it in place
@@ -28,24 +31,35 @@ from spectrim.engines.closed_form import STAGE as CLOSED_FORM
 from spectrim.engines.couple import couple
 from spectrim.engines.layerwise import (
     Nonfinite,
-    Plan,
     apply_plan,
     check_weights,
     decompose_all,
-    plan_ranks,
     refuse_large_sides,
+    solve_at_ranks,
 )
 from spectrim.engines.learned import Learned, skeleton, train_scores
 from spectrim.engines.masked import train_masks
 from spectrim.engines.measure import Progress, dead_inputs, measure
 from spectrim.engines.newton import newton_scores
+from spectrim.engines.ordered import ordered_plan
 from spectrim.engines.parts import SavedFirst, energies_of, size_of
 from spectrim.engines.propagate import propagate
+from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.recovery import Recovered, recover, recovery_of
+from spectrim.engines.search import searched_plan
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
-from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Stats, TrainedMethod
+from spectrim.method import (
+    SEARCHED,
+    LayerMethod,
+    LearnedMethod,
+    MaskedMethod,
+    OrderedMethod,
+    Stat,
+    Stats,
+    TrainedMethod,
+)
 from spectrim.models.walk import Walk, device_of, find_layers
 from spectrim.replacement import Replacement
 
@@ -121,7 +135,7 @@ def compress_model(
         placed = apply_plan(student, walk, plan, learned.factors, learned=True)
     else:
         with timed(clock, "encode"):
-            placed = apply_plan(student, walk, plan, spectra, learned=run.changes)
+            placed = apply_plan(student, walk, plan, spectra, learned=run.changes, means=run.means)
     recovered = recover(
         steps, student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed, progress=progress,
         checkpoint=checkpoint,
@@ -177,6 +191,8 @@ class _Run:
     checkpoint: Checkpoint | None = None
     one_size: bool = True
     warnings: list[str] = field(default_factory=list)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    """Of the inputs of every layer, where biases make up for them."""
 
     def __post_init__(self) -> None:
         self.batch = Batch(CPU_BATCH if device_of(self.dense).type == "cpu" else GPU_BATCH)
@@ -205,13 +221,13 @@ class _Run:
             spectra, plan = self.closed_form(ids)
             checkpoint.load(CLOSED_FORM)  # still not there: scores that belong to another one are discarded
         else:
-            spectra, plan, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run)
+            spectra, plan, self.means, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run)
             checkpoint.forget(*LEADS_TO_IT)
 
         def pack() -> Saved:
             return pack_closed_form(
                 spectra, plan, run, learned=learned, changed=learned or self.changes, every=not self.one_size,
-                warnings=self.warnings,
+                warnings=self.warnings, means=self.means,
             )  # fmt: skip
 
         keeper = SavedFirst(checkpoint, CLOSED_FORM, pack, kept=saved is not None, replaces=LEADS_TO_IT)
@@ -226,13 +242,18 @@ class _Run:
         spectra, plan = self.decide(stats, 0)
         for again in range(1, 1 + (self.method.rounds if self.keep < 1 else 0)):
             student = skeleton(self.dense)
-            apply_plan(student, self.walk, plan, spectra)
+            apply_plan(student, self.walk, plan, spectra, means=self.means)
             after = "" if self.checkpoint is None else energies_of(spectra)
             second = self.statistics(student, self.round_windows(ids), again, after)
             stats = {name: first[name].blend(second[name]) for name in first}
             spectra, plan = self.decide(stats, again)
+        if self.one_size and self.keep < 1 and self.method.allocation in SEARCHED:
+            plan = self.search(spectra, ids)
         if self.propagates:
             self.propagate(spectra, plan, stats, ids)
+        if self.one_size and self.keep < 1:
+            with timed(self.clock, "solve"):
+                solve_at_ranks(self.method, self.walk, spectra, plan, stats)
         if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
             with timed(self.clock, "newton"):
                 given = (self.method, self.dense, self.walk, spectra, plan, self.round_windows(ids))
@@ -258,6 +279,21 @@ class _Run:
             stage = f"coupling {again}"
             return self.batch.run("couple", lambda size: couple(*given, batch_size=size, stage=stage, **told))
 
+    def search(self, spectra: Mapping[str, Spectrum], ids: Tensor) -> Plan:
+        """Ranks by what the model does with them."""
+        with timed(self.clock, "search"):
+            return searched_plan(
+                self.method,
+                self.dense,
+                self.walk,
+                spectra,
+                self.means,
+                self.keep,
+                ids,
+                seed=self.seed,
+                progress=self.progress,
+            )
+
     def propagate(self, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor) -> None:
         """Step 5, in place. Only forward passes; on a CPU the windows of a later round are enough of them."""
         windows = self.round_windows(ids) if device_of(self.dense).type == "cpu" else ids
@@ -267,10 +303,15 @@ class _Run:
             self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
 
     def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[dict[str, Spectrum], Plan]:
+        if self.method.centres:
+            self.means = {name: own.get(Stat.MEAN) for name, own in stats.items()}
         with timed(self.clock, "decompose"):
             spectra = decompose_all(
                 self.method, self.dense, self.walk, stats, checkpoint=self.checkpoint, stage=f"spectra {again}"
             )
+        if isinstance(self.method, OrderedMethod) and self.method.allocation == "order":
+            with timed(self.clock, "allocate"):
+                return spectra, ordered_plan(self.method, self.dense, self.walk, spectra, stats, self.keep)
         with timed(self.clock, "allocate"):
             energies = {name: s.energy for name, s in spectra.items()}
             return spectra, plan_ranks(self.method, self.walk, energies, self.keep)

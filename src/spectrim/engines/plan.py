@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.engines.layerwise import plan_ranks
 from spectrim.engines.masked import budget_of
+from spectrim.engines.ranks import new_bias, plan_ranks
 from spectrim.engines.recovery import RECOVERY_BATCH
+from spectrim.engines.search import SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS, STAGES
 from spectrim.linalg.curvature import coupling_operations
-from spectrim.method import LayerMethod, MaskedMethod, Stat, TrainedMethod
+from spectrim.method import GRADIENT_STATS, LayerMethod, MaskedMethod, Stat, TrainedMethod
 from spectrim.models.load import Source, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
+from spectrim.replacement import Target, stored_numbers
 
 EFFICIENCY = 0.4
 """Share of the measured matrix rate that whole training passes of small models reach here (measured, CPU and GPU)."""
@@ -84,17 +86,16 @@ def _layers(method: LayerMethod, walk: Walk, keep: float, uniform: bool) -> list
         row: dict[str, Any] = {"name": layer.name, "shape": [layer.outputs, layer.inputs], "dense": layer.numbers}
         if uniform:
             target = targets[layer.name]
-            row |= {"codec": target.codec, "rank": target.rank, "numbers": _numbers(layer, target)}
+            row |= {"codec": target.codec, "rank": target.rank, "numbers": _numbers(method, layer, target)}
         else:
             row |= {"codec": method.storage, "rank": None, "numbers": None}
         rows.append(row)
     return rows
 
 
-def _numbers(layer: Layer, target: Any) -> int:
-    from spectrim.replacement import stored_numbers
-
-    return stored_numbers(layer.outputs, layer.inputs, target) + layer.numbers - layer.weight_numbers
+def _numbers(method: LayerMethod, layer: Layer, target: Target) -> int:
+    bias = layer.numbers - layer.weight_numbers + (0 if target.codec == "dense" else new_bias(method, layer))
+    return stored_numbers(layer.outputs, layer.inputs, target) + bias
 
 
 def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
@@ -105,6 +106,8 @@ def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
         statistics += sum(la.inputs**2 for la in walk.layers) * 8
     if Stat.OUTPUT_GRAD in method.needs:
         statistics += sum(la.outputs**2 for la in walk.layers) * 8
+    if method.needs & {Stat.FISHER, Stat.SLOPE}:
+        statistics += sum_weights(walk) * 8
     if method.refinement is not None:  # sums in float64 and inverses in float32 beside the plain ones
         statistics = statistics * 5 // 2
     rounds = 2 if method.rounds else 1
@@ -123,7 +126,7 @@ def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, 
     """Floating-point operations of calibration, decomposition and learning."""
     tokens = windows * length
     forward = 2.0 * total * tokens
-    passes = (1 + method.rounds) * (1.0 if not method.needs & {Stat.OUTPUT_GRAD, Stat.FISHER} else 2.0)
+    passes = (1 + method.rounds) * (1.0 if not method.needs & GRADIENT_STATS else 2.0)
     gram = sum(2.0 * la.inputs**2 for la in walk.layers) * tokens if method.needs else 0.0
     if Stat.OUTPUT_GRAD in method.needs:
         gram += sum(2.0 * la.outputs**2 for la in walk.layers) * tokens
@@ -135,11 +138,22 @@ def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, 
     if method.error_share > 0:  # both models: to start, up to each of four groups of layers, and to go on
         calibration += 8 * forward + 2 * gram
         decomposition *= (2 + method.rounds) / (1 + method.rounds)
+    calibration += forward / windows * searched_windows(method, len(walk.layers))
     learning = 0.0
     if isinstance(method, TrainedMethod):
         steps = method.steps + getattr(method, "distil_steps", 0)
         learning = 8.0 * total * steps * method.batch_size * length  # student there and back, teacher there
     return calibration + decomposition + learning
+
+
+def searched_windows(method: LayerMethod, layers: int) -> int:
+    """Windows that an allocation that searches runs the compressed model on."""
+    if method.allocation == "sensitivity":
+        return layers * SENSITIVITY_LEVELS * SENSITIVITY_WINDOWS
+    if method.allocation == "evopress":
+        judged = [method.offspring, *(survivors + 1 for survivors, _ in STAGES[:-1])]
+        return method.generations * sum(n * windows for n, (_, windows) in zip(judged, STAGES, strict=True))
+    return 0
 
 
 def matrix_rate(device: torch.device) -> float:

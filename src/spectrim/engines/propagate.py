@@ -23,15 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
-from spectrim.engines.layerwise import Plan, decompose_layer, solver_errors_of, swap
+from spectrim.engines.layerwise import decompose_layer, place_cut, solver_errors_of
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.parts import Parts, energies_of, spectrum_from, spectrum_tensors
+from spectrim.engines.ranks import Plan, plan_to_facts
 from spectrim.engines.stream import input_moments, start
-from spectrim.linalg.factor import Spectrum, drift_target, token_share, truncate
+from spectrim.linalg.factor import Spectrum, drift_target, token_share
 from spectrim.method import LayerMethod, Stat, Stats
-from spectrim.models.walk import Layer, Walk, device_of, linear_at, shared_inputs, weight_of
-from spectrim.replacement import Target, dense_replacement
+from spectrim.models.walk import Layer, Walk, device_of, shared_inputs, weight_of
 
 STAGE = "propagated"
 
@@ -59,7 +59,8 @@ def propagate(
     """
     layers = {layer.name: layer for layer in walk.layers}
     unpaired: list[str] = []
-    parts = Parts(checkpoint, STAGE, {} if checkpoint is None else {"after": energies_of(spectra)})
+    run = {} if checkpoint is None else {"after": energies_of(spectra), "plan": plan_to_facts(plan)}
+    parts = Parts(checkpoint, STAGE, run)
     finished = _restore(parts, dense, spectra, unpaired)
     with frozen(dense), autocast(device_of(dense)):
         student = skeleton(dense)
@@ -75,7 +76,7 @@ def propagate(
                         spectra[name] = _corrected(method, layers[name], weight, stats[name], moments, ids.numel())
                     elif block >= finished:
                         unpaired.append(name)
-                    _place(student, name, spectra[name], plan.targets[name])
+                    place_cut(student, dense, name, spectra[name], plan.targets[name])
             if block >= finished:
                 paired = [name for group in here for name in group if name not in unpaired]
                 tensors = {k: t for name in paired for k, t in spectrum_tensors(name, spectra[name]).items()}
@@ -117,14 +118,6 @@ def _corrected(
     scaled = gram * size if bool(torch.isfinite(size)) else gram  # an input that never fires has no size
     mixed = (1 - share) * first + share * scaled
     return decompose_layer(method, layer, target, dataclasses.replace(stats, gram=mixed))
-
-
-def _place(student: PreTrainedModel, name: str, spectrum: Spectrum, target: Target) -> None:
-    """The cut weight as a dense module: it computes what the encoded one does, to rounding."""
-    module = linear_at(student, name)
-    factors = truncate(spectrum, len(spectrum.energy) if target.codec == "dense" else target.rank)
-    weight = (factors.left @ factors.right).to(module.weight.dtype)
-    swap(student, name, dense_replacement(weight, module.bias))
 
 
 def _warning(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Recovery: what runs after the compressed layers are in place, for any method, in the order asked for.
 
 refit         left factors by least squares on the inputs that the compressed model produces     engines/refit.py
+reconstruct   both factors, towards a quarter of the dense model's outputs (MPIFA)               engines/refit.py
 block[:STEPS] each block trained to give what the dense block gives, STEPS a block               engines/block.py
 kl[:STEPS]    all factors trained against the dense model's distribution                         engines/distil.py
 """
@@ -18,7 +19,7 @@ from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.distil import distil
 from spectrim.engines.measure import Progress
 from spectrim.engines.pack import fill
-from spectrim.engines.refit import refit
+from spectrim.engines.refit import reconstruct, refit
 from spectrim.engines.stream import low_rank_layers
 from spectrim.errors import UsageError, did_you_mean
 from spectrim.method import LayerMethod
@@ -28,7 +29,7 @@ from spectrim.nn.linears import PivotLinear
 MOST_STEPS = 1_000_000
 RECOVERY_BATCH = 32
 """Windows in a step of distillation."""
-DEFAULT_STEPS: Mapping[str, int | None] = {"refit": None, "block": 100, "kl": 300}
+DEFAULT_STEPS: Mapping[str, int | None] = {"refit": None, "reconstruct": None, "block": 100, "kl": 300}
 """Recovery steps by name, with how many optimizer steps they take when nothing is said; None: it does not train."""
 
 Timed = Callable[[str], AbstractContextManager[None]]
@@ -75,6 +76,11 @@ def parse_step(text: str) -> Step:
 def recovery_of(method: LayerMethod, asked: Iterable[str]) -> tuple[Step, ...]:
     """The method's own steps, those asked for, and `distil_steps` of a method that has them as a last `kl` step."""
     steps = [parse_step(text) for text in (*method.recovery, *asked)]
+    if method.centres and any(step.steps is None for step in steps):
+        raise UsageError(
+            f"method {method.info.name}: refit and reconstruct solve for factors without the bias that this method has "
+            "moved; leave them out (block and kl train biases too)"
+        )
     distil_steps = getattr(method, "distil_steps", 0)
     return (*steps, *([Step("kl", distil_steps)] if distil_steps else []))
 
@@ -101,9 +107,10 @@ def recover(
             "progress": progress, "checkpoint": checkpoint,
         }  # fmt: skip
         losses: list[list[float]] = []
-        if step.name == "refit":
-            with timed("refit"):
-                _refit(student, teacher, walk, calibration, common["stage"], progress, checkpoint)
+        if step.steps is None:
+            solve = refit if step.name == "refit" else reconstruct
+            with timed(step.name):
+                _solve(solve, student, teacher, walk, calibration, common["stage"], progress, checkpoint)
         elif step.name == "block":
             with timed("block"):
                 losses = refine_blocks(student, teacher, walk, training, **common)
@@ -114,7 +121,8 @@ def recover(
     return done
 
 
-def _refit(
+def _solve(
+    solve: Callable[..., None],
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     walk: Walk,
@@ -123,10 +131,10 @@ def _refit(
     progress: Progress | None,
     checkpoint: Checkpoint | None,
 ) -> None:
-    """Refit, or take what an earlier run has refitted."""
+    """Solve for factors, or take what an earlier run has found."""
     saved = None if checkpoint is None else checkpoint.load(stage)
     if saved is None:
-        refit(student, teacher, walk, ids, progress=progress)
+        solve(student, teacher, walk, ids, progress=progress)
     layers = low_rank_layers(student, walk)
     state = {f"{name}.{key}": t for name, m in layers.items() for key, t in m.state_dict().items() if t.numel()}
     if saved is None:

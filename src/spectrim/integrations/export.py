@@ -17,6 +17,7 @@ def export_dense(source: Source, out: Path, *, size: float | None = None, overwr
     """Multiply the factors back and write an ordinary folder that loads without spectrim; `size` as in `load_model`."""
     if not source.is_compressed:
         raise UsageError(f"{source.name}: not a spectrim folder; it is dense already")
+    refuse_new_biases(source)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=2 * source.checkpoint.nbytes)
     model = load_model(source, torch.device("cpu"), size=size)
     make_dense(model, source.dtype)
@@ -26,6 +27,21 @@ def export_dense(source: Source, out: Path, *, size: float | None = None, overwr
         written = open_checkpoint(stage)
         write_manifest(stage, facts={"tool": "spectrim", "exported_from": source.name})
     return {"folder": str(out), "numbers": written.numel, "bytes": written.nbytes}
+
+
+def refuse_new_biases(source: Source) -> None:
+    """An ordinary folder has no place for a bias that the architecture lacks; loading would drop it without a word."""
+    modules = quantization_of(source.config)["modules"]
+    new = [
+        layer.name
+        for layer in find_layers(meta_model(source.config)).layers
+        if not layer.has_bias and modules.get(layer.name, {}).get("bias")
+    ]
+    if new:
+        raise UsageError(
+            f"{source.name}: {len(new)} layers have a bias that the architecture has no place for (first: {new[0]}); "
+            "no dense folder can hold this model; compress again with a method that adds no bias (svd-llm)"
+        )
 
 
 def export_size(source: Source, out: Path, *, size: float, overwrite: bool = False) -> dict[str, Any]:

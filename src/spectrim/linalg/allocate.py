@@ -8,6 +8,7 @@ factors cost more than dense past the break-even rank) and bends (pivot storage 
 goes wrong. Bisection finds the smallest lambda that fits; what is left is spent on the best single upgrades.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,25 @@ def fill_uniform(costs: list[Tensor], start: list[int], budget: int) -> list[int
                 left -= step
                 moved = True
     return choice
+
+
+def cut_in_order(costs: list[Tensor], order: Iterable[int], budget: int) -> list[int]:
+    """How many components each layer keeps when they go one by one, until the sum of costs is within `budget`.
+
+    `costs[l]` (K,) is what layer l takes with 1, 2, ..., K components (never more than dense). `order` names the layer
+    that loses its last remaining component; a layer's only component stays. ValueError where it ends above the budget.
+    """
+    kept = [len(cost) for cost in costs]
+    total = sum(int(cost[-1]) for cost in costs)
+    for layer in order:
+        if total <= budget:
+            return kept
+        if kept[layer] > 1:
+            total += int(costs[layer][kept[layer] - 2]) - int(costs[layer][kept[layer] - 1])
+            kept[layer] -= 1
+    if total > budget:
+        raise ValueError(f"the order ends at {total:,} numbers, above the budget of {budget:,}")
+    return kept
 
 
 def _padded(layers: list[Options]) -> tuple[Tensor, Tensor]:

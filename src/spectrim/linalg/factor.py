@@ -146,6 +146,20 @@ def refit_left(weight: Tensor, right: Tensor, cross: Tensor, gram: Tensor, *, ri
     return solve_symmetric(system + damping * eye, (target + damping * anchor).mT).mT
 
 
+def refit_right(
+    weight: Tensor, left: Tensor, right: Tensor, cross: Tensor, gram: Tensor, *, ridge: float = 1e-3
+) -> Tensor:
+    """Least-squares right factor for a fixed `left` (O, R): minimise E|| W x - left A x' ||^2 over A (R, I).
+
+    `cross` and `gram` as in `refit_left`. Solved for the change of `right` (R, I); the ridge, relative to the mean
+    input variance, pulls towards what was there. Source: the second half of MPIFA's reconstruction (ICML 2025).
+    """
+    damping = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    missing = left.mT @ (weight @ cross - left @ (right @ gram))
+    change = solve_symmetric(left.mT @ left, missing)
+    return right + solve_symmetric(gram + damping, change.mT).mT
+
+
 DRIFT_RIDGE = 0.1
 """Of the mean input variance. Directions in which the compressed model's inputs hardly vary would else be given large
 weights for what is noise there; as much again as an average direction has still lets the strong ones through."""

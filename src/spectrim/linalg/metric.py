@@ -1,7 +1,7 @@
 """The metric in which an error is measured: `error = || L^T (W - W') R ||_F^2`.
 
     plain SVD   (I, I)                         ASVD   (I, diag(mean|x|^alpha))
-    SVD-LLM     (I, root of E[x x^T])          FWSVD  (diag(row Fisher)^1/2, I)
+    SVD-LLM     (I, root of E[x x^T])          FWSVD  (I, diag(input Fisher)^1/2)
     two-sided   (root of E[g g^T], root of E[x x^T])
 
 A root R of a covariance C satisfies R R^T = C. Eigenvalues below `floor` times the largest are raised to that

@@ -30,9 +30,7 @@ from torch import Tensor
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.method import (
-    Allocation,
     Components,
-    Coupling,
     LearnedMethod,
     MethodInfo,
     Stat,
@@ -40,15 +38,14 @@ from spectrim.method import (
     require_choice,
     require_range,
 )
-from spectrim.methods.weights.two_sided import two_sided_spectrum
-from spectrim.replacement import Storage
+from spectrim.methods.weights.two_sided import TwoSidedMetric, two_sided_spectrum
 
 LARGEST_SCORE_ON_RETURN = 2.0
 """A component is never taken back at more than this score: the quadratic model does not reach further."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoCo(LearnedMethod):
+class SoCo(TwoSidedMetric, LearnedMethod):
     """Learned scores on frozen singular components, allocated over all layers under one budget."""
 
     info: ClassVar = MethodInfo(
@@ -57,7 +54,6 @@ class SoCo(LearnedMethod):
         paper="arXiv 2502.15092",
         promise="learns which components to keep, and how strongly, end to end",
     )
-    needs: ClassVar = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {
             # Coupling takes longer than all the rest of the closed form on a CPU; one Newton step gives more for less.
@@ -68,14 +64,7 @@ class SoCo(LearnedMethod):
     )
     default_preset: ClassVar = "balanced"
 
-    storage: Storage = "pivot"
-    allocation: Allocation = "global"
-    rounds: int = 1
-    coupling: Literal["none", "sequence"] = "sequence"
-    propagate: float = 0.5
     basis: Literal["two-sided", "svd"] = "two-sided"
-    input_shrinkage: float = 0.01
-    output_shrinkage: float = 0.2
     newton: int = 0
     steps: int = 300
     distil_steps: int = 0
@@ -87,24 +76,12 @@ class SoCo(LearnedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("soco", "basis", self.basis, ("two-sided", "svd"))
-        require_choice("soco", "coupling", self.coupling, ("none", "sequence"))
-        require_range("soco", "propagate", self.propagate, 0.0, 1.0)
         require_range("soco", "newton", self.newton, 0, 100)
         require_range("soco", "distil_steps", self.distil_steps, 0, 1_000_000)
-        for name in ("input_shrinkage", "output_shrinkage", "explore", "refine", "label_share"):
+        for name in ("explore", "refine", "label_share"):
             require_range("soco", name, getattr(self, name), 0.0, 1.0)
         require_range("soco", "explore + refine", self.explore + self.refine, 0.0, 1.0)
         require_range("soco", "hysteresis", self.hysteresis, 0.0, 100.0)
-
-    @property
-    def refinement(self) -> Coupling | None:
-        """With the shrinkages of the metric itself."""
-        return Coupling(self.input_shrinkage, self.output_shrinkage) if self.coupling == "sequence" else None
-
-    @property
-    def error_share(self) -> float:
-        """As asked for."""
-        return self.propagate
 
     @property
     def newton_steps(self) -> int:

@@ -31,15 +31,9 @@ from spectrim.replacement import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoSided(LayerMethod):
-    """Least second-order loss over all ranks of all layers, in closed form."""
+class TwoSidedMetric(LayerMethod):
+    """What methods in this metric share: how its covariances are measured and refined, and what is made up for."""
 
-    info: ClassVar = MethodInfo(
-        name="two-sided",
-        family="weights",
-        paper="K-FAC metric; see docs/soco.md",
-        promise="least second-order loss, one budget for all layers, no training",
-    )
     needs: ClassVar = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
 
     storage: Storage = "pivot"
@@ -52,10 +46,9 @@ class TwoSided(LayerMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("two-sided", "coupling", self.coupling, ("none", "sequence"))
-        require_range("two-sided", "propagate", self.propagate, 0.0, 1.0)
-        require_range("two-sided", "input_shrinkage", self.input_shrinkage, 0.0, 1.0)
-        require_range("two-sided", "output_shrinkage", self.output_shrinkage, 0.0, 1.0)
+        require_choice(self.info.name, "coupling", self.coupling, ("none", "sequence"))
+        for name in ("propagate", "input_shrinkage", "output_shrinkage"):
+            require_range(self.info.name, name, getattr(self, name), 0.0, 1.0)
 
     @property
     def refinement(self) -> Coupling | None:
@@ -66,6 +59,18 @@ class TwoSided(LayerMethod):
     def error_share(self) -> float:
         """As asked for."""
         return self.propagate
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoSided(TwoSidedMetric):
+    """Least second-order loss over all ranks of all layers, in closed form."""
+
+    info: ClassVar = MethodInfo(
+        name="two-sided",
+        family="weights",
+        paper="K-FAC metric; see docs/soco.md",
+        promise="least second-order loss, one budget for all layers, no training",
+    )
 
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """Components in the metric (root of the gradient covariance, root of the input Gram)."""

@@ -1,0 +1,264 @@
+"""All language-model methods on one model at the same stored numbers, in one run: a table and a Pareto plot.
+
+    python benchmarks/prepare_reference.py --shared ../shared --out .carry
+    python benchmarks/compare.py --data .carry --out results --device cuda --groups closed-form searched trained
+    python benchmarks/compare.py --model FOLDER --text calibration.txt --judge test.txt --out results  # any other model
+
+On a CPU take few, short windows: `--calib-windows 32 --length 256 --eval-windows 40 --gradient-windows 8`.
+
+Every result is written as a folder, its numbers are counted from the files' headers, and the figures are of the
+weights as stored. A row that fails is printed with its error and the others go on (the exit status is then 1). Written
+after every row: compare.json, compare.md, and compare-TEXT.svg, whose line joins the rows that no other row beats in
+both size and perplexity; rows above `--plot-up-to` times the dense perplexity are in the table only.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import counted_keep
+from reference_data import CALIBRATION_WINDOWS, WINDOW, cut, held_out, tokens_of, training_text, unpack_model
+
+from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
+from spectrim.engines.pipeline import compress_model
+from spectrim.evaluate.language import evaluate
+from spectrim.integrations.folder import round_to
+from spectrim.models.load import load_dense, pick_device, pick_dtype, resolve
+from spectrim.registry import make_method
+from spectrim.report.facts import environment
+from spectrim.report.plot import line_chart
+
+CHARS_A_WINDOW = 8 * WINDOW
+"""Text that is read for each window: twice what this tokenizer needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method as it is run here; `cost` in words is in `spectrim methods`."""
+
+    label: str
+    method: str
+    preset: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    recover: tuple[str, ...] = ()
+
+
+GROUPS: dict[str, list[Row]] = {
+    "closed-form": [
+        Row(label="svd", method="svd"),
+        Row(label="asvd", method="asvd"),
+        Row(label="fwsvd", method="fwsvd"),
+        Row(label="fwsvd, outputs weighed", method="fwsvd", options={"weigh": "outputs"}),
+        Row(label="tfwsvd", method="tfwsvd"),
+        Row(label="svd-llm", method="svd-llm"),
+        Row(label="svd-llm, update=sequential", method="svd-llm", options={"update": "sequential"}),
+        Row(label="svd-llm, pivot", method="svd-llm", options={"storage": "pivot"}),
+        Row(label="afm", method="afm"),
+        Row(label="lord", method="lord"),
+        Row(label="welore", method="welore"),
+        Row(label="zero-sum", method="zero-sum"),
+        Row(label="mpifa", method="mpifa"),
+        Row(label="two-sided", method="two-sided"),
+        Row(label="soco fast", method="soco", preset="fast"),
+    ],
+    "searched": [
+        Row(label="svd-llm, global", method="svd-llm", options={"allocation": "global"}),
+        Row(label="svd-llm, sensitivity", method="svd-llm", options={"allocation": "sensitivity"}),
+        Row(label="svd-llm, evopress", method="svd-llm", options={"allocation": "evopress"}),
+        Row(label="two-sided, evopress", method="two-sided", options={"allocation": "evopress"}),
+    ],
+    "trained": [
+        Row(label="soco balanced", method="soco", preset="balanced"),
+        Row(label="soco best", method="soco", preset="best"),
+        Row(label="svd-llm, block:25", method="svd-llm", recover=("block:25",)),
+        Row(label="welore, kl:300", method="welore", recover=("kl:300",)),
+        Row(label="svd-llm, kl:300", method="svd-llm", recover=("kl:300",)),
+        Row(label="acip, 1000 steps", method="acip", options={"target": "dense"}),
+    ],
+}  # fmt: skip
+
+
+class Bench:
+    """A dense model and its text on the device."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.device = args, pick_device(args.device)
+        self.folder = args.model or unpack_model(args.data, scratch)
+        source = resolve(str(self.folder))
+        self.dtype = pick_dtype("auto", source.dtype)
+        self.dense = load_dense(source, self.device)
+        self.batch_size = 64 if self.device.type == "cuda" else 8
+        read = self._given_texts if args.model else self._packed_texts
+        self.calibration, self.training, self.texts = read()
+
+    def _packed_texts(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        args = self.args
+        wanted = CALIBRATION_WINDOWS + args.train_windows
+        text = training_text(args.data, wanted * CHARS_A_WINDOW)
+        ids = torch.from_numpy(
+            cut(tokens_of(load_tokenizer(self.folder), text, wanted * WINDOW), wanted).astype("int64")
+        )
+        ids = ids[:, : args.length]
+        texts = {name: held[: args.eval_windows, : args.length] for name, held in held_out(args.data).items()}
+        return ids[: args.calib_windows], ids[CALIBRATION_WINDOWS:], texts
+
+    def _given_texts(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        args, tokenizer = self.args, load_tokenizer(self.folder)
+        count = args.calib_windows + args.train_windows
+        windows = calibration_windows(
+            load_texts(args.text, split="calibration"), tokenizer, length=args.length, count=count, seed=args.seed
+        ).ids
+        texts = {
+            Path(spec).stem: evaluation_windows(
+                load_texts(spec, split="evaluation"), tokenizer, length=args.length, count=args.eval_windows
+            ).ids
+            for spec in args.judge
+        }
+        return windows[: args.calib_windows], windows[args.calib_windows :], texts
+
+    def dense_row(self) -> dict[str, Any]:
+        """The dense model's perplexities."""
+        found = {name: evaluate(self.dense, ids, batch_size=self.batch_size) for name, ids in self.texts.items()}
+        return {
+            "label": "dense", "keep": 1.0, "counted": 1.0, "seconds": 0.0,
+            **{name: quality.perplexity for name, quality in found.items()},
+        }  # fmt: skip
+
+    def row(self, row: Row, keep: float) -> dict[str, Any]:
+        """Compress, count what is written, judge."""
+        method = make_method(row.method, row.preset, dict(row.options))
+        clock = time.perf_counter()
+        outcome = compress_model(
+            self.dense, method, keep, self.calibration, self.training if len(self.training) else None,
+            recovery=row.recover, gradient_windows=self.args.gradient_windows, seed=self.args.seed,
+        )  # fmt: skip
+        seconds = time.perf_counter() - clock
+        round_to(outcome.model, self.dtype)
+        counted, size = counted_keep(outcome)
+        if counted > keep + 1e-6:
+            raise AssertionError(f"{row.label}: {counted:.5f} of the numbers are stored, {keep} were asked for")
+        found: dict[str, Any] = {
+            "label": row.label, "keep": keep, "counted": counted, "bytes": size, "seconds": seconds,
+            "stages": outcome.seconds, "settings": method.to_config(), "recover": row.recover,
+            "warnings": outcome.warnings,
+        }  # fmt: skip
+        for text, ids in self.texts.items():
+            quality = evaluate(outcome.model, ids, dense=self.dense, batch_size=self.batch_size)
+            found |= {text: quality.perplexity, f"{text}.kl": quality.kl, f"{text}.agreement": quality.agreement}
+        return found
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both size and perplexity, by size."""
+    best, kept = float("inf"), []
+    for size, value in sorted(points):
+        if value < best:
+            best = value
+            kept.append((size, value))
+    return kept
+
+
+def table(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
+    """Markdown; the best perplexity on the first text first."""
+    lines = [f"| method | keep | {' / '.join(texts)} | KL, agreement ({texts[-1]}) | counted keep | bytes | seconds |"]
+    lines.append("|---" * 7 + "|")
+    for r in sorted(rows, key=lambda r: (-r["keep"], r[texts[0]])):
+        figures = " / ".join(f"{r[name]:.2f}" for name in texts)
+        kl = f"{r[f'{texts[-1]}.kl']:.4f}, {r[f'{texts[-1]}.agreement']:.3f}" if f"{texts[-1]}.kl" in r else ""
+        size = f"{r['bytes']:,}" if "bytes" in r else ""
+        cells = [r["label"], f"{r['keep']:g}", figures, kl, f"{r['counted']:.5f}", size, f"{r['seconds']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pareto(rows: Sequence[dict[str, Any]], text: str, up_to: float) -> str | None:
+    """The chart as SVG; None while no compressed row is on it."""
+    dense = next(r[text] for r in rows if r["label"] == "dense")
+    shown = [r for r in rows if r["label"] != "dense" and r[text] <= up_to * dense]
+    if not shown:
+        return None
+    series: dict[str, list[tuple[float, float]]] = {}
+    for r in shown:
+        series.setdefault(r["label"], []).append((r["counted"], r[text]))
+    dots = list(series)
+    series["front"] = front([point for points in series.values() for point in points])
+    return line_chart(
+        series, title=f"Perplexity on {text} by stored numbers", x="share of the decoder's stored numbers",
+        y="perplexity", references={"dense": dense}, dots=dots,
+    )  # fmt: skip
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], failed: list[dict[str, Any]], texts: list[str]) -> None:
+    """All files anew."""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    facts = {"environment": environment(), "command": sys.argv, "settings": settings, "rows": rows, "failed": failed}
+    (args.out / "compare.json").write_text(json.dumps(facts, indent=1))
+    (args.out / "compare.md").write_text(table(rows, texts) + "\n")
+    for text in texts:
+        chart = pareto(rows, text, args.plot_up_to)
+        if chart is not None:
+            (args.out / f"compare-{text}.svg").write_text(chart)
+
+
+def say(row: dict[str, Any], texts: Sequence[str]) -> None:
+    """One line as the row comes."""
+    figures = " / ".join(f"{row[name]:.2f}" for name in texts)
+    kl = row.get(f"{texts[-1]}.kl") or 0.0
+    print(f"{row['keep']:<5} {row['label']:36} {figures:28} KL {kl:.4f} counted {row['counted']:.5f} "
+          f"{row['seconds']:8.1f} s", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Every row at every keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(".carry"), help="packed model and texts")
+    parser.add_argument("--model", type=Path, help="another model folder, with --text and --judge")
+    parser.add_argument("--text", default="builtin:stdlib", help="calibration and training text for --model")
+    parser.add_argument("--judge", nargs="+", default=["builtin:stdlib"], help="evaluation texts for --model")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["closed-form"])
+    parser.add_argument("--rows", nargs="*", help="labels to run (default: all of the groups)")
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--calib-windows", type=int, default=CALIBRATION_WINDOWS)
+    parser.add_argument("--gradient-windows", type=int)
+    parser.add_argument("--train-windows", type=int, default=4096)
+    parser.add_argument("--eval-windows", type=int, default=300)
+    parser.add_argument("--length", type=int, default=WINDOW)
+    parser.add_argument("--plot-up-to", type=float, default=4.0, help="times the dense perplexity")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this long")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rows_asked = [r for g in args.groups for r in GROUPS[g] if not args.rows or r.label in args.rows]
+    until, failed = time.time() + args.seconds, []
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(args, Path(scratch))
+        texts = list(bench.texts)
+        rows = [bench.dense_row()]
+        say(rows[0], texts)
+        for keep, row in ((keep, row) for keep in args.keeps for row in rows_asked):
+            if time.time() > until:
+                failed.append({"label": row.label, "keep": keep, "error": "not started: the time was up"})
+                continue
+            try:
+                rows.append(bench.row(row, keep))
+                say(rows[-1], texts)
+            except Exception as error:  # one row that fails must not take the others along
+                failed.append({"label": row.label, "keep": keep, "error": f"{type(error).__name__}: {error}"})
+                print(f"{keep:<5} {row.label:36} FAILED {failed[-1]['error']}", flush=True)
+            write(args, rows, failed, texts)
+    print("\n" + table(rows, texts))
+    if failed:
+        sys.exit(f"{len(failed)} rows are missing: " + "; ".join(f"{f['label']} at {f['keep']}" for f in failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The benchmark of all methods: which rows are on the front, what the table and the chart show, rows that fail."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectrim.registry import METHODS, make_method
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def compare() -> dict[str, Any]:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return runpy.run_path(str(FOLDER / "compare.py"), run_name="imported")
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def row(label: str, keep: float, counted: float, perplexity: float) -> dict[str, Any]:
+    return {
+        "label": label, "keep": keep, "counted": counted, "bytes": 1234, "seconds": 1.0, "news": perplexity,
+        "news.kl": 0.5, "news.agreement": 0.7,
+    }  # fmt: skip
+
+
+DENSE = {"label": "dense", "keep": 1.0, "counted": 1.0, "seconds": 0.0, "news": 10.0}
+ROWS = [DENSE, row("a", 0.8, 0.8, 14.0), row("b", 0.8, 0.79, 13.0), row("a", 0.4, 0.4, 30.0), row("b", 0.4, 0.4, 900.0)]
+
+
+def test_the_front_holds_what_nothing_else_beats_in_both(compare):
+    assert compare["front"]([(0.8, 14.0), (0.79, 13.0), (0.4, 30.0), (0.4, 900.0)]) == [(0.4, 30.0), (0.79, 13.0)]
+
+
+def test_the_table_has_every_row_the_best_first(compare):
+    lines = compare["table"](ROWS, ["news"]).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["dense", "b", "a", "a", "b"]
+    assert "| 900.00 | 0.5000, 0.700 | 0.40000 | 1,234 |" in lines[-1]
+
+
+def test_the_chart_leaves_out_what_would_flatten_it(compare):
+    chart = compare["pareto"](ROWS, "news", 4.0)
+    assert chart.startswith("<svg")
+    assert chart.count("<circle") == 3 + 2  # three rows within 40, two of them on the front
+    assert compare["pareto"]([DENSE, ROWS[-1]], "news", 4.0) is None
+
+
+def test_every_method_of_the_registry_has_a_row_and_every_row_can_be_made(compare):
+    rows = [row for group in compare["GROUPS"].values() for row in group]
+    assert {row.method for row in rows} == set(METHODS)
+    for row_ in rows:
+        make_method(row_.method, row_.preset, dict(row_.options))
+    assert len({row_.label for row_ in rows}) == len(rows)
+
+
+def test_a_row_that_fails_leaves_the_others(compare, tmp_path, monkeypatch, capsys):
+    class Bench:
+        def __init__(self, *_: Any) -> None:
+            self.texts = {"news": None}
+
+        def dense_row(self) -> dict[str, Any]:
+            return DENSE
+
+        def row(self, asked: Any, keep: float) -> dict[str, Any]:
+            if asked.method == "asvd":
+                raise RuntimeError("out of memory")
+            return row(asked.label, keep, keep, 20.0)
+
+    monkeypatch.setitem(compare["main"].__globals__, "Bench", Bench)
+    monkeypatch.setattr(
+        sys, "argv", ["compare.py", "--out", str(tmp_path), "--rows", "svd", "asvd", "fwsvd", "--keeps", "0.8", "0.6"]
+    )
+    with pytest.raises(SystemExit, match=r"2 rows are missing: asvd at 0\.8; asvd at 0\.6"):
+        compare["main"]()
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert [r["label"] for r in found["rows"]] == ["dense", "svd", "fwsvd", "svd", "fwsvd"]
+    assert [f["error"] for f in found["failed"]] == ["RuntimeError: out of memory"] * 2
+    assert "asvd" in capsys.readouterr().out
+    assert (tmp_path / "compare.md").exists()
+    assert (tmp_path / "compare-news.svg").exists()
