@@ -10,35 +10,13 @@ so when it loads a model: `--help` does not wait for torch.
 """
 
 import sys
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectrim.version import __version__
 
-if TYPE_CHECKING:
-    from spectrim.api import compress, evaluate, load
-    from spectrim.evaluate.tasks import evaluate_tasks
-
 __all__ = ["__version__", "compress", "evaluate", "evaluate_tasks", "load"]
-
-_PLACES = {
-    "compress": "spectrim.api",
-    "evaluate": "spectrim.api",
-    "load": "spectrim.api",
-    "evaluate_tasks": "spectrim.evaluate.tasks",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'spectrim' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
 
 
 def _is_the_command() -> bool:
@@ -46,7 +24,9 @@ def _is_the_command() -> bool:
     return Path(sys.argv[0]).name in ("spectrim", "spectrim.exe") or ("-m", "spectrim") in pairwise(sys.orig_argv)
 
 
-if not _is_the_command():
+if TYPE_CHECKING or not _is_the_command():
+    from spectrim.api import compress, evaluate, load
+    from spectrim.evaluate.tasks import evaluate_tasks
     from spectrim.integrations.transformers import register
 
     register()
