@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import spectrim  # noqa: F401  registers the format
+from spectrim.integrations.transformers import register
 
 
 def main() -> None:
     """Read `in.safetensors` (ids), write `out.safetensors` (logits, float32)."""
+    register()
     folder, scratch, device = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, device_map=device).eval()
     ids = load_file(scratch / "in.safetensors")["ids"].to(device)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 
 from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean, without_tokens
+from spectrim.integrations.transformers import register
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.store import Checkpoint, open_checkpoint
 from spectrim.store.files import Stamp, shown, stamp_of
@@ -65,6 +66,7 @@ def quantization_of(config: PretrainedConfig) -> dict[str, Any]:
 
 def resolve(name: str) -> Source:
     """Find and check a model: nothing but headers and JSON is read."""
+    register()  # the command does not do so before it needs it
     folder = _folder_of(name)
     before = stamps_in(folder)
     checkpoint = open_checkpoint(folder)
