@@ -121,6 +121,7 @@ def measured(x: Tensor, g: Tensor) -> Stats:
     return Stats(
         tokens=len(x),
         gram=x.mT @ x / len(x),
+        mean=x.mean(0),
         mean_abs=x.abs().mean(0),
         output_grad=g.mT @ g / len(g),
         fisher=torch.stack([(a.mT @ b).square() for a, b in pairs]).mean(0),
