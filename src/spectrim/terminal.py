@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from spectrim.errors import Interrupted, ResourceError, SpectrimError
-from spectrim.memory import is_out_of_memory
 from spectrim.store.writer import COMPLETE
 
 # Text is shown as it is: `[x]` in a path is no markup and `:b:` in generated code no emoji.
@@ -30,7 +29,7 @@ def exit_codes() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("SPECTRIM_DEBUG"):
             raise
-        if is_out_of_memory(error):
+        if not isinstance(error, SpectrimError) and _is_out_of_memory(error):
             error = ResourceError(f"out of memory ({error}); take fewer or shorter windows, or --device cpu")
         with suppress(OSError):  # the terminal may be gone (SIGHUP); the exit code is then all there is to say
             if isinstance(error, SpectrimError):
@@ -40,6 +39,12 @@ def exit_codes() -> Iterator[None]:
                 stderr.print(f"internal error: {type(error).__name__}: {error}")
                 stderr.print("this is a bug of spectrim; run again with SPECTRIM_DEBUG=1 and report the traceback")
         sys.exit(error.exit_code if isinstance(error, SpectrimError) else SpectrimError.exit_code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    from spectrim.memory import is_out_of_memory  # torch: a usage error need not wait for it
+
+    return is_out_of_memory(error)
 
 
 class _Stop(BaseException):

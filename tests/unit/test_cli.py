@@ -471,3 +471,15 @@ def test_a_diverged_training_exits_with_5_and_publishes_nothing(
     assert says in answer.message
     assert answer.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.resume"]  # the last good state
+
+
+def test_help_waits_for_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys; sys.argv = ['spectrim', '--help']\n"
+        "from spectrim.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('heavy:', sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines()[-1] == "heavy: []"
+    assert "compress" in answer.stdout
