@@ -1,6 +1,7 @@
 """What holds for every test: one thread, seeded property tests, silent libraries, skips with a reason."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read by transformers when it is first imported
@@ -14,6 +15,12 @@ WITHOUT_SHARED = "the reference models and texts (../shared) are not part of the
 
 # One thread: results do not depend on the machine's cores, and parallel test runs do not fight over them.
 torch.set_num_threads(1)
+
+# Started in the background or by nohup, signals are ignored from the start, which spectrim respects: the tests of
+# signals, and the programs that they start, need them as a terminal gives them.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 settings.register_profile("spectrim", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("spectrim")
