@@ -247,6 +247,7 @@ def main() -> None:
         for keep, row in ((keep, row) for keep in args.keeps for row in rows_asked):
             if time.time() > until:
                 failed.append({"label": row.label, "keep": keep, "error": "not started: the time was up"})
+                write(args, rows, failed, texts)
                 continue
             try:
                 rows.append(bench.row(row, keep))

@@ -33,7 +33,9 @@ class ClosedForms:
         make = pipeline._Run.closed_form
 
         def closed_form(run: pipeline._Run, ids: Tensor) -> Any:
-            config = {k: v for k, v in dataclasses.asdict(run.method).items() if k not in TRAINING}
+            newton = getattr(run.method, "newton_steps", 0) > 0  # it follows the loss that is trained with
+            free = TRAINING - {"label_share"} if newton else TRAINING
+            config = {k: v for k, v in dataclasses.asdict(run.method).items() if k not in free}
             key = (run.method.info.name, str(config), run.keep, len(ids), int(ids.sum()), run.gradient_windows)
             if key not in self.made:
                 before, clock = dict(run.clock), time.perf_counter()

@@ -62,7 +62,7 @@ def compress(
     keep: KeepOrNone = None,
     any_size: AnySize = False,
     anchors: Anchors = ANCHORS,
-    any_size_steps: AnySizeSteps = 800,
+    any_size_steps: AnySizeSteps = 1600,
     method: Method = "soco",
     preset: Preset = None,
     set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it

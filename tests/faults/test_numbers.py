@@ -147,6 +147,8 @@ def test_inputs_that_never_fire_are_reported_and_the_rest_is_compressed(
         "what they do to other text is not kept"
     )
     assert says in answer.json["warnings"]
+    sizes = compress(model, tmp_path / "sizes", "--method", "svd-llm", "--any-size", "--anchors", "0.8,0.6")
+    assert says in sizes.json["warnings"]
 
 
 # ---- solvers

@@ -56,6 +56,8 @@ def test_a_result_that_fell_apart_is_published_marked_and_exits_with_5(model: Pa
     assert json.loads((tmp_path / "bad" / "manifest.json").read_text())["quality_gate"]["passed"] is False
     assert "quality gate failed" in (tmp_path / "bad" / "README.md").read_text()
     assert call("inspect", tmp_path / "bad", "--no-spectrum").code == 0
+    assert call("export", tmp_path / "bad", "--to", "dense", "--out", tmp_path / "dense").code == 0
+    assert json.loads((tmp_path / "dense" / "manifest.json").read_text())["quality_gate"]["passed"] is False
     with mock.patch.object(job, "evaluate", worse):
         off = call("compress", model, "--out", tmp_path / "off", *options, "--quality-gate", "0", "--json")
     assert (off.code, off.json["quality_gate"]["passed"]) == (0, None)

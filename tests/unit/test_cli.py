@@ -1,5 +1,7 @@
 """The commands on good input: what they print, what the published folder holds, and that all figures agree."""
 
+import dataclasses
+import inspect
 import json
 import math
 import os
@@ -483,3 +485,14 @@ def test_help_waits_for_neither_torch_nor_transformers() -> None:
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert answer.stdout.splitlines()[-1] == "heavy: []"
     assert "compress" in answer.stdout
+
+
+def test_the_command_and_the_python_interface_have_the_same_defaults() -> None:
+    from spectrim import cli
+    from spectrim.request import Request
+
+    fields = {f.name: f.default for f in dataclasses.fields(Request)}
+    command = {name: p.default for name, p in inspect.signature(cli.compress).parameters.items()}
+    both = {name for name in command if name in fields and isinstance(fields[name], int | float | str)}
+    assert {"any_size_steps", "quality_gate", "seed"} <= both
+    assert {name: command[name] for name in both} == {name: fields[name] for name in both}

@@ -95,6 +95,15 @@ def test_levels_ascend_and_the_starting_level_meets_the_budget(name, keep):
         ]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_near_rank_one_no_choice_costs_more_than_the_budget(seed):
+    """A small layer's share buys no rank there; its first option costs more than the share."""
+    model = tiny("llama-gqa-bias", hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=2)
+    method = make_method("afm", options=SEARCHES["evopress"])
+    outcome = compress_model(model, method, 0.075, IDS, seed=seed)
+    assert sum(placed.numbers for placed in outcome.placed.values()) <= 0.075 * outcome.walk.numbers
+
+
 def test_exchanges_keep_the_levels_of_each_shape_in_sum_and_in_range():
     generator = torch.Generator().manual_seed(0)
     groups, options = [[0, 1, 2], [3, 4], [5]], [list(range(4))] * 6

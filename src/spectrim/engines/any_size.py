@@ -128,7 +128,7 @@ def compress_any_size(
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
     middle = min(max(MIDDLE, anchors[-1]), anchors[0])
-    spectra, checkpoint = closed_form(
+    spectra, checkpoint, told = closed_form(
         dense, method, walk, middle, calibration, gradient_windows=gradient_windows, seed=seed, clock=clock,
         progress=progress, checkpoint=checkpoint,
     )  # fmt: skip
@@ -143,7 +143,7 @@ def compress_any_size(
         with timed(clock, "allocate"):
             order = closed_order(method, walk, spectra, anchors)
     sizes = build(dense, method, walk, order, dtype, seconds=clock)
-    sizes.warnings = (*warnings, *sizes.warnings)
+    sizes.warnings = (*warnings, *told, *sizes.warnings)
     return sizes
 
 

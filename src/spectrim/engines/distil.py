@@ -26,7 +26,8 @@ from spectrim.engines.stream import low_rank_layers
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.metric import Root, root_of, shrink
-from spectrim.method import Stat
+from spectrim.memory import Batch
+from spectrim.method import Stat, Stats
 from spectrim.models.walk import Walk
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.spectral import SpectralLinear
@@ -39,7 +40,7 @@ LEARNING_RATE = 0.01
 """Relative: entries of the trained factors have root mean square 1 at the start."""
 LABEL_SHARE = 0.1
 """A little of the next-token loss keeps perplexity from paying for the likeness (specs: 0.1)."""
-METRIC_WINDOWS = 64
+METRIC_WINDOWS, METRIC_BATCH = 64, 8
 INPUT_SHRINKAGE, OUTPUT_SHRINKAGE = 0.01, 0.2
 """As in the two-sided closed form."""
 
@@ -150,10 +151,15 @@ def metric_or_saved(
         checkpoint.forget(sums)
         return {name: saved.tensors[key] for name, key in saved.facts["kept_as"].items()}, checkpoint
     needs = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
-    found = measure(
-        student, walk, ids, needs, batch_size=8, seed=seed, unreached="leave out", checkpoint=checkpoint, stage=sums,
-        after="" if checkpoint is None else digest_of(t for layer in layers.values() for t in layer.parameters()),
-    )  # fmt: skip
+    after = "" if checkpoint is None else digest_of(t for layer in layers.values() for t in layer.parameters())
+
+    def measured_by(size: int) -> dict[str, Stats]:
+        return measure(
+            student, walk, ids, needs, batch_size=size, seed=seed, unreached="leave out", checkpoint=checkpoint,
+            stage=sums, after=after,
+        )  # fmt: skip
+
+    found = Batch(METRIC_BATCH).run("metric of distillation", measured_by)
     if checkpoint is not None:
         checkpoint.load(stage)  # measured anew: what was trained in another metric is discarded
     measured = {f"{n}.inputs": found[n].get(Stat.GRAM) for n in layers if n in found}

@@ -21,7 +21,7 @@ from spectrim.engines.learned import Learned, skeleton
 from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.pack import fill, with_prefix
-from spectrim.engines.ranks import Plan, plan_from_facts, plan_to_facts, weight_budget
+from spectrim.engines.ranks import Plan, budget_under, plan_from_facts, plan_to_facts, weight_budget
 from spectrim.errors import UsageError
 from spectrim.linalg.extinction import cost_table, counts_within, numbers_of, order_of
 from spectrim.linalg.factor import Spectrum
@@ -103,7 +103,7 @@ def budget_of(method: LayerMethod, walk: Walk, keep: float) -> int:
     """Numbers that all weights may take by any method; UsageError when the least that it stores does not fit."""
     if isinstance(method, MaskedMethod) and method.steps and keep < 1:
         return budget_beside_adapters(method, walk, keep)
-    return weight_budget(walk, keep, method.storage)
+    return budget_under(method, walk, keep)
 
 
 def budget_beside_adapters(method: MaskedMethod, walk: Walk, keep: float) -> int:

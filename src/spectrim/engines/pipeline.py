@@ -166,14 +166,14 @@ def closed_form(
     clock: dict[str, float],
     progress: Progress | None,
     checkpoint: Checkpoint | None = None,
-) -> tuple[dict[str, Spectrum], Checkpoint | None]:
+) -> tuple[dict[str, Spectrum], Checkpoint | None, list[str]]:
     """Steps 2 to 4 alone, for a result that serves more sizes than `keep`; `clock` collects their seconds.
 
-    The checkpoint that comes back keeps the spectra before it saves anything else.
+    The checkpoint that comes back keeps the spectra before it saves anything else; the last are warnings.
     """
     run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint, one_size=False)
     spectra, _, keeper = run.closed_form_or_saved(calibration, learned=False)
-    return spectra, keeper
+    return spectra, keeper, run.warnings
 
 
 @dataclass

@@ -66,6 +66,11 @@ class Searched:
             place_cut(self.student, self.dense, name, self.spectra[name], target, self.means.get(name))
             self.now[index] = wanted
 
+    def cost(self, choice: Sequence[int]) -> int:
+        """Numbers that a choice stores."""
+        chosen = zip(self.priced, self.options, choice, strict=True)
+        return sum(int(own.options.cost[levels[level]]) for own, levels, level in chosen)
+
     @torch.no_grad()
     def fitness(self, choice: Sequence[int], ids: Tensor, teacher: Tensor) -> float:
         """KL(dense || compressed), nats a token, on `ids` (windows, length) with the dense logits of the same."""
@@ -93,10 +98,12 @@ def searched_plan(
         priced = searched.priced
         if method.allocation == "sensitivity":
             return plan_of(priced, by_sensitivity(searched, ids, budget, generator, progress), walk)
-        choice = evolve(searched, ids, generator, method.generations, method.offspring, progress)
+        choice = evolve(searched, ids, budget, generator, method.generations, method.offspring, progress)
     picked = [searched.options[layer][level] for layer, level in enumerate(choice)]
     costs = [own.options.cost for own in priced]
-    return plan_of(priced, fill_uniform(costs, picked, budget), walk)
+    plan = plan_of(priced, fill_uniform(costs, picked, budget), walk)
+    assert plan.numbers_after <= keep * walk.numbers, f"{plan.numbers_after} numbers of {keep * walk.numbers:.0f}"
+    return plan
 
 
 def searchable(
@@ -158,17 +165,26 @@ def by_sensitivity(
 def evolve(
     searched: Searched,
     ids: Tensor,
+    budget: int,
     generator: torch.Generator,
     generations: int,
     offspring: int,
     progress: Progress | None,
 ) -> Choice:
-    """The parent after all generations."""
+    """The parent after all generations; no choice costs more than the budget.
+
+    Near rank 1, where a small layer's share buys no rank, equal levels cost more than their shares: the start is then
+    the highest level that fits.
+    """
     groups = shapes(searched)
-    parent: Choice = tuple([searched.start] * len(searched.now))
+    start = searched.start
+    while start > 0 and searched.cost([start] * len(searched.now)) > budget:
+        start -= 1
+    parent: Choice = tuple([start] * len(searched.now))
     for generation in range(generations):
         children = {exchanged(parent, groups, searched.options, generator) for _ in range(offspring)} - {parent}
-        parent = select(searched, parent, sorted(children), ids, generator)
+        affordable = sorted(child for child in children if searched.cost(child) <= budget)
+        parent = select(searched, parent, affordable, ids, generator)
         if progress is not None:
             progress("evopress", generation + 1, generations)
     return parent

@@ -10,7 +10,8 @@ from spectrim.integrations.folder import write_folder
 from spectrim.integrations.transformers import detach, make_dense
 from spectrim.models.load import Source, load_model, meta_model, quantization_of
 from spectrim.models.walk import find_layers
-from spectrim.store import Checkpoint, open_checkpoint, preflight, staged, write_json, write_manifest
+from spectrim.store import Checkpoint, open_checkpoint, preflight, read_json, staged, write_json, write_manifest
+from spectrim.store.manifest import MANIFEST
 
 
 def export_dense(source: Source, out: Path, *, size: float | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def export_dense(source: Source, out: Path, *, size: float | None = None, overwr
     with staged(out, overwrite=overwrite) as stage:
         write_folder(stage, model, source.folder)
         written = open_checkpoint(stage)
-        write_manifest(stage, facts={"tool": "spectrim", "exported_from": source.name})
+        write_manifest(stage, facts={"tool": "spectrim", "exported_from": source.name, **verdict_of(source)})
     return {"folder": str(out), "numbers": written.numel, "bytes": written.nbytes}
 
 
@@ -55,8 +56,15 @@ def export_size(source: Source, out: Path, *, size: float, overwrite: bool = Fal
         stored = stored_share(source, written)
         report = {**facts, "method": quantization_of(source.config).get("method"), "stored": stored}
         write_json(stage / "report.json", report)
-        write_manifest(stage, facts=facts)
+        write_manifest(stage, facts={**facts, "quality_gate": {"passed": None}})  # this size was not judged
     return {"folder": str(out), "numbers": written.numel, "bytes": written.nbytes, **report}
+
+
+def verdict_of(source: Source) -> dict[str, Any]:
+    """What the manifest of the source says about its quality: an export is no better."""
+    path = source.folder / MANIFEST
+    verdict = read_json(path).get("quality_gate") if path.is_file() else None
+    return {} if verdict is None else {"quality_gate": verdict}
 
 
 def stored_share(source: Source, written: Checkpoint) -> dict[str, Any]:
