@@ -133,7 +133,7 @@ def closed(architecture: str, **options: Any) -> tuple[Any, Any, Any]:
     """Method, walk and spectra, measured at one size, with nothing rounded."""
     dense, method = tiny(architecture), make_method("two-sided", None, options)
     walk = find_layers(dense)
-    spectra, _ = closed_form(
+    spectra, _, _ = closed_form(
         dense, method, walk, 0.6, token_ids(8), gradient_windows=8, seed=0, clock={}, progress=None
     )
     return dense, method, (walk, spectra)
