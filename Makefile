@@ -31,7 +31,7 @@ types: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# Known vulnerabilities in what is installed; fails too where it cannot find out. Needs the network, so not in .ci/run.
+# Known vulnerabilities in what is installed; fails too where it cannot find out. .ci/run goes on without it.
 audit: $(STAMP)
 	$(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
