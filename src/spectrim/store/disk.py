@@ -117,9 +117,9 @@ def hold_folder(folder: Path) -> int:
     return descriptor
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a process of this host works in `folder`."""
-    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0))
+def is_held(path: Path) -> bool:
+    """Whether a process of this host holds the kernel's lock of a file, or of a folder that it works in."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

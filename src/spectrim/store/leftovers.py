@@ -128,7 +128,7 @@ def _holder(path: Path) -> str | None:
     if path.is_symlink():
         raise InputError(f"{path}: is a link")
     found = lock.read_holder_or_none(path)
-    if lock.is_locked(path):
+    if disk.is_held(path):
         return "a living process" if found is None else lock.describe(found)
     if found is not None and (lock.is_elsewhere(found) or lock.is_alive(found)):
         return lock.describe(found)

@@ -133,20 +133,6 @@ def read_holder_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process of this host holds the kernel's lock."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
 def _who(path: Path) -> str:
     holder = read_holder_or_none(path)
     return "another process" if holder is None else describe(holder)
