@@ -77,6 +77,15 @@ def small_text(path: Path) -> Path:
     return path
 
 
+def shortest_run(where: Path) -> list[str]:
+    """The words of a run of a second: one block, no training, a state saved whenever it may be."""
+    return [
+        *("compress", str(small_model(where / "model", num_hidden_layers=1)), "--method", "svd-llm", "--eval", "none"),
+        *("--calib", str(small_text(where / "text.txt")), "--calib-windows", "4", "--calib-length", "16"),
+        *("--save-every", "0"),
+    ]
+
+
 def change_weights(folder: Path, prefix: str, change: Callable[[torch.Tensor], object]) -> Path:
     """Apply `change` in place to the tensors of the single weights file in `folder` whose names start so."""
     tensors = load_file(folder / "model.safetensors")

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from command_line import call, change_config, change_weights, hashes, small_model, small_text
+from command_line import call, change_config, change_weights, hashes, shortest_run, small_model
 from spectrim import job
 from spectrim.errors import UsageError
 from spectrim.store import lock, points, verify_manifest
@@ -32,12 +32,7 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    where = tmp_path_factory.mktemp("input")
-    return [
-        *("compress", str(small_model(where / "model", num_hidden_layers=1)), "--method", "svd-llm", "--eval", "none"),
-        *("--calib", str(small_text(where / "text.txt")), "--calib-windows", "4", "--calib-length", "16"),
-        *("--save-every", "0"),
-    ]
+    return shortest_run(tmp_path_factory.mktemp("input"))
 
 
 @pytest.fixture(scope="module")
