@@ -19,7 +19,7 @@ from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.weighted import damped, weighted_error
-from spectrim.method import Stat
+from spectrim.stats import Stat
 from spectrim.models.load import load_dense, pick_device, resolve
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.registry import make_method

@@ -18,7 +18,7 @@ from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import copy_in, round_to, write_nested
 from spectrim.job import LOGIT_TOLERANCE, foresee, peak_memory, reload_difference
 from spectrim.linalg.fallback import Fallback, listening, summary
-from spectrim.method import LayerMethod
+from spectrim.method import LayerMethod, Method
 from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
 from spectrim.models.walk import Walk, find_layers
 from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
@@ -83,7 +83,7 @@ def _run(
 
 def compress_sizes(
     request: Request,
-    method: LayerMethod,
+    method: Method,
     source: Source,
     resume: Resume,
     progress: Progress | None,
@@ -92,6 +92,7 @@ def compress_sizes(
     """Text, model, all sizes, and the report on them; nothing is written but states."""
     skips = request.allow_nonfinite == "skip"
     device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
+    assert isinstance(method, LayerMethod)  # Request.check refuses others
     text = read_text(request, source)
     said: list[str] = []
     dense = load_dense(source, device, allow_nonfinite=skips, warnings=said)

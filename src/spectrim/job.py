@@ -33,7 +33,8 @@ from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import COMPANIONS, finalise, round_to, write_folder
 from spectrim.linalg.fallback import Fallback, listening, summary
-from spectrim.method import LayerMethod
+from spectrim.method import Method
+from spectrim.model_method import ModelMethod
 from spectrim.models.load import (
     Source,
     check_against_config,
@@ -111,7 +112,7 @@ def run(
     return compressed
 
 
-def foresee(request: Request, method: LayerMethod, source: Source) -> None:
+def foresee(request: Request, method: Method, source: Source) -> None:
     """Refuse, from headers alone, what would otherwise fail after the weights are loaded."""
     require_dense(source)
     pick_device(request.device)
@@ -121,11 +122,13 @@ def foresee(request: Request, method: LayerMethod, source: Source) -> None:
     refuse_large_sides(method, walk)
     check_companions(source.folder, COMPANIONS)
     budget_of(method, walk, request.keep)
+    if isinstance(method, ModelMethod):
+        method.check_model(source.config, walk, request.keep)
 
 
 def compress_source(
     request: Request,
-    method: LayerMethod,
+    method: Method,
     source: Source,
     *,
     progress: Progress | None = None,
@@ -138,7 +141,7 @@ def compress_source(
 
 def _compress_source(
     request: Request,
-    method: LayerMethod,
+    method: Method,
     source: Source,
     progress: Progress | None,
     resume: Resume | None,

@@ -15,7 +15,6 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self, final
 
@@ -25,70 +24,12 @@ from torch import Tensor
 from spectrim.errors import NumericalError, UsageError, did_you_mean
 from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode, with_mean_kept
+from spectrim.stats import Coupling, Stat, Stats
 
 Allocation = Literal["uniform", "global", "sensitivity", "evopress", "order"]
 """How ranks are chosen: equal shares; the least sum of predicted errors; by what the whole model makes of them;
 in an order of the method's own."""
 SEARCHED = ("sensitivity", "evopress")
-
-
-class Stat(Enum):
-    """What calibration can measure at a linear layer y = W x; g is the gradient of the loss at y."""
-
-    GRAM = "gram"  # E[x x^T]              (I, I)
-    MEAN = "mean"  # E[x]                  (I,)
-    MEAN_ABS = "mean_abs"  # E|x|          (I,)
-    OUTPUT_GRAD = "output_grad"  # E[g g^T], labels sampled from the model     (O, O)
-    FISHER = "fisher"  # E[(dL/dW)^2] elementwise, one sample a sequence       (O, I)
-    SLOPE = "slope"  # E[dL/dW], labels from the text (of sampled labels it is 0)   (O, I)
-
-
-INPUT_STATS = frozenset({Stat.GRAM, Stat.MEAN, Stat.MEAN_ABS})
-"""Those of what a layer reads: measured once for layers that read the same."""
-SAMPLED_STATS = frozenset({Stat.OUTPUT_GRAD, Stat.FISHER})
-GRADIENT_STATS = SAMPLED_STATS | {Stat.SLOPE}
-"""Those that need backward passes, from labels sampled from the model or from the text's own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Measured statistics of one layer, float64. Fields that no method asked for are None."""
-
-    tokens: int
-    gram: Tensor | None = None
-    mean: Tensor | None = None
-    mean_abs: Tensor | None = None
-    output_grad: Tensor | None = None
-    fisher: Tensor | None = None
-    slope: Tensor | None = None
-
-    def measured(self) -> dict[str, Tensor]:
-        """What is there, by field name."""
-        return {stat.value: value for stat in Stat if (value := getattr(self, stat.value)) is not None}
-
-    def blend(self, other: "Stats", share: float = 0.5) -> "Stats":
-        """The mean of two measurements, `share` of it from `other`."""
-        theirs = other.measured()
-        both = {name: (1 - share) * own + share * theirs[name] for name, own in self.measured().items()}
-        return Stats(tokens=self.tokens + other.tokens, **both)
-
-    def is_finite(self) -> bool:
-        """No NaN or Inf in anything that was measured."""
-        return all(bool(torch.isfinite(value).all()) for value in self.measured().values())
-
-    def get(self, stat: Stat) -> Tensor:
-        """The statistic; asking for one that was not declared in `needs` is a programming error."""
-        value = getattr(self, stat.value)
-        assert value is not None, f"{stat} was not measured: declare it in `needs`"
-        return value
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """A refinement of GRAM and OUTPUT_GRAD by the correlation of tokens; both are inverted after this shrinkage."""
-
-    input_shrinkage: float
-    output_shrinkage: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,21 +43,59 @@ class MethodInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerMethod(ABC):
-    """A method that treats one weight at a time, given statistics of its inputs and outputs."""
+class Method(ABC):
+    """What the command line, the registry and the report know of every method; its fields are its options."""
 
     info: ClassVar[MethodInfo]
     needs: ClassVar[frozenset[Stat]] = frozenset()
-    optimal_in_gram: ClassVar[bool] = False
-    """True when `decompose` is optimal in the input-Gram metric (the contract tests then check it)."""
-
-    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global", *SEARCHED)
-    """Those that the method can be used with."""
     recovery: ClassVar[tuple[str, ...]] = ()
     """Steps run after the layers are in place, as `--recover` takes them; see engines/recovery.py."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     """Named sets of field values for `--preset`."""
     default_preset: ClassVar[str | None] = None
+
+    @property
+    def windows_trained(self) -> int:
+        """Windows that its own training goes through, each counted as often as it is used; 0: it does not train."""
+        return 0
+
+    @property
+    def refinement(self) -> Coupling | None:
+        """How a second gradient pass refines the covariances (engines/couple.py); None: they stay as measured."""
+        return None
+
+    @property
+    def centres(self) -> bool:
+        """Whether the bias makes up for the mean of what is lost: b' = b + (W - W') E[x]. Needs MEAN.
+
+        A layer without a bias then gets one, which counts.
+        """
+        return False
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-ready: the method's name and all its fields."""
+        return {"method": self.info.name, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_config(cls, options: Mapping[str, Any]) -> Self:
+        """From field values; unknown names and values that do not fit are refused with what is allowed."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for name, value in options.items():
+            if name not in fields:
+                raise UsageError(f"method {cls.info.name}: unknown option {name!r}{did_you_mean(name, fields)}")
+            _require_type(cls.info.name, name, value, fields[name].default)
+        return cls(**options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(Method):
+    """A method that treats one weight at a time, given statistics of its inputs and outputs."""
+
+    optimal_in_gram: ClassVar[bool] = False
+    """True when `decompose` is optimal in the input-Gram metric (the contract tests then check it)."""
+
+    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global", *SEARCHED)
+    """Those that the method can be used with."""
 
     storage: Storage = "factor"
     allocation: Allocation = "uniform"
@@ -134,11 +113,6 @@ class LayerMethod(ABC):
         require_range(self.info.name, "offspring", self.offspring, 1, 100_000)
 
     @property
-    def refinement(self) -> Coupling | None:
-        """How a second gradient pass refines the covariances (engines/couple.py); None: they stay as measured."""
-        return None
-
-    @property
     def error_share(self) -> float:
         """The share, in [0, 1], of the error of what runs before a layer that the layer makes up for; 0: none.
 
@@ -146,14 +120,6 @@ class LayerMethod(ABC):
         of the inputs in the compressed model in the place of GRAM.
         """
         return 0.0
-
-    @property
-    def centres(self) -> bool:
-        """Whether the bias makes up for the mean of what is lost: b' = b + (W - W') E[x]. Needs MEAN.
-
-        A layer without a bias then gets one, which counts.
-        """
-        return False
 
     @abstractmethod
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
@@ -180,20 +146,6 @@ class LayerMethod(ABC):
         factors = self.at_rank(weight.double(), truncate(spectrum, target.rank), stats)
         placed = encode(factors, target.codec, like=weight, error=error)
         return with_mean_kept(placed, weight, stats.get(Stat.MEAN)) if self.centres else placed
-
-    def to_config(self) -> dict[str, Any]:
-        """JSON-ready: the method's name and all its fields."""
-        return {"method": self.info.name, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_config(cls, options: Mapping[str, Any]) -> Self:
-        """From field values; unknown names and values that do not fit are refused with what is allowed."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        for name, value in options.items():
-            if name not in fields:
-                raise UsageError(f"method {cls.info.name}: unknown option {name!r}{did_you_mean(name, fields)}")
-            _require_type(cls.info.name, name, value, fields[name].default)
-        return cls(**options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +190,10 @@ class TrainedMethod(LayerMethod):
         require_range(self.info.name, "steps", self.steps, 0, 1_000_000)
         require_range(self.info.name, "batch_size", self.batch_size, 1, 65_536)
         require_range(self.info.name, "learning_rate", self.learning_rate, 1e-9, 10.0)
+
+    @property
+    def windows_trained(self) -> int:
+        return self.steps * self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""Every method by name. One literal table; adding a method is adding one line."""
+"""Every method by name. Two literal tables; adding a method is adding one line."""
 
 from importlib import import_module
 from typing import Any
 
 from spectrim.errors import UsageError, did_you_mean
-from spectrim.method import GRADIENT_STATS, SEARCHED, LayerMethod, TrainedMethod
+from spectrim.method import SEARCHED, LayerMethod, Method, TrainedMethod
+from spectrim.stats import GRADIENT_STATS
 
 METHODS = {
     "svd": "spectrim.methods.weights.svd:SVD",
@@ -21,17 +22,27 @@ METHODS = {
     "acip": "spectrim.methods.weights.acip:ACIP",
     "soco": "spectrim.methods.weights.soco:SoCo",
 }
+"""Methods that treat one weight at a time (method.LayerMethod)."""
+
+MODEL_METHODS: dict[str, str] = {}
+"""Methods that treat the model as a whole (model_method.ModelMethod)."""
 
 
-def method_class(name: str) -> type[LayerMethod]:
+def all_methods() -> dict[str, str]:
+    """Both tables."""
+    return {**METHODS, **MODEL_METHODS}
+
+
+def method_class(name: str) -> type[Method]:
     """The class behind a name, imported at first use."""
-    if name not in METHODS:
-        raise UsageError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
-    module, _, attribute = METHODS[name].partition(":")
+    known = all_methods()
+    if name not in known:
+        raise UsageError(f"unknown method {name!r}{did_you_mean(name, known)}")
+    module, _, attribute = known[name].partition(":")
     return getattr(import_module(module), attribute)
 
 
-def make_method(name: str, preset: str | None = None, options: dict[str, object] | None = None) -> LayerMethod:
+def make_method(name: str, preset: str | None = None, options: dict[str, object] | None = None) -> Method:
     """A configured method: the preset's values, overridden by `options`."""
     cls = method_class(name)
     preset = preset or cls.default_preset
@@ -45,20 +56,20 @@ def make_method(name: str, preset: str | None = None, options: dict[str, object]
     return cls.from_config({**values, **(options or {})})
 
 
-def cost_of(cls: type[LayerMethod]) -> str:
+def cost_of(cls: type[Method]) -> str:
     """What a run does beside decomposing each weight, the dearest last."""
     steps = []
     if cls.needs & GRADIENT_STATS:
         steps.append("gradients")
     elif cls.needs:
         steps.append("forward passes")
-    if cls.at_rank is not LayerMethod.at_rank:
+    if issubclass(cls, LayerMethod) and cls.at_rank is not LayerMethod.at_rank:
         steps.append("iterations")
-    if cls.allocation in SEARCHED:
+    if issubclass(cls, LayerMethod) and cls.allocation in SEARCHED:
         steps.append("search")
     if isinstance(cls.recovery, tuple):  # a property depends on the options
         steps.extend(cls.recovery)
-    if issubclass(cls, TrainedMethod):
+    if issubclass(cls, TrainedMethod) or cls().windows_trained:
         steps.append("training")
     return ", ".join(steps) or "nothing"
 
@@ -75,5 +86,5 @@ def describe_methods() -> list[dict[str, Any]]:
             "presets": list(cls.presets),
             "promise": cls.info.promise,
         }
-        for name, cls in ((name, method_class(name)) for name in METHODS)
+        for name, cls in ((name, method_class(name)) for name in all_methods())
     ]

@@ -13,7 +13,8 @@ from spectrim.linalg.allocate import factor_cost, pivot_cost
 from spectrim.linalg.factor import Factors, balance
 from spectrim.linalg.pivot import Pivots, from_pivots, pack_mask, to_pivots, unpack_mask
 
-Codec = Literal["dense", "factor", "pivot"]
+Codec = str
+"""dense, factor or pivot of methods that treat one weight at a time; others: nn/codecs.py."""
 Storage = Literal["factor", "pivot"]
 
 

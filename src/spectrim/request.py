@@ -26,7 +26,7 @@ from spectrim.engines.pipeline import check_keep
 from spectrim.engines.recovery import RECOVERY_BATCH, recovery_of
 from spectrim.errors import InputError, UsageError, did_you_mean
 from spectrim.evaluate.gate import FACTOR, check_factor
-from spectrim.method import LayerMethod, LearnedMethod, TrainedMethod
+from spectrim.method import LearnedMethod, Method
 from spectrim.models.load import Source, check_vocabulary, context_length
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
@@ -64,10 +64,10 @@ class Request:
     anchors: tuple[float, ...] = ANCHORS
     any_size_steps: int = STEPS
 
-    def check(self) -> LayerMethod:
+    def check(self) -> Method:
         """Refuse what cannot work before anything is loaded, all of it at once; returns the configured method."""
         wrong: list[str] = []
-        method: LayerMethod | None = None
+        method: Method | None = None
         with noted(wrong):
             check_keep(self.keep)
         with noted(wrong):
@@ -101,7 +101,7 @@ class Request:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be in [0, 2**63), got {self.seed}")
 
-    def _check_any_size(self, method: LayerMethod) -> None:
+    def _check_any_size(self, method: Method) -> None:
         check_anchors(self.anchors)
         check_method(method, self.recover)
         if not self.anchors[-1] <= self.keep <= 1:
@@ -158,26 +158,25 @@ def read_text(request: Request, source: Source) -> TextRead:
     return TextRead(tokenizer=tokenizer, calibration=calibration, evaluation=evaluation)
 
 
-def training_windows(request: Request, method: LayerMethod) -> int:
+def training_windows(request: Request, method: Method) -> int:
     """How many windows learning may use: those asked for, else as many as the longest trained stage goes through."""
     if request.train_windows is not None:
         return request.train_windows
-    own = 0
-    if isinstance(method, TrainedMethod) and method.steps:
-        own = (request.any_size_steps if request.any_size else method.steps) * method.batch_size
+    own = method.windows_trained
+    if own and request.any_size and isinstance(method, LearnedMethod):
+        own = request.any_size_steps * method.batch_size
     most = max([own, *((step.steps or 0) * RECOVERY_BATCH for step in recovery_of(method, request.recover))])
     return min(most, MOST_SAMPLED) if request.calib == "self" else most
 
 
-def has_steps(request: Request, method: LayerMethod) -> bool:
+def has_steps(request: Request, method: Method) -> bool:
     """Whether the run, as configured, trains anything."""
-    learns = isinstance(method, TrainedMethod) and method.steps > 0
-    return learns or any(step.steps for step in recovery_of(method, request.recover))
+    return method.windows_trained > 0 or any(step.steps for step in recovery_of(method, request.recover))
 
 
 def cut_windows(
     request: Request,
-    method: LayerMethod,
+    method: Method,
     dense: PreTrainedModel,
     text: TextRead,
     *,

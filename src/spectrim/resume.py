@@ -32,7 +32,7 @@ from spectrim.engines.newton import newton_scores
 from spectrim.engines.parts import size_of
 from spectrim.engines.propagate import propagate
 from spectrim.errors import InputError, Interrupted, NumericalError, ResourceError, SpectrimError, UsageError
-from spectrim.method import LayerMethod
+from spectrim.method import Method
 from spectrim.models.load import Source, pick_device
 from spectrim.request import Request, WindowsInUse
 from spectrim.store import disk
@@ -242,7 +242,7 @@ def is_running(frame: FrameType | None, *functions: Callable[..., Any]) -> bool:
 @contextmanager
 def resumable(
     request: Request,
-    method: LayerMethod,
+    method: Method,
     source: Source,
     out: Path,
     *,
@@ -286,7 +286,7 @@ def _way_on(error: SpectrimError, resume: Resume) -> str:
     return f"{where}: the same command goes on from there, --restart discards it"
 
 
-def fingerprint(request: Request, method: LayerMethod, source: Source) -> dict[str, Any]:
+def fingerprint(request: Request, method: Method, source: Source) -> dict[str, Any]:
     """All that decides the numbers, as far as it is known before text is read; see also `text_fields`."""
     asked = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NOT_COMPARED}
     files = [*source.checkpoint.shards, source.folder / "config.json"]

@@ -16,9 +16,9 @@ from torch import Tensor
 from spectrim.linalg.curvature import add_gram
 from spectrim.linalg.factor import Spectrum, decompose, truncate
 from spectrim.linalg.metric import root_of
-from spectrim.method import Stats
 from spectrim.registry import METHODS, make_method
 from spectrim.replacement import Target
+from spectrim.stats import Stats
 
 OUTPUTS, INPUTS = 6, 5
 ALLOWED = 1e-8

@@ -28,10 +28,11 @@ import spectrim.methods
 from spectrim.errors import SpectrimError, UsageError
 from spectrim.linalg.allocate import factor_cost, pivot_cost
 from spectrim.linalg.curvature import add_gram
-from spectrim.method import LayerMethod, LearnedMethod, OrderedMethod, Stat, Stats
+from spectrim.method import LayerMethod, LearnedMethod, OrderedMethod
 from spectrim.nn.linears import LINEARS
-from spectrim.registry import METHODS, make_method, method_class
+from spectrim.registry import METHODS, all_methods, make_method, method_class
 from spectrim.replacement import Codec, Target, dense_replacement, stored_numbers
+from spectrim.stats import Stat, Stats
 
 SHAPES = [(20, 12), (12, 20), (15, 15)]
 CODECS: tuple[Codec, ...] = ("factor", "pivot")
@@ -717,7 +718,7 @@ def test_every_method_in_the_folder_is_registered():
         for _, cls in inspect.getmembers(module, inspect.isclass):
             if cls.__module__ == module.__name__ and "info" in vars(cls) and not inspect.isabstract(cls):
                 found.add(f"{module.__name__}:{cls.__name__}")
-    assert found == set(METHODS.values())
+    assert found == set(all_methods().values())
 
 
 def test_unknown_methods_are_refused_with_a_suggestion():

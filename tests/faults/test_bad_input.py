@@ -36,7 +36,7 @@ from command_line import (
 )
 from spectrim import job, terminal
 from spectrim.errors import Interrupted
-from spectrim.registry import METHODS
+from spectrim.registry import all_methods
 from spectrim.store import target
 
 pytestmark = pytest.mark.faults
@@ -124,7 +124,7 @@ def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path:
     ("options", "says"),
     [
         (("--method", "sov"), "unknown method 'sov'; did you mean 'svd'?"),
-        (("--method", "zzz"), "unknown method 'zzz'; known: " + ", ".join(sorted(METHODS))),
+        (("--method", "zzz"), "unknown method 'zzz'; known: " + ", ".join(sorted(all_methods()))),
         (("--preset", "fast"), "method svd has no presets (it does not train); leave --preset out"),
         (("--method", "soco", "--preset", "fats"), "method soco: unknown preset 'fats'; did you mean 'fast'?"),
         (("--method", "soco", "--set", "step=1"), "method soco: unknown option 'step'; did you mean 'steps'?"),
@@ -534,7 +534,7 @@ def test_too_little_space(model: Path, tmp_path: Path) -> None:
 def test_a_disk_that_fills_while_writing(model: Path, tmp_path: Path) -> None:
     full = OSError(28, "No space left on device")
     with mock.patch("spectrim.job.write_manifest", side_effect=full):
-        message = refused(RESOURCE, model, where=tmp_path)
+        message = refused(RESOURCE, model, "--save-every", "1e9", where=tmp_path)  # no state, however slow it runs
     assert "No space left on device (errno 28) after 0.00 GB" in message
     assert "now removed; all of it takes about 0.00 GB (" in message
     assert message.endswith("; free some space or choose another --out")

@@ -18,10 +18,10 @@ from spectrim.data.repeats import RUN_TOKENS, overlap, text_warnings, variety
 from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.errors import InputError, UsageError
-from spectrim.method import Stat
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
 from spectrim.request import Request
+from spectrim.stats import Stat
 from tiny_models import tiny, token_ids
 
 pytestmark = pytest.mark.faults

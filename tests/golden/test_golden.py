@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.method import LayerMethod, Stats
+from spectrim.method import LayerMethod
 from spectrim.registry import METHODS, make_method
 from spectrim.replacement import Target
+from spectrim.stats import Stats
 
 FILE = Path(__file__).with_name("layer_methods.json")
 COMMAND = "python tests/golden/test_golden.py --write"

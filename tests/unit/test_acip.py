@@ -20,11 +20,11 @@ from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.extinction import cost_table, counts_within, numbers_of, order_of
 from spectrim.linalg.factor import decompose
-from spectrim.method import Stats
 from spectrim.methods.weights.acip import ACIP
 from spectrim.models.walk import Walk, find_layers
 from spectrim.nn.masked import MaskedLinear, binary
 from spectrim.registry import make_method
+from spectrim.stats import Stats
 from tiny_models import assert_same_state, logits_of, state_of, tiny, token_ids
 
 KEEP = 0.6

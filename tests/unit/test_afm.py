@@ -13,11 +13,11 @@ from spectrim.engines.pipeline import compress_model
 from spectrim.engines.plan import estimate
 from spectrim.errors import UsageError
 from spectrim.integrations.export import export_dense
-from spectrim.method import Stats
 from spectrim.models.load import resolve
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
 from spectrim.replacement import Target
+from spectrim.stats import Stats
 from spectrim.store import open_checkpoint
 from tiny_models import logits_of, tiny, token_ids
 

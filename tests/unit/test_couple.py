@@ -18,9 +18,9 @@ from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.errors import NumericalError
 from spectrim.linalg.curvature import toward, window_share
-from spectrim.method import Coupling, Stat, Stats
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
+from spectrim.stats import Coupling, Stat, Stats
 from tiny_models import assert_same_state, state_of, tiny, token_ids
 
 PLAIN = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})

@@ -16,9 +16,9 @@ from spectrim.engines.measure import autocast, frozen, measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.errors import InputError, NumericalError
 from spectrim.integrations.transformers import make_dense
-from spectrim.method import Stat, Stats
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.registry import make_method
+from spectrim.stats import Stat, Stats
 from tiny_models import assert_same_state, logits_of, state_of, tiny, token_ids
 
 INPUTS = frozenset({Stat.GRAM, Stat.MEAN, Stat.MEAN_ABS})

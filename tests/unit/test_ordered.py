@@ -12,9 +12,9 @@ from spectrim.engines.pipeline import compress_model
 from spectrim.engines.ranks import menu_of
 from spectrim.errors import UsageError
 from spectrim.linalg.allocate import cut_in_order
-from spectrim.method import Stats
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.registry import make_method
+from spectrim.stats import Stats
 from tiny_models import tiny, token_ids
 
 IDS = token_ids(8, 16)

@@ -24,7 +24,7 @@ from spectrim.engines.order import Order, closed_order
 from spectrim.engines.pipeline import closed_form, default_gradient_windows, timed
 from spectrim.engines.ranks import Plan, weight_budget
 from spectrim.errors import UsageError
-from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod
+from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod, Method
 from spectrim.models.walk import Walk, device_of, find_layers, linear_at
 
 ANCHORS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35)
@@ -68,12 +68,17 @@ def check_anchors(anchors: tuple[float, ...]) -> None:
         raise UsageError(f"anchors must descend strictly between 1 and 0, got {', '.join(f'{a:g}' for a in anchors)}")
 
 
-def check_method(method: LayerMethod, recovery: tuple[str, ...] = ()) -> None:
+def check_method(method: Method, recovery: tuple[str, ...] = ()) -> None:
     """Steps that change factors for one size only cannot serve all sizes."""
     if isinstance(method, MaskedMethod):
         raise UsageError(
             f"method {method.info.name} trains masks and adapters for one size; for --any-size take a method that "
             "learns scores (soco) or none (two-sided, svd-llm, ...)"
+        )
+    if not isinstance(method, LayerMethod):
+        raise UsageError(
+            f"method {method.info.name} makes a model of one size; --any-size needs a method whose components serve "
+            "all ranks (soco, two-sided, svd-llm, ...)"
         )
     if method.centres or type(method).at_rank is not LayerMethod.at_rank:
         raise UsageError(

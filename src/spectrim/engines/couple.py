@@ -28,8 +28,8 @@ from spectrim.engines.parts import Run, digest_of, load_own, size_of
 from spectrim.errors import NumericalError
 from spectrim.linalg.curvature import Coupled, add_coupled, clip_rows, toward, window_share
 from spectrim.linalg.metric import quick_root, shrink
-from spectrim.method import Coupling, Stat, Stats
 from spectrim.models.walk import Walk, device_of
+from spectrim.stats import Coupling, Stat, Stats
 
 
 @dataclasses.dataclass

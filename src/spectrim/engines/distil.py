@@ -27,11 +27,11 @@ from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.metric import Root, root_of, shrink
 from spectrim.memory import Batch
-from spectrim.method import Stat, Stats
 from spectrim.models.walk import Walk
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.spectral import SpectralLinear
 from spectrim.replacement import encode
+from spectrim.stats import Stat, Stats
 
 Metric = tuple[Root | None, Root | None]
 """Roots of the output and the input metric of a layer."""

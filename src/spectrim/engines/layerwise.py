@@ -19,10 +19,11 @@ from spectrim.engines.ranks import Plan
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.linalg.solver import LARGEST_SIDE, LinAlgError
-from spectrim.method import LayerMethod, Stat, Stats
+from spectrim.method import LayerMethod, Method
 from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
 from spectrim.replacement import Replacement, Target, dense_replacement, encode, with_mean_kept
+from spectrim.stats import Stat, Stats
 
 Nonfinite = Literal["refuse", "skip"]
 """What becomes of a layer that holds NaN or Inf: the run stops, or the layer is copied unchanged."""
@@ -55,7 +56,7 @@ def check_weights(model: PreTrainedModel, walk: Walk, nonfinite: Nonfinite = "re
     ]
 
 
-def refuse_large_sides(method: LayerMethod, walk: Walk) -> None:
+def refuse_large_sides(method: Method, walk: Walk) -> None:
     """Refuse, before anything is measured, matrices that no solver takes."""
     for layer in walk.layers:
         sides = [min(layer.outputs, layer.inputs)]

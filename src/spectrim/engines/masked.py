@@ -22,10 +22,12 @@ from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.pack import fill, with_prefix
 from spectrim.engines.ranks import Plan, budget_under, plan_from_facts, plan_to_facts, weight_budget
+from spectrim.engines.whole import whole_budget
 from spectrim.errors import UsageError
 from spectrim.linalg.extinction import cost_table, counts_within, numbers_of, order_of
 from spectrim.linalg.factor import Spectrum
-from spectrim.method import LayerMethod, MaskedMethod
+from spectrim.method import LayerMethod, MaskedMethod, Method
+from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Layer, Walk
 from spectrim.nn.masked import MaskedLinear
 from spectrim.replacement import Target
@@ -99,10 +101,13 @@ def tables_of(method: MaskedMethod, walk: Walk) -> list[Tensor]:
     return [cost_table(la.outputs, la.inputs, method.adapter_rank, pivot=pivot) for la in walk.layers]
 
 
-def budget_of(method: LayerMethod, walk: Walk, keep: float) -> int:
+def budget_of(method: Method, walk: Walk, keep: float) -> int:
     """Numbers that all weights may take by any method; UsageError when the least that it stores does not fit."""
     if isinstance(method, MaskedMethod) and method.steps and keep < 1:
         return budget_beside_adapters(method, walk, keep)
+    if isinstance(method, ModelMethod):
+        return whole_budget(walk, keep)
+    assert isinstance(method, LayerMethod)
     return budget_under(method, walk, keep)
 
 

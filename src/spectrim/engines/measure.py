@@ -18,8 +18,8 @@ from spectrim.engines.pack import fingerprint
 from spectrim.engines.sums import KeptSums, Sums
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
-from spectrim.method import GRADIENT_STATS, INPUT_STATS, SAMPLED_STATS, Stat, Stats
 from spectrim.models.walk import Walk, device_of, shared_inputs
+from spectrim.stats import GRADIENT_STATS, INPUT_STATS, SAMPLED_STATS, Stat, Stats
 
 GRADIENT_CLIP = 10.0
 """Token gradients above this many times the root mean square are scaled down to it (specs: KFAC-SVD)."""

@@ -9,8 +9,9 @@ from spectrim.engines.ranks import Plan, Priced, budget_under, menu_of, plan_of
 from spectrim.errors import NumericalError
 from spectrim.linalg.allocate import cut_in_order
 from spectrim.linalg.factor import Spectrum
-from spectrim.method import OrderedMethod, Stats
+from spectrim.method import OrderedMethod
 from spectrim.models.walk import Walk, weight_of
+from spectrim.stats import Stats
 
 
 def ordered_plan(

@@ -1,6 +1,7 @@
 """One compression in memory, from a dense model to a compressed one; the dense model is not changed.
 
 1. find the target layers; refuse weights that are not finite
+   a method that treats the model as a whole makes it from the statistics of 2           engines/whole.py
 2. measure the statistics the method needs, in one pass over the calibration windows     engines/measure.py
    and refine them in a second gradient pass, if the method asks for it                  engines/couple.py
 3. decompose every weight in the method's metric                                         engines/layerwise.py
@@ -37,60 +38,33 @@ from spectrim.engines.layerwise import (
     refuse_large_sides,
     solve_at_ranks,
 )
-from spectrim.engines.learned import Learned, skeleton, train_scores
+from spectrim.engines.learned import skeleton, train_scores
 from spectrim.engines.masked import train_masks
 from spectrim.engines.measure import Progress, dead_inputs, measure
 from spectrim.engines.newton import newton_scores
 from spectrim.engines.ordered import ordered_plan
+from spectrim.engines.outcome import Made, Outcome
 from spectrim.engines.parts import SavedFirst, energies_of, size_of
 from spectrim.engines.propagate import propagate
 from spectrim.engines.ranks import Plan, plan_ranks
-from spectrim.engines.recovery import Recovered, recover, recovery_of
+from spectrim.engines.recovery import recover, recovery_of
 from spectrim.engines.search import searched_plan
+from spectrim.engines.whole import make_whole, refuse_skipped
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
-from spectrim.method import (
-    SEARCHED,
-    LayerMethod,
-    LearnedMethod,
-    MaskedMethod,
-    OrderedMethod,
-    Stat,
-    Stats,
-    TrainedMethod,
-)
+from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod, Method, OrderedMethod
+from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Walk, device_of, find_layers
-from spectrim.replacement import Replacement
+from spectrim.stats import Stat, Stats
 
 CPU_BATCH, GPU_BATCH = 4, 32
 """Windows in one calibration batch."""
 
 
-@dataclass(kw_only=True)
-class Outcome:
-    """A compressed model and how it came about."""
-
-    model: PreTrainedModel
-    method: LayerMethod
-    walk: Walk
-    plan: Plan
-    placed: Mapping[str, Replacement]
-    learned: Learned | None = None
-    recovered: tuple[Recovered, ...] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
-    gradient_windows: int = 0
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def distil_losses(self) -> tuple[float, ...]:
-        """Losses of all `kl` steps, one after the other."""
-        return tuple(x for r in self.recovered if r.step.name == "kl" for losses in r.losses for x in losses)
-
-
 def compress_model(
     dense: PreTrainedModel,
-    method: LayerMethod,
+    method: Method,
     keep: float,
     calibration: Tensor,
     training: Tensor | None = None,
@@ -112,46 +86,72 @@ def compress_model(
     """
     check_keep(keep)
     steps = recovery_of(method, recovery)
-    walk, warnings = check_weights(dense, find_layers(dense), nonfinite)
+    found = find_layers(dense)
+    walk, warnings = check_weights(dense, found, nonfinite)
+    refuse_skipped(method, walk, found)
     refuse_large_sides(method, walk)
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
     run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint)
-    learns = isinstance(method, TrainedMethod) and method.steps > 0 and keep < 1
-    spectra, plan, checkpoint = run.closed_form_or_saved(calibration, learned=learns)
     training = calibration if training is None else training
-    student = skeleton(dense)
-    learned = None
-    common = {"seed": seed, "progress": progress, "checkpoint": checkpoint}
-    if learns:
-        with timed(clock, "learn"):
-            if isinstance(method, MaskedMethod):
-                learned = train_masks(method, dense, walk, spectra, keep, training, **common)
-            else:
-                assert isinstance(method, LearnedMethod)
-                learned = train_scores(method, dense, walk, spectra, keep, training, plan=plan, **common)
-        plan = learned.plan
-        placed = apply_plan(student, walk, plan, learned.factors, learned=True)
-    else:
-        with timed(clock, "encode"):
-            placed = apply_plan(student, walk, plan, spectra, learned=run.changes, means=run.means)
+    made = (
+        as_a_whole(run, calibration, training)
+        if isinstance(method, ModelMethod)
+        else by_layers(run, calibration, training)
+    )
     recovered = recover(
-        steps, student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed, progress=progress,
-        checkpoint=checkpoint,
+        steps, made.student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed,
+        progress=progress, checkpoint=made.checkpoint,
     )  # fmt: skip
     return Outcome(
-        model=student.eval(),
+        model=made.student.eval(),
         method=method,
         walk=walk,
-        plan=plan,
-        placed=placed,
-        learned=learned,
+        plan=made.plan,
+        placed=made.placed,
+        learned=made.learned,
         recovered=tuple(recovered),
         seconds=clock,
         gradient_windows=gradient_windows,
-        warnings=[*warnings, *run.warnings, *(learned.warnings if learned else ())],
+        warnings=[*warnings, *run.warnings, *(made.learned.warnings if made.learned else ())],
     )
+
+
+def by_layers(run: "_Run", calibration: Tensor, training: Tensor) -> Made:
+    """Steps 2 to 7 for a method that treats one weight at a time."""
+    method, clock = run.by_layer, run.clock
+    learns = method.windows_trained > 0 and run.keep < 1
+    spectra, plan, checkpoint = run.closed_form_or_saved(calibration, learned=learns)
+    student = skeleton(run.dense)
+    if not learns:
+        with timed(clock, "encode"):
+            placed = apply_plan(student, run.walk, plan, spectra, learned=run.changes, means=run.means)
+        return Made(student, plan, placed, None, checkpoint)
+    given = (run.dense, run.walk, spectra, run.keep, training)
+    common = {"seed": run.seed, "progress": run.progress, "checkpoint": checkpoint}
+    with timed(clock, "learn"):
+        if isinstance(method, MaskedMethod):
+            learned = train_masks(method, *given, **common)
+        else:
+            assert isinstance(method, LearnedMethod)
+            learned = train_scores(method, *given, plan=plan, **common)
+    placed = apply_plan(student, run.walk, learned.plan, learned.factors, learned=True)
+    return Made(student, learned.plan, placed, learned, checkpoint)
+
+
+def as_a_whole(run: "_Run", calibration: Tensor, training: Tensor) -> Made:
+    """Step 2, and then what the method makes of the model."""
+    method = run.method
+    assert isinstance(method, ModelMethod)
+    stats = run.statistics(run.dense, calibration, 0) if method.needs else {}
+    with timed(run.clock, "compress"):
+        student, plan, placed = make_whole(
+            method, run.dense, run.walk, run.keep, stats, calibration, training, gradient_windows=run.gradient_windows,
+            seed=run.seed, warnings=run.warnings, timed=partial(timed, run.clock), progress=run.progress,
+            checkpoint=run.checkpoint,
+        )  # fmt: skip
+    return Made(student, plan, placed, None, run.checkpoint)
 
 
 def closed_form(
@@ -181,7 +181,7 @@ class _Run:
     """What the closed-form part shares between its rounds."""
 
     dense: PreTrainedModel
-    method: LayerMethod
+    method: Method
     walk: Walk
     keep: float
     seed: int
@@ -198,9 +198,15 @@ class _Run:
         self.batch = Batch(CPU_BATCH if device_of(self.dense).type == "cpu" else GPU_BATCH)
 
     @property
+    def by_layer(self) -> LayerMethod:
+        """The method, of a run that treats one weight at a time."""
+        assert isinstance(self.method, LayerMethod)
+        return self.method
+
+    @property
     def propagates(self) -> bool:
         """True when weights change before they are cut, those that stay dense too: they then fit one size only."""
-        return self.one_size and self.method.error_share > 0 and self.keep < 1
+        return self.one_size and self.by_layer.error_share > 0 and self.keep < 1
 
     @property
     def changes(self) -> bool:
@@ -215,7 +221,7 @@ class _Run:
         checkpoint = self.checkpoint
         if checkpoint is None:
             return *self.closed_form(ids), None
-        run = identity(self.method, self.walk, self.keep, self.seed, ids)
+        run = identity(self.by_layer, self.walk, self.keep, self.seed, ids)
         saved = checkpoint.load(CLOSED_FORM, optional=True)
         if saved is None:
             spectra, plan = self.closed_form(ids)
@@ -240,20 +246,20 @@ class _Run:
         first = stats = self.statistics(self.dense, ids, 0)
         self.warnings += dead_inputs(first)
         spectra, plan = self.decide(stats, 0)
-        for again in range(1, 1 + (self.method.rounds if self.keep < 1 else 0)):
+        for again in range(1, 1 + (self.by_layer.rounds if self.keep < 1 else 0)):
             student = skeleton(self.dense)
             apply_plan(student, self.walk, plan, spectra, means=self.means)
             after = "" if self.checkpoint is None else energies_of(spectra)
             second = self.statistics(student, self.round_windows(ids), again, after)
             stats = {name: first[name].blend(second[name]) for name in first}
             spectra, plan = self.decide(stats, again)
-        if self.one_size and self.keep < 1 and self.method.allocation in SEARCHED:
+        if self.one_size and self.keep < 1 and self.by_layer.allocation in SEARCHED:
             plan = self.search(spectra, ids)
         if self.propagates:
             self.propagate(spectra, plan, stats, ids)
         if self.one_size and self.keep < 1:
             with timed(self.clock, "solve"):
-                solve_at_ranks(self.method, self.walk, spectra, plan, stats)
+                solve_at_ranks(self.by_layer, self.walk, spectra, plan, stats)
         if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
             with timed(self.clock, "newton"):
                 given = (self.method, self.dense, self.walk, spectra, plan, self.round_windows(ids))
@@ -283,7 +289,7 @@ class _Run:
         """Ranks by what the model does with them."""
         with timed(self.clock, "search"):
             return searched_plan(
-                self.method,
+                self.by_layer,
                 self.dense,
                 self.walk,
                 spectra,
@@ -297,7 +303,7 @@ class _Run:
     def propagate(self, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor) -> None:
         """Step 5, in place. Only forward passes; on a CPU the windows of a later round are enough of them."""
         windows = self.round_windows(ids) if device_of(self.dense).type == "cpu" else ids
-        given = (self.method, self.dense, self.walk, spectra, plan, stats, windows)
+        given = (self.by_layer, self.dense, self.walk, spectra, plan, stats, windows)
         with timed(self.clock, "propagate"):
             told = {"progress": self.progress, "checkpoint": self.checkpoint}
             self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
@@ -307,14 +313,14 @@ class _Run:
             self.means = {name: own.get(Stat.MEAN) for name, own in stats.items()}
         with timed(self.clock, "decompose"):
             spectra = decompose_all(
-                self.method, self.dense, self.walk, stats, checkpoint=self.checkpoint, stage=f"spectra {again}"
+                self.by_layer, self.dense, self.walk, stats, checkpoint=self.checkpoint, stage=f"spectra {again}"
             )
         if isinstance(self.method, OrderedMethod) and self.method.allocation == "order":
             with timed(self.clock, "allocate"):
                 return spectra, ordered_plan(self.method, self.dense, self.walk, spectra, stats, self.keep)
         with timed(self.clock, "allocate"):
             energies = {name: s.energy for name, s in spectra.items()}
-            return spectra, plan_ranks(self.method, self.walk, energies, self.keep)
+            return spectra, plan_ranks(self.by_layer, self.walk, energies, self.keep)
 
 
 def default_gradient_windows(windows: int, device: torch.device) -> int:

@@ -14,10 +14,12 @@ from spectrim.engines.ranks import new_bias, plan_ranks
 from spectrim.engines.recovery import RECOVERY_BATCH
 from spectrim.engines.search import SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS, STAGES
 from spectrim.linalg.curvature import coupling_operations
-from spectrim.method import GRADIENT_STATS, LayerMethod, MaskedMethod, Stat, TrainedMethod
+from spectrim.method import LayerMethod, MaskedMethod, Method, TrainedMethod
+from spectrim.model_method import ModelMethod
 from spectrim.models.load import Source, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
 from spectrim.replacement import Target, stored_numbers
+from spectrim.stats import GRADIENT_STATS, Stat
 
 EFFICIENCY = 0.4
 """Share of the measured matrix rate that whole training passes of small models reach here (measured, CPU and GPU)."""
@@ -25,7 +27,7 @@ EFFICIENCY = 0.4
 
 def estimate(
     source: Source,
-    method: LayerMethod,
+    method: Method,
     keep: float,
     *,
     windows: int,
@@ -37,9 +39,14 @@ def estimate(
     model = meta_model(source.config)
     walk = find_layers(model)
     budget = budget_of(method, walk, keep)
-    uniform = method.allocation == "uniform" and not (isinstance(method, MaskedMethod) and method.steps)
-    layers = _layers(method, walk, keep, uniform)
-    after = sum(row["numbers"] for row in layers) if uniform else budget + walk.numbers - sum_weights(walk)
+    if isinstance(method, ModelMethod):
+        method.check_model(source.config, walk, keep)
+        uniform, layers, after = False, _unplanned(walk, " or ".join(method.codecs) or "dense"), budget
+    else:
+        assert isinstance(method, LayerMethod)
+        uniform = method.allocation == "uniform" and not (isinstance(method, MaskedMethod) and method.steps)
+        layers = _planned(method, walk, keep) if uniform else _unplanned(walk, method.storage)
+        after = sum(row["numbers"] for row in layers) if uniform else budget + walk.numbers - sum_weights(walk)
     rest = untargeted_numbers(model, walk)
     masks = sum((row["shape"][0] + 7) // 8 for row in layers if uniform and row["codec"] == "pivot")  # one byte each
     bytes_after = (rest + after - masks) * dtype.itemsize + masks
@@ -77,20 +84,24 @@ def untargeted_numbers(model: PreTrainedModel, walk: Walk) -> int:
     return sum(tensors.values()) - walk.numbers
 
 
-def _layers(method: LayerMethod, walk: Walk, keep: float, uniform: bool) -> list[dict[str, Any]]:
-    """One row a layer; under a global budget the rank waits for calibration."""
-    rows: list[dict[str, Any]] = []
+def _planned(method: LayerMethod, walk: Walk, keep: float) -> list[dict[str, Any]]:
+    """One row a layer, where ranks follow from the shapes."""
     flat = {la.name: torch.ones(min(la.outputs, la.inputs), dtype=torch.float64) for la in walk.layers}
-    targets = plan_ranks(method, walk, flat, keep).targets if uniform else {}
-    for layer in walk.layers:
-        row: dict[str, Any] = {"name": layer.name, "shape": [layer.outputs, layer.inputs], "dense": layer.numbers}
-        if uniform:
-            target = targets[layer.name]
-            row |= {"codec": target.codec, "rank": target.rank, "numbers": _numbers(method, layer, target)}
-        else:
-            row |= {"codec": method.storage, "rank": None, "numbers": None}
-        rows.append(row)
-    return rows
+    targets = plan_ranks(method, walk, flat, keep).targets
+    return [
+        {**row, "codec": target.codec, "rank": target.rank, "numbers": _numbers(method, layer, target)}
+        for layer, row in zip(walk.layers, _unplanned(walk, ""), strict=True)
+        for target in [targets[layer.name]]
+    ]
+
+
+def _unplanned(walk: Walk, codec: str) -> list[dict[str, Any]]:
+    """One row a layer, where what becomes of it waits for calibration."""
+    return [
+        {"name": layer.name, "shape": [layer.outputs, layer.inputs], "dense": layer.numbers, "codec": codec}
+        | {"rank": None, "numbers": None}
+        for layer in walk.layers
+    ]
 
 
 def _numbers(method: LayerMethod, layer: Layer, target: Target) -> int:
@@ -98,7 +109,7 @@ def _numbers(method: LayerMethod, layer: Layer, target: Target) -> int:
     return stored_numbers(layer.outputs, layer.inputs, target) + bias
 
 
-def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
+def peak_bytes(walk: Walk, method: Method, total: int, length: int) -> int:
     """Model in float32, spectra and statistics in float64, activations of a batch; or distillation, if that is more."""
     spectra = sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in walk.layers) * 8
     statistics = 0
@@ -110,7 +121,7 @@ def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
         statistics += sum_weights(walk) * 8
     if method.refinement is not None:  # sums in float64 and inverses in float32 beside the plain ones
         statistics = statistics * 5 // 2
-    rounds = 2 if method.rounds else 1
+    rounds = 2 if rounds_of(method) else 1
     token = length * sum(3 * la.outputs + la.inputs for la in walk.layers) * 4
     learned = spectra // 2 if isinstance(method, TrainedMethod) and method.steps else 0
     batch = method.batch_size if learned and isinstance(method, TrainedMethod) else 4
@@ -122,22 +133,23 @@ def peak_bytes(walk: Walk, method: LayerMethod, total: int, length: int) -> int:
     return peak
 
 
-def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, length: int) -> float:
+def count_operations(walk: Walk, method: Method, total: int, windows: int, length: int) -> float:
     """Floating-point operations of calibration, decomposition and learning."""
     tokens = windows * length
     forward = 2.0 * total * tokens
-    passes = (1 + method.rounds) * (1.0 if not method.needs & GRADIENT_STATS else 2.0)
+    passes = (1 + rounds_of(method)) * (1.0 if not method.needs & GRADIENT_STATS else 2.0)
     gram = sum(2.0 * la.inputs**2 for la in walk.layers) * tokens if method.needs else 0.0
     if Stat.OUTPUT_GRAD in method.needs:
         gram += sum(2.0 * la.outputs**2 for la in walk.layers) * tokens
-    decomposition = sum(30.0 * max(la.outputs, la.inputs) ** 3 for la in walk.layers) * (1 + method.rounds)
-    calibration = (forward * passes + gram * (1 + method.rounds)) if method.needs else 0.0
+    decomposition = sum(30.0 * max(la.outputs, la.inputs) ** 3 for la in walk.layers) * (1 + rounds_of(method))
+    calibration = (forward * passes + gram * (1 + rounds_of(method))) if method.needs else 0.0
     if method.refinement is not None:
         coupled = sum(coupling_operations(la.outputs, la.inputs, length) for la in walk.layers) * windows
-        calibration += (3 * forward + coupled) * (1 + method.rounds)
-    if method.error_share > 0:  # both models: to start, up to each of four groups of layers, and to go on
+        calibration += (3 * forward + coupled) * (1 + rounds_of(method))
+    if isinstance(method, LayerMethod) and method.error_share > 0:
+        # both models: to start, up to each of four groups of layers, and to go on
         calibration += 8 * forward + 2 * gram
-        decomposition *= (2 + method.rounds) / (1 + method.rounds)
+        decomposition *= (2 + rounds_of(method)) / (1 + rounds_of(method))
     calibration += forward / windows * searched_windows(method, len(walk.layers))
     learning = 0.0
     if isinstance(method, TrainedMethod):
@@ -146,8 +158,15 @@ def count_operations(walk: Walk, method: LayerMethod, total: int, windows: int, 
     return calibration + decomposition + learning
 
 
-def searched_windows(method: LayerMethod, layers: int) -> int:
+def rounds_of(method: Method) -> int:
+    """How often the statistics are measured again."""
+    return method.rounds if isinstance(method, LayerMethod) else 0
+
+
+def searched_windows(method: Method, layers: int) -> int:
     """Windows that an allocation that searches runs the compressed model on."""
+    if not isinstance(method, LayerMethod):
+        return 0
     if method.allocation == "sensitivity":
         return layers * SENSITIVITY_LEVELS * SENSITIVITY_WINDOWS
     if method.allocation == "evopress":

@@ -30,8 +30,9 @@ from spectrim.engines.parts import Parts, energies_of, spectrum_from, spectrum_t
 from spectrim.engines.ranks import Plan, plan_to_facts
 from spectrim.engines.stream import input_moments, start
 from spectrim.linalg.factor import Spectrum, drift_target, token_share
-from spectrim.method import LayerMethod, Stat, Stats
+from spectrim.method import LayerMethod
 from spectrim.models.walk import Layer, Walk, device_of, shared_inputs, weight_of
+from spectrim.stats import Stat, Stats
 
 STAGE = "propagated"
 

@@ -22,7 +22,8 @@ from spectrim.engines.pack import fill
 from spectrim.engines.refit import reconstruct, refit
 from spectrim.engines.stream import low_rank_layers
 from spectrim.errors import UsageError, did_you_mean
-from spectrim.method import LayerMethod
+from spectrim.method import Method
+from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Walk
 from spectrim.nn.linears import PivotLinear
 
@@ -73,13 +74,18 @@ def parse_step(text: str) -> Step:
     return Step(name, int(count))
 
 
-def recovery_of(method: LayerMethod, asked: Iterable[str]) -> tuple[Step, ...]:
+def recovery_of(method: Method, asked: Iterable[str]) -> tuple[Step, ...]:
     """The method's own steps, those asked for, and `distil_steps` of a method that has them as a last `kl` step."""
     steps = [parse_step(text) for text in (*method.recovery, *asked)]
     if method.centres and any(step.steps is None for step in steps):
         raise UsageError(
             f"method {method.info.name}: refit and reconstruct solve for factors without the bias that this method has "
             "moved; leave them out (block and kl train biases too)"
+        )
+    if steps and isinstance(method, ModelMethod) and not method.trains_factors:
+        raise UsageError(
+            f"method {method.info.name}: recovery steps train low-rank factors, and its layers have none "
+            f"({', '.join(method.codecs) or 'they are plain ones'}); leave --recover out"
         )
     distil_steps = getattr(method, "distil_steps", 0)
     return (*steps, *([Step("kl", distil_steps)] if distil_steps else []))

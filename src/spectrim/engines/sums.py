@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.parts import Run, load_own, size_of
-from spectrim.method import Stat
+from spectrim.stats import Stat
 
 
 @dataclass

@@ -14,8 +14,9 @@ from spectrim.engines.pipeline import Outcome
 from spectrim.errors import NumericalError
 from spectrim.integrations.any_size import NESTED
 from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, attach
+from spectrim.model_method import ModelMethod
 from spectrim.models.load import no_progress_bars
-from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.nested import NestedLinear
 from spectrim.store import copy_companions
 
@@ -63,7 +64,9 @@ def round_to(model: nn.Module, dtype: torch.dtype, *, allow_nonfinite: bool = Fa
 def finalise(outcome: Outcome, dtype: torch.dtype, *, base_model: str | None) -> PreTrainedModel:
     """A model of its own (nothing shared with the dense one) in the stored dtype, ready for `save_pretrained`."""
     model = copy_in(outcome.model, dtype)
-    attach(model, format_config(outcome, base_model))
+    config = format_config(outcome, base_model)
+    if config.modules or not isinstance(outcome.method, ModelMethod):  # else it is a plain model, of another shape
+        attach(model, config)
     return model
 
 
@@ -75,7 +78,7 @@ def copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, LowRankLinear | PivotLinear):
+        if isinstance(module, StoredLinear):
             module.weight = module.weight.to(dtype)
     model.config.dtype = dtype
     return model.eval()
@@ -84,9 +87,7 @@ def copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def format_config(outcome: Outcome, base_model: str | None) -> SpectrimConfig:
     """What goes into config.json: codec, rank and bias of every layer that changed, and where it came from."""
     modules = {
-        name: {"codec": placed.codec, "rank": placed.rank, "bias": placed.bias is not None}
-        for name, placed in outcome.placed.items()
-        if placed.codec != "dense"
+        name: module.entry() for name, module in outcome.model.named_modules() if isinstance(module, StoredLinear)
     }
     return SpectrimConfig(
         modules=modules,

@@ -5,7 +5,8 @@ transformers asks the registered quantizer to put the right modules in place whi
 then loads the tensors into them as into any other model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spectrim.errors import InputError
 from spectrim.integrations.any_size import NESTED, AnySizeFormat, Slices
 from spectrim.models.walk import is_linear, path_in, weight_of
-from spectrim.nn.linears import LINEARS, LowRankLinear, PivotLinear
+from spectrim.nn.codecs import CODECS, StoredLinear, codec_class
 from spectrim.store import read_header
 
 QUANT_METHOD = "spectrim"
@@ -33,9 +34,9 @@ FORMAT_VERSION = 1
 class SpectrimConfig(QuantizationConfigMixin):
     """What `config.json` says about a compressed folder.
 
-    modules: module path -> {"codec": "factor" | "pivot", "rank": int, "bias": bool}; layers that stayed dense are
-    not listed. any_size: only in a folder that holds all sizes, whose layers all have the codec "nested"
-    (integrations/any_size.py). Other keys (`tool_version`, `base_model`, `method`, ...) are information.
+    modules: module path -> {"codec": one of nn/codecs.py, "rank": int, "bias": bool, and what the codec adds}; layers
+    that stayed dense are not listed. any_size: only in a folder that holds all sizes, whose layers all have the codec
+    "nested" (integrations/any_size.py). Other keys (`tool_version`, `base_model`, `method`, ...) are information.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class SpectrimConfig(QuantizationConfigMixin):
             )
         self.any_size = None if any_size is None else AnySizeFormat.from_json(any_size)
         for path, entry in self.modules.items():
-            _check_entry(path, entry, sorted(LINEARS) if self.any_size is None else [NESTED])
+            _check_entry(path, entry, sorted(CODECS) if self.any_size is None else [NESTED])
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in `config.json`."""
@@ -98,7 +99,7 @@ def _check_entry(path: str, entry: Any, codecs: list[str]) -> None:
 
 
 class SpectrimHfQuantizer(HfQuantizer):
-    """Puts low-rank modules in place before transformers loads the tensors."""
+    """Puts stored layers in place before transformers loads the tensors."""
 
     requires_calibration = True  # refuses quantization_config= on a dense checkpoint
     quantization_config: SpectrimConfig
@@ -162,14 +163,11 @@ def install_modules(model: PreTrainedModel, config: SpectrimConfig, files: Itera
         if not is_linear(module):
             raise InputError(f"config.json lists {path}, which is a {type(module).__name__}, not a linear layer")
         outputs, inputs = weight_of(module).shape
-        if entry["rank"] > min(outputs, inputs):
-            raise InputError(
-                f"config.json gives {path} rank {entry['rank']}; the layer is {outputs} x {inputs}, "
-                f"so at most {min(outputs, inputs)} is possible"
-            )
         kwargs = {"device": module.weight.device, "dtype": module.weight.dtype}
-        cls = LINEARS[entry["codec"]]
-        replacement = cls(inputs, outputs, entry["rank"], bias=entry["bias"], **kwargs)
+        try:
+            replacement = codec_class(entry["codec"]).from_entry(inputs, outputs, entry, **kwargs)
+        except ValueError as error:
+            raise InputError(f"config.json gives {path} {error}") from error
         if stored:
             check_stored(path, entry, replacement, stored.get(path, {}))
         model.set_submodule(name, replacement)
@@ -218,58 +216,54 @@ def check_stored(path: str, entry: dict[str, Any], module: nn.Module, found: dic
 
 
 def check_installed(model: nn.Module) -> None:
-    """Shapes of what was loaded against what the modules say, for every low-rank layer.
+    """Shapes of what was loaded against what the modules say; then each works out what follows from its tensors.
 
     Old versions of transformers skip shape checks for models with a quantizer and would load a wrong rank silently.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            expected = {
-                "V.weight": (module.rank, module.in_features),
-                "U.weight": (module.out_features, module.rank),
-            }
-        elif isinstance(module, PivotLinear):
-            expected = {
-                "pivot.weight": (module.rank, module.in_features),
-                "rest.weight": (module.out_features - module.rank, module.rank),
-            }
-        else:
-            continue
-        for key, shape in expected.items():
-            found = tuple(module.get_parameter(key).shape)
-            if found != shape:
+    stored = {name: module for name, module in model.named_modules() if isinstance(module, StoredLinear)}
+    for name, module in stored.items():
+        found = module.state_dict()
+        for key, shape in module.shapes().items():
+            holds = tuple(found[key].shape)
+            if holds != shape:
                 raise InputError(
-                    f"{name}.{key}: the file holds shape {found}, config.json says rank {module.rank}, "
+                    f"{name}.{key}: the file holds shape {holds}, config.json says rank {module.rank}, "
                     f"which makes {shape}; the folder is damaged or was edited"
                 )
-        if isinstance(module, PivotLinear):
-            if module.mask.is_meta:  # the order of the outputs follows from it and would be left as found in memory
-                raise InputError(
-                    f"{name}: its pivot mask was offloaded before it could be read; load without offload_buffers=True"
-                )
-            try:
-                module.refresh_order()
-            except ValueError as error:
-                raise InputError(f"{name}: {error}") from error
+        with _named(name):
+            module.after_load()
+    for name, module in stored.items():
+        with _named(name):
+            module.link(model)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What a layer finds wrong with its tensors, as an error about the folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def make_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Multiply every low-rank layer back into a dense one, in place; the config forgets the compression."""
+    """Turn every stored layer back into a dense one, in place; the config forgets the compression."""
     from transformers.pytorch_utils import Conv1D
 
     conv = model.config.model_type in CONV1D_MODELS
     for name, module in list(model.named_modules()):
-        if not isinstance(module, LowRankLinear | PivotLinear):
+        if not isinstance(module, StoredLinear):
             continue
         weight = module.dense_weight()
         target = dtype or next(module.parameters()).dtype
         outputs, inputs = weight.shape
-        dense = Conv1D(outputs, inputs) if conv else nn.Linear(inputs, outputs, bias=module.bias is not None)
+        bias = getattr(module, "bias", None)
+        dense = Conv1D(outputs, inputs) if conv else nn.Linear(inputs, outputs, bias=bias is not None)
         dense = dense.to(device=weight.device, dtype=target)
         with torch.no_grad():
             weight_of(dense).copy_(weight)
-            if module.bias is not None:
-                dense.bias.copy_(module.bias)
+            if bias is not None:
+                dense.bias.copy_(bias)
         model.set_submodule(name, dense.train(module.training))
     detach(model)
     return model

@@ -1,30 +1,40 @@
 """Linear layers in low-rank storage: two factors, or pivot rows and coefficients.
 
-Both hold real `nn.Linear` children, so that PEFT, torchao and exporters find them, and a zero-element buffer named
-`weight`: a program that loads the folder without spectrim meets a shape mismatch and stops, where it would
-otherwise fill the layer with random numbers and go on.
+Both hold real `nn.Linear` children, so that PEFT, torchao and exporters find them.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.linalg.pivot import unpack_mask
+from spectrim.nn.codecs import StoredLinear, check_rank
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(StoredLinear):
     """`y = U (V x) + bias`. Stored: `V.weight` (R, I), `U.weight` (O, R), `U.bias` (O,) if any."""
 
     codec: Literal["factor"] = "factor"
-    weight: Tensor
 
     def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool, device=None, dtype=None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = inputs, outputs, rank
         self.V = nn.Linear(inputs, rank, bias=False, device=device, dtype=dtype)
         self.U = nn.Linear(rank, outputs, bias=bias, device=device, dtype=dtype)
-        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+        self.add_guard(device, dtype)
+
+    @classmethod
+    def from_entry(
+        cls, inputs: int, outputs: int, entry: Mapping[str, Any], *, device: Any = None, dtype: Any = None
+    ) -> Self:
+        rank = check_rank(entry, inputs, outputs)
+        return cls(inputs, outputs, rank, bias=entry["bias"], device=device, dtype=dtype)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        bias = {"U.bias": (self.out_features,)} if self.has_bias else {}
+        return {"V.weight": (self.rank, self.in_features), "U.weight": (self.out_features, self.rank), **bias}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
@@ -40,11 +50,8 @@ class LowRankLinear(nn.Module):
         """Where code that treats this layer as an `nn.Linear` looks for the bias."""
         return self.U.bias
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
-
-class PivotLinear(nn.Module):
+class PivotLinear(StoredLinear):
     """A rank-R weight as R of its rows and the coefficients of the others.
 
     `p = pivot(x)`, the other outputs are `rest(p)`, both put in place by `mask`. Stored: `pivot.weight` (R, I),
@@ -52,7 +59,6 @@ class PivotLinear(nn.Module):
     """
 
     codec: Literal["pivot"] = "pivot"
-    weight: Tensor
     mask: Tensor
     order: Tensor
 
@@ -63,10 +69,31 @@ class PivotLinear(nn.Module):
         self.rest = nn.Linear(rank, outputs - rank, bias=False, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
         self.register_buffer("mask", torch.zeros((outputs + 7) // 8, dtype=torch.uint8, device=device))
-        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+        self.add_guard(device, dtype)
         # Position of each output in [pivots, rest]; follows from the mask, so it is not stored.
         self.register_buffer("order", torch.zeros(outputs, dtype=torch.int64, device=device), persistent=False)
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh_order())
+
+    @classmethod
+    def from_entry(
+        cls, inputs: int, outputs: int, entry: Mapping[str, Any], *, device: Any = None, dtype: Any = None
+    ) -> Self:
+        rank = check_rank(entry, inputs, outputs)
+        return cls(inputs, outputs, rank, bias=entry["bias"], device=device, dtype=dtype)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        bias = {"bias": (self.out_features,)} if self.has_bias else {}
+        return {
+            "pivot.weight": (self.rank, self.in_features),
+            "rest.weight": (self.out_features - self.rank, self.rank),
+            "mask": ((self.out_features + 7) // 8,),
+            **bias,
+        }
+
+    def after_load(self) -> None:
+        if self.mask.is_meta:  # the order of the outputs follows from it and would be left as found in memory
+            raise ValueError("its pivot mask was offloaded before it could be read; load without offload_buffers=True")
+        self.refresh_order()
 
     def refresh_order(self) -> None:
         """Recompute `order` after the mask has changed (loading does this)."""
@@ -91,9 +118,6 @@ class PivotLinear(nn.Module):
         rows = self.pivot.weight.detach().to(wide)
         return torch.cat([rows, self.rest.weight.detach().to(wide) @ rows]).index_select(0, self.order)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
 
 LINEARS: dict[str, type[LowRankLinear] | type[PivotLinear]] = {"factor": LowRankLinear, "pivot": PivotLinear}
-"""Codec name in the file to module class."""
+"""The low-rank codecs: those whose layers hold factors that recovery can train."""

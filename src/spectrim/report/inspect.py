@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spectrim.models.load import Source, load_model, meta_model, quantization_of
 from spectrim.models.walk import find_layers, weight_of
-from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.codecs import StoredLinear
 
 
 def inspect_folder(source: Source, *, spectrum: bool = True, size: float | None = None) -> dict[str, Any]:
@@ -35,13 +35,13 @@ def inspect_folder(source: Source, *, spectrum: bool = True, size: float | None 
 
 def describe_layer(name: str, module: nn.Module, spectrum: bool) -> dict[str, Any]:
     """Codec, rank, numbers; with `spectrum` also the largest and smallest kept singular value and the stable rank."""
-    if isinstance(module, LowRankLinear | PivotLinear):
+    if isinstance(module, StoredLinear):
         row: dict[str, Any] = {
             "name": name,
             "codec": module.codec,
             "rank": module.rank,
             "shape": [module.out_features, module.in_features],
-            "numbers": sum(t.numel() for t in module.state_dict().values()),
+            "numbers": module.numbers,
         }
         weight = module.dense_weight()
     else:

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from spectrim.linalg.divergence import mean_kl
 from spectrim.linalg.factor import Spectrum, decompose
-from spectrim.method import Allocation, MaskedMethod, MethodInfo, Stats, require_choice, require_range
+from spectrim.method import Allocation, MaskedMethod, MethodInfo, require_choice, require_range
+from spectrim.stats import Stats
 
 TRAVEL = 4.0
 """A mask at full rate could fall this many times from its start to zero in the pressed steps (ours)."""

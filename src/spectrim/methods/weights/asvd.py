@@ -15,7 +15,8 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.linalg.metric import diagonal_root
-from spectrim.method import LayerMethod, MethodInfo, Stat, Stats, require_range
+from spectrim.method import LayerMethod, MethodInfo, require_range
+from spectrim.stats import Stat, Stats
 
 
 @dataclass(frozen=True, kw_only=True)

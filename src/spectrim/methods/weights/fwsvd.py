@@ -22,7 +22,8 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.linalg.metric import diagonal_root
-from spectrim.method import LayerMethod, MethodInfo, Stat, Stats, require_choice
+from spectrim.method import LayerMethod, MethodInfo, require_choice
+from spectrim.stats import Stat, Stats
 
 LEAST_IMPORTANCE = 1e-3
 """Of D, relative to its mean."""

@@ -16,8 +16,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum
-from spectrim.method import Allocation, LayerMethod, MethodInfo, Stat, Stats
+from spectrim.method import Allocation, LayerMethod, MethodInfo
 from spectrim.methods.weights.afm import feature_spectrum
+from spectrim.stats import Stat, Stats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.linalg.metric import root_of
-from spectrim.method import LayerMethod, MethodInfo, Stat, Stats
+from spectrim.method import LayerMethod, MethodInfo
 from spectrim.replacement import Storage
+from spectrim.stats import Stat, Stats
 
 
 @dataclass(frozen=True, kw_only=True)

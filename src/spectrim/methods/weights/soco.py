@@ -29,16 +29,9 @@ from torch import Tensor
 
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Spectrum, decompose
-from spectrim.method import (
-    Components,
-    LearnedMethod,
-    MethodInfo,
-    Stat,
-    Stats,
-    require_choice,
-    require_range,
-)
+from spectrim.method import Components, LearnedMethod, MethodInfo, require_choice, require_range
 from spectrim.methods.weights.two_sided import TwoSidedMetric, two_sided_spectrum
+from spectrim.stats import Stat, Stats
 
 LARGEST_SCORE_ON_RETURN = 2.0
 """A component is never taken back at more than this score: the quadratic model does not reach further."""

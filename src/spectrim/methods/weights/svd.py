@@ -11,7 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
-from spectrim.method import LayerMethod, MethodInfo, Stats
+from spectrim.method import LayerMethod, MethodInfo
+from spectrim.stats import Stats
 
 
 @dataclass(frozen=True, kw_only=True)

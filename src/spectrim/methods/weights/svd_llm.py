@@ -18,7 +18,8 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.linalg.metric import root_of
-from spectrim.method import LayerMethod, MethodInfo, Stat, Stats, require_choice
+from spectrim.method import LayerMethod, MethodInfo, require_choice
+from spectrim.stats import Stat, Stats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.linalg.weighted import Solver, damped, weighted_factors
-from spectrim.method import LayerMethod, MethodInfo, Stat, Stats, require_choice, require_range
+from spectrim.method import LayerMethod, MethodInfo, require_choice, require_range
 from spectrim.methods.weights.fwsvd import fisher_spectrum
+from spectrim.stats import Stat, Stats
 
 
 @dataclass(frozen=True, kw_only=True)

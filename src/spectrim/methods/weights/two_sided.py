@@ -26,8 +26,9 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.linalg.metric import quick_root, shrink
-from spectrim.method import Allocation, Coupling, LayerMethod, MethodInfo, Stat, Stats, require_choice, require_range
+from spectrim.method import Allocation, LayerMethod, MethodInfo, require_choice, require_range
 from spectrim.replacement import Storage
+from spectrim.stats import Coupling, Stat, Stats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
-from spectrim.method import MethodInfo, OrderedMethod, Stats
+from spectrim.method import MethodInfo, OrderedMethod
+from spectrim.stats import Stats
 
 
 @dataclass(frozen=True, kw_only=True)

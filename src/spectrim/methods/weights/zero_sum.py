@@ -20,7 +20,8 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.linalg.metric import root_of
-from spectrim.method import MethodInfo, OrderedMethod, Stat, Stats
+from spectrim.method import MethodInfo, OrderedMethod
+from spectrim.stats import Stat, Stats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,46 @@
+"""What a compression in memory gives."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from spectrim.engines.checkpoint import Checkpoint
+from spectrim.engines.learned import Learned
+from spectrim.engines.ranks import Plan
+from spectrim.engines.recovery import Recovered
+from spectrim.method import Method
+from spectrim.models.walk import Walk
+from spectrim.replacement import Replacement
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """A compressed model and how it came about."""
+
+    model: PreTrainedModel
+    method: Method
+    walk: Walk
+    plan: Plan
+    placed: Mapping[str, Replacement]
+    learned: Learned | None = None
+    recovered: tuple[Recovered, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    gradient_windows: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def distil_losses(self) -> tuple[float, ...]:
+        """Losses of all `kl` steps, one after the other."""
+        return tuple(x for r in self.recovered if r.step.name == "kl" for losses in r.losses for x in losses)
+
+
+class Made(NamedTuple):
+    """A compressed model before recovery, and the checkpoint that recovery goes on with."""
+
+    student: PreTrainedModel
+    plan: Plan
+    placed: Mapping[str, Replacement]
+    learned: Learned | None
+    checkpoint: Checkpoint | None

@@ -1,0 +1,68 @@
+"""The contract of a method that treats the model as a whole.
+
+Where the form of the result is no ordered spectrum of each weight (narrower layers, a basis shared by several layers,
+tensor networks, codes of few bits), a method makes the small model itself, under the budget that all methods have. What
+it puts in the place of layers are plain ones or such of a codec of its own (nn/codecs.py); measuring, counting, saving,
+loading and judging belong to the engines, as for every method.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from spectrim.method import Method
+from spectrim.stats import Stats
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from spectrim.engines.checkpoint import Checkpoint
+    from spectrim.engines.measure import Progress
+    from spectrim.models.walk import Walk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a method is given. Tokens are ids (windows, length) on the CPU; the dense model is not to be changed."""
+
+    dense: "PreTrainedModel"  # weights in float32
+    walk: "Walk"
+    keep: float
+    budget: int
+    """Numbers that all target layers may store together, biases, masks and indices included."""
+    stats: Mapping[str, Stats]
+    """By layer name: what `needs` names, measured on `calibration`; empty where it names nothing."""
+    calibration: Tensor
+    training: Tensor
+    gradient_windows: int
+    seed: int
+    warnings: list[str]
+    """What there is to say about the result; to be added to."""
+    timed: Callable[[str], AbstractContextManager[None]]
+    """`with job.timed("train"):` adds to the seconds of that stage in the report."""
+    progress: "Progress | None" = None
+    checkpoint: "Checkpoint | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMethod(Method):
+    """A method that makes the whole compressed model."""
+
+    codecs: ClassVar[tuple[str, ...]]
+    """Those of nn/codecs.py that its layers may have; empty where it leaves plain layers, narrower ones."""
+    trains_factors: ClassVar[bool] = False
+    """True when its layers are low-rank ones, which recovery steps can train."""
+
+    def check_model(self, config: "PretrainedConfig", walk: "Walk", keep: float) -> None:
+        """Refuse, before any weight is loaded, what cannot be done: UsageError that names the architecture or size."""
+
+    @abstractmethod
+    def compress(self, job: Job) -> "PreTrainedModel":
+        """A compressed model of its own that may share unchanged parameters with the dense one; deterministic.
+
+        The engine checks the budget, the numbers and that all weights are finite.
+        """

@@ -1,0 +1,254 @@
+"""What every method that treats the model as a whole must do, whatever its layers become.
+
+A method of the tests' own, which keeps the largest rows of each weight in a codec of its own, goes through the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from spectrim.engines.learned import skeleton
+from spectrim.engines.pipeline import Outcome, compress_model
+from spectrim.errors import InputError, NumericalError, UsageError
+from spectrim.integrations.folder import finalise, write_folder
+from spectrim.integrations.transformers import make_dense
+from spectrim.method import Method, MethodInfo
+from spectrim.model_method import Job, ModelMethod
+from spectrim.models.walk import weight_of
+from spectrim.nn.codecs import CODECS, StoredLinear, codec_class
+from spectrim.registry import MODEL_METHODS, make_method
+from spectrim.stats import Stat
+from spectrim.store import open_checkpoint
+from tiny_models import logits_of, tiny, token_ids
+
+KEEP = 0.75
+OPTIONS: dict[str, dict[str, Any]] = {}
+"""Options for the tiny model, of methods whose defaults are for larger ones."""
+ARCHITECTURE: dict[str, str] = {}
+"""Of the tiny model; llama-gqa-bias unless said."""
+
+
+class RowsLinear(StoredLinear):
+    """The first R rows of a weight in a given order; the other outputs are 0."""
+
+    codec = "rows"
+    places: Tensor
+
+    def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool, device=None, dtype=None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = inputs, outputs, rank
+        self.rows = nn.Parameter(torch.zeros(rank, inputs, device=device, dtype=dtype))
+        self.register_buffer("places", torch.zeros(rank, dtype=torch.int32, device=device))
+        self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
+        self.add_guard(device, dtype)
+
+    @classmethod
+    def from_entry(cls, inputs: int, outputs: int, entry: Mapping[str, Any], *, device=None, dtype=None) -> Self:
+        if entry["rank"] > outputs:
+            raise ValueError(f"rank {entry['rank']}; the layer has {outputs} rows")
+        return cls(inputs, outputs, entry["rank"], bias=entry["bias"], device=device, dtype=dtype)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        bias = {"bias": (self.out_features,)} if self.has_bias else {}
+        return {"rows": (self.rank, self.in_features), "places": (self.rank,), **bias}
+
+    def after_load(self) -> None:
+        if bool((self.places < 0).any()) or bool((self.places >= self.out_features).any()):
+            raise ValueError("a row's place is outside the layer")
+
+    def dense_weight(self) -> Tensor:
+        weight = torch.zeros(self.out_features, self.in_features)
+        return weight.index_copy(0, self.places.long(), self.rows.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.rows)
+        y = y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.places.long(), y)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestRows(ModelMethod):
+    """Keep the rows that matter most for the layer's outputs."""
+
+    info: ClassVar = MethodInfo(name="rows", family="tests", paper="none", promise="none")
+    needs: ClassVar = frozenset({Stat.GRAM})
+    codecs: ClassVar = ("rows",)
+
+    spare: int = 0
+    fill: float = 1.0
+
+    def compress(self, job: Job):
+        model = skeleton(job.dense)
+        for layer in job.walk.layers:
+            module = model.get_submodule(layer.name)
+            weight = weight_of(module).detach()
+            rank = int(job.keep * layer.weight_numbers / (layer.inputs + 1)) + self.spare
+            size = ((weight.double() @ job.stats[layer.name].get(Stat.GRAM)) * weight).sum(1)
+            kept = size.topk(min(rank, layer.outputs)).indices.sort().values
+            new = RowsLinear(layer.inputs, layer.outputs, len(kept), bias=module.bias is not None)
+            new.rows.data.copy_(weight[kept] * self.fill)
+            new.places.copy_(kept)
+            if new.bias is not None:
+                new.bias.data.copy_(module.bias)
+            model.set_submodule(layer.name, new)
+        return model
+
+
+@pytest.fixture(autouse=True)
+def rows_codec(monkeypatch):
+    monkeypatch.setitem(CODECS, "rows", f"{__name__}:RowsLinear")
+
+
+def method_of(name: str) -> Method:
+    return LargestRows() if name == "rows" else make_method(name, None, dict(OPTIONS.get(name, {})))
+
+
+def dense_of(name: str):
+    return tiny(ARCHITECTURE.get(name, "llama-gqa-bias"))
+
+
+def made(name: str, keep: float = KEEP, **options: Any) -> tuple[Any, Outcome]:
+    dense = dense_of(name)
+    method = LargestRows(**options) if name == "rows" else method_of(name)
+    return dense, compress_model(dense, method, keep, token_ids(8), seed=3)
+
+
+def written(outcome: Outcome, folder: Path):
+    write_folder(folder, finalise(outcome, torch.float32, base_model="tiny"), None)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+every_name = pytest.mark.parametrize("name", ["rows", *MODEL_METHODS])
+
+
+@every_name
+def test_the_dense_model_is_left_alone(name):
+    dense = dense_of(name)
+    before = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
+    compress_model(dense, method_of(name), KEEP, token_ids(8), seed=3)
+    after = dense.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@every_name
+def test_the_same_again_gives_the_same(name):
+    first, second = (made(name)[1].model.state_dict() for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@every_name
+def test_what_is_written_is_what_was_made_and_within_the_budget(name, tmp_path):
+    _, outcome = made(name)
+    again = written(outcome, tmp_path / "out")
+    ids = token_ids(2)
+    assert torch.allclose(logits_of(again, ids), logits_of(outcome.model, ids), atol=1e-5)
+    names = {layer.name for layer in outcome.walk.layers}
+    headers = open_checkpoint(tmp_path / "out").tensors
+    counted = sum(info.numel for key, info in headers.items() if any(key.startswith(f"{n}.") for n in names))
+    assert counted == outcome.plan.numbers_after <= KEEP * outcome.plan.numbers_before
+    assert counted > 0.5 * KEEP * outcome.plan.numbers_before  # nobody gives the budget away
+
+
+@every_name
+def test_what_was_loaded_saves_the_same_again(name, tmp_path):
+    again = written(made(name)[1], tmp_path / "one")
+    again.save_pretrained(tmp_path / "two")
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@every_name
+def test_stored_layers_compute_their_dense_weight(name, tmp_path):
+    model = written(made(name)[1], tmp_path / "out")
+    for path, module in model.named_modules():
+        if not isinstance(module, StoredLinear):
+            continue
+        x = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(1))
+        bias = getattr(module, "bias", None)
+        expected = nn.functional.linear(x, module.dense_weight().float(), bias)
+        assert torch.allclose(module(x), expected, atol=1e-4), path
+        assert {k: tuple(t.shape) for k, t in module.state_dict().items() if t.numel()} == module.shapes(), path
+
+
+@every_name
+def test_a_stored_model_can_be_made_dense(name, tmp_path):
+    model = written(made(name)[1], tmp_path / "out")
+    ids = token_ids(2)
+    before = logits_of(model, ids)
+    assert torch.allclose(logits_of(make_dense(model), ids), before, atol=1e-4)
+    assert not any(isinstance(module, StoredLinear) for module in model.modules())
+
+
+@every_name
+def test_options_round_trip(name):
+    method = method_of(name)
+    config = method.to_config()
+    assert config.pop("method") == method.info.name
+    assert type(method).from_config(config) == method
+
+
+@every_name
+def test_codecs_are_those_that_are_named(name):
+    method = method_of(name)
+    assert isinstance(method, ModelMethod)
+    found = {m.codec for m in made(name)[1].model.modules() if isinstance(m, StoredLinear)}
+    assert found <= set(method.codecs)
+    assert all(codec_class(codec).codec == codec for codec in method.codecs)
+
+
+# ---------- what the engine refuses
+
+
+def test_more_than_the_budget_is_refused():
+    with pytest.raises(NumericalError, match=r"rows stores .* keep 0.75 allows"):
+        made("rows", spare=3)
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    with pytest.raises(NumericalError, match=r"rows: rows made NaN or Inf|rows made NaN or Inf"):
+        made("rows", fill=float("inf"))
+
+
+def test_recovery_of_layers_without_factors_is_refused():
+    with pytest.raises(UsageError, match=r"its layers have none \(rows\)"):
+        compress_model(tiny("llama"), LargestRows(), KEEP, token_ids(8), recovery=("kl:2",))
+
+
+def test_skipped_layers_are_refused():
+    dense = tiny("llama")
+    with torch.no_grad():
+        dense.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"cannot leave out 1 layers .*layers.0.mlp.up_proj"):
+        compress_model(dense, LargestRows(), KEEP, token_ids(8), nonfinite="skip")
+
+
+def edited(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_layer_may_refuse_what_was_loaded(tmp_path):
+    written(made("rows")[1], tmp_path / "out")
+    edited(tmp_path / "out", lambda t: t["model.layers.1.mlp.up_proj.places"].fill_(1000))
+    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj: a row's place is outside"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_entry_that_does_not_fit_is_refused(tmp_path):
+    written(made("rows")[1], tmp_path / "out")
+    config = (tmp_path / "out" / "config.json").read_text()
+    (tmp_path / "out" / "config.json").write_text(config.replace('"rank": 2', '"rank": 20000002'))
+    with pytest.raises(InputError, match=r"config.json gives model.layers.\d.*rank 2000000\d+; the layer has"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
