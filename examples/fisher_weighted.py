@@ -19,10 +19,10 @@ from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.weighted import damped, weighted_error
-from spectrim.stats import Stat
 from spectrim.models.load import load_dense, pick_device, resolve
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.registry import make_method
+from spectrim.stats import Stat
 
 DAMPING = 0.1
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
