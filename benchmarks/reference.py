@@ -63,10 +63,12 @@ class Row:
     seeds: tuple[int, ...] = (0,)
     keeps: tuple[float, ...] = (0.8, 0.5)
     calib: str = "text"
+    calib_windows: int | None = None
+    """Of text that the model writes, which costs only time; None: as many as the others have."""
     tasks: bool = False
 
 
-ALL = (0.8, 0.6, 0.5, 0.4)
+THREE = (0, 1, 2)
 GROUPS: dict[str, list[Row]] = {
     "presets": [
         Row(label="soco --preset best", preset="best", keeps=(0.5, 0.8), tasks=True),
@@ -77,6 +79,7 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="soco --preset balanced", preset="balanced", keeps=(0.6, 0.4)),
         Row(label="soco --preset balanced", preset="balanced", keeps=(0.7, 0.35)),
         Row(label="soco --preset fast --calib self", preset="fast", keeps=(0.8,), calib="self"),
+        Row(label="fast --calib self, 512 windows", preset="fast", keeps=(0.8,), calib="self", calib_windows=512),
     ],
     # Equal training: 300 steps of the same windows, everything counted.
     "rivals": [
@@ -91,13 +94,27 @@ GROUPS: dict[str, list[Row]] = {
     # The same closed form, steps and data: all on the factors, or the first of them on the scores.
     "scores-first": [
         Row(
-            label="kl:200", preset="best", options={"distil_steps": 0}, recover=("kl:200",), seeds=(0, 1, 2),
+            label="kl:200", preset="best", options={"distil_steps": 0}, recover=("kl:200",), seeds=THREE,
             keeps=(0.5, 0.6, 0.4),
         ),
         Row(
-            label="scores 40, kl:160", preset="balanced", options={"steps": 40}, recover=("kl:160",), seeds=(0, 1, 2),
+            label="scores 40, kl:160", preset="balanced", options={"steps": 40}, recover=("kl:160",), seeds=THREE,
             keeps=(0.5, 0.6, 0.4),
         ),
+    ],
+    # What each part of learning scores brings; the seeds order the windows.
+    "phases": [
+        Row(label="balanced", preset="balanced", seeds=THREE, keeps=(0.5,)),
+        Row(label="phase 3 only", preset="balanced", options={"refine": 0.0}, seeds=THREE, keeps=(0.5,)),
+        Row(
+            label="phases 1 and 3", preset="balanced", options={"explore": 0.3, "refine": 0.0}, seeds=THREE,
+            keeps=(0.5,),
+        ),
+        Row(
+            label="all phases", preset="balanced", options={"explore": 0.3, "refine": 0.3}, seeds=THREE, keeps=(0.5,),
+        ),
+        Row(label="basis svd", preset="balanced", options={"basis": "svd"}, seeds=THREE, keeps=(0.5,)),
+        Row(label="factor storage", preset="balanced", options={"storage": "factor"}, seeds=THREE, keeps=(0.5,)),
     ],
     "ablation": [
         Row(
@@ -111,14 +128,8 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="fast, coupled", preset="fast", options={"coupling": "sequence"}),
         Row(label="fast, coupled, no Newton step", preset="fast", options={"coupling": "sequence", "newton": 0}),
         Row(label="fast, factor storage", preset="fast", options={"storage": "factor"}),
-        Row(label="balanced, factor storage", preset="balanced", options={"storage": "factor"}),
         Row(label="balanced, no next-token loss", preset="balanced", options={"label_share": 0.0}),
         Row(label="balanced, 0.3 next-token loss", preset="balanced", options={"label_share": 0.3}),
-        Row(label="balanced, phase 3 only", preset="balanced", options={"explore": 0.0, "refine": 0.0}),
-        Row(label="balanced, phases 1 and 3", preset="balanced", options={"explore": 0.3, "refine": 0.0}),
-        Row(label="balanced, all phases", preset="balanced", options={"explore": 0.3, "refine": 0.3}),
-        Row(label="balanced, basis svd", preset="balanced", options={"basis": "svd"}),
-        Row(label="balanced, other seeds", preset="balanced", seeds=(1, 2)),
     ],
     "closed-form": [
         Row(label="svd", method="svd"),
@@ -207,6 +218,7 @@ class Bench:
         calibration = self.calibration
         if row.calib == "self":
             count, length = calibration.shape
+            count = row.calib_windows or count
             calibration = sample_windows(self.dense, length=length, count=count, seed=seed).ids
         with nullcontext() if self.closed_forms is None else self.closed_forms.shared():
             outcome = compress_model(
