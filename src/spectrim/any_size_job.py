@@ -22,10 +22,11 @@ from spectrim.method import LayerMethod, Method
 from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
 from spectrim.models.walk import Walk, find_layers
 from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
-from spectrim.request import Request, cut_windows, read_text
+from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
 from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
 from spectrim.unsolved import unsolved_saved
+from spectrim.windows_in_use import cut_windows, read_text
 
 
 def run_any_size(

@@ -48,10 +48,11 @@ from spectrim.models.load import (
 from spectrim.models.walk import find_layers
 from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
-from spectrim.request import Request, cut_windows, read_text
+from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
 from spectrim.store import check_companions, open_checkpoint, preflight, staged, write_json, write_manifest, write_text
 from spectrim.unsolved import unsolved_saved
+from spectrim.windows_in_use import cut_windows, read_text
 
 LOGIT_TOLERANCE = 1e-3
 """Largest difference between the logits before saving and after reloading, relative to the largest logit."""

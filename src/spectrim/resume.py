@@ -34,13 +34,14 @@ from spectrim.engines.propagate import propagate
 from spectrim.errors import InputError, Interrupted, NumericalError, ResourceError, SpectrimError, UsageError
 from spectrim.method import Method
 from spectrim.models.load import Source, pick_device
-from spectrim.request import Request, WindowsInUse
+from spectrim.request import Request
 from spectrim.store import disk
 from spectrim.store.manifest import measure_file
 from spectrim.store.points import point
 from spectrim.store.state import read_state, write_state
 from spectrim.store.target import with_margin
 from spectrim.store.work import WorkFolder, locked
+from spectrim.windows_in_use import WindowsInUse
 
 SAVE_EVERY_S = 60.0
 OVERHEAD = 30

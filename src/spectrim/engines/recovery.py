@@ -6,10 +6,10 @@ block[:STEPS] each block trained to give what the dense block gives, STEPS a blo
 kl[:STEPS]    all factors trained against the dense model's distribution                         engines/distil.py
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,29 +21,11 @@ from spectrim.engines.measure import Progress
 from spectrim.engines.pack import fill
 from spectrim.engines.refit import reconstruct, refit
 from spectrim.engines.stream import low_rank_layers
-from spectrim.errors import UsageError, did_you_mean
-from spectrim.method import Method
-from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Walk
 from spectrim.nn.linears import PivotLinear
-
-MOST_STEPS = 1_000_000
-RECOVERY_BATCH = 32
-"""Windows in a step of distillation."""
-DEFAULT_STEPS: Mapping[str, int | None] = {"refit": None, "reconstruct": None, "block": 100, "kl": 300}
-"""Recovery steps by name, with how many optimizer steps they take when nothing is said; None: it does not train."""
+from spectrim.options import RECOVERY_BATCH, Step
 
 Timed = Callable[[str], AbstractContextManager[None]]
-
-
-class Step(NamedTuple):
-    """One recovery step; `steps` is None for one that does not train."""
-
-    name: str
-    steps: int | None
-
-    def __str__(self) -> str:
-        return self.name if self.steps is None else f"{self.name}:{self.steps}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,43 +34,6 @@ class Recovered:
 
     step: Step
     losses: tuple[tuple[float, ...], ...] = ()
-
-
-def parse_step(text: str) -> Step:
-    """`"kl"` or `"kl:300"`; UsageError for an unknown name or a count that does not fit."""
-    name, colon, count = text.partition(":")
-    if name not in DEFAULT_STEPS:
-        raise UsageError(f"unknown recovery step {name!r}{did_you_mean(name, DEFAULT_STEPS)}")
-    steps = DEFAULT_STEPS[name]
-    if not colon:
-        return Step(name, steps)
-    if steps is None:
-        raise UsageError(
-            f"recovery step {text!r}: {name} is solved directly and takes no number of steps; write {name}"
-        )
-    if not (count.isascii() and count.isdigit()) or not 1 <= int(count) <= MOST_STEPS:
-        raise UsageError(
-            f"recovery step {text!r}: the number of steps must be a whole number in [1, {MOST_STEPS}], got {count!r}; "
-            f"e.g. {name}:{steps}"
-        )
-    return Step(name, int(count))
-
-
-def recovery_of(method: Method, asked: Iterable[str]) -> tuple[Step, ...]:
-    """The method's own steps, those asked for, and `distil_steps` of a method that has them as a last `kl` step."""
-    steps = [parse_step(text) for text in (*method.recovery, *asked)]
-    if method.centres and any(step.steps is None for step in steps):
-        raise UsageError(
-            f"method {method.info.name}: refit and reconstruct solve for factors without the bias that this method has "
-            "moved; leave them out (block and kl train biases too)"
-        )
-    if steps and isinstance(method, ModelMethod) and not method.trains_factors:
-        raise UsageError(
-            f"method {method.info.name}: recovery steps train low-rank factors, and its layers have none "
-            f"({', '.join(method.codecs) or 'they are plain ones'}); leave --recover out"
-        )
-    distil_steps = getattr(method, "distil_steps", 0)
-    return (*steps, *([Step("kl", distil_steps)] if distil_steps else []))
 
 
 def recover(

@@ -20,11 +20,12 @@ from transformers.utils import logging
 from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean, without_tokens
 from spectrim.integrations.transformers import register
 from spectrim.models.walk import find_layers, weight_of
+from spectrim.options import DTYPE_NAMES, check_device, check_dtype
 from spectrim.store import Checkpoint, open_checkpoint
 from spectrim.store.files import Stamp, shown, stamp_of
 
 BUILTIN = {"builtin:tiny": "tiny"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab*", "*.jinja", "LICENSE*"]
 
@@ -309,14 +310,10 @@ def _from_pretrained(source: Source, dtype: torch.dtype, **options: Any) -> tupl
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU, else the CPU; a device that is not there is an error."""
+    check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device {name}: not a device that computes; use auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ResourceError(f"--device {name}: this machine has no Apple GPU that torch can use; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -326,8 +323,5 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(name: str, source_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the stored result; `auto` is the source's."""
-    if name == "auto":
-        return source_dtype
-    if name not in DTYPES:
-        raise UsageError(f"--dtype {name}: not supported{did_you_mean(name, DTYPES)}")
-    return DTYPES[name]
+    check_dtype(name)
+    return source_dtype if name == "auto" else DTYPES[name]
