@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean, without_tokens
 from spectrim.integrations.transformers import register
+from spectrim.models.plain_reads import plain_reads
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.options import DTYPE_NAMES, check_device, check_dtype
 from spectrim.store import Checkpoint, open_checkpoint
@@ -292,7 +293,7 @@ def no_progress_bars() -> Iterator[None]:
 def _from_pretrained(source: Source, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         require_unchanged(source)
-        with no_progress_bars():
+        with no_progress_bars(), plain_reads(source.checkpoint):
             loaded = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=dtype,
