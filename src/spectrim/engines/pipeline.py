@@ -304,7 +304,8 @@ class _Run:
         windows = self.round_windows(ids) if device_of(self.dense).type == "cpu" else ids
         given = (self.by_layer, self.dense, self.walk, spectra, plan, stats, windows)
         with timed(self.clock, "propagate"):
-            told = {"progress": self.progress, "checkpoint": self.checkpoint}
+            after = None if self.checkpoint is None else energies_of(spectra)
+            told = {"progress": self.progress, "checkpoint": self.checkpoint, "after": after}
             self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
 
     def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[dict[str, Spectrum], Plan]:

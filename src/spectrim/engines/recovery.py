@@ -21,9 +21,13 @@ from spectrim.engines.measure import Progress
 from spectrim.engines.pack import fill
 from spectrim.engines.refit import reconstruct, refit
 from spectrim.engines.stream import low_rank_layers
+from spectrim.memory import Batch
 from spectrim.models.walk import Walk
 from spectrim.nn.linears import PivotLinear
 from spectrim.options import RECOVERY_BATCH, Step
+
+SOLVED_WINDOWS = 4
+"""Windows at a time in the steps that solve for factors."""
 
 Timed = Callable[[str], AbstractContextManager[None]]
 
@@ -85,7 +89,8 @@ def _solve(
     """Solve for factors, or take what an earlier run has found."""
     saved = None if checkpoint is None else checkpoint.load(stage)
     if saved is None:
-        solve(student, teacher, walk, ids, progress=progress)
+        given = (student, teacher, walk, ids)
+        Batch(SOLVED_WINDOWS).run(stage, lambda size: solve(*given, batch_size=size, progress=progress))
     layers = low_rank_layers(student, walk)
     state = {f"{name}.{key}": t for name, m in layers.items() for key, t in m.state_dict().items() if t.numel()}
     if saved is None:
