@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -10,18 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from command_line import PLAIN, call, small_model, small_text
 from memory_checkpoint import Killed, MemoryCheckpoint
+from spectrim import job
 from spectrim.engines import measure as measure_engine
 from spectrim.engines.block import refine_blocks
 from spectrim.engines.checkpoint import Saved
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.engines.recovery import recover
 from spectrim.errors import ResourceError
-from spectrim.linalg.fallback import listening
+from spectrim.linalg.fallback import Fallback, listening, tell
 from spectrim.memory import Batch
 from spectrim.models.walk import find_layers
 from spectrim.options import parse_step
 from spectrim.registry import make_method
+from spectrim.resume import Resume
+from spectrim.store.state import write_state
+from spectrim.store.work import WorkFolder
 from tiny_models import tiny, token_ids
 
 pytestmark = [pytest.mark.faults, pytest.mark.fault(59)]
@@ -63,8 +69,8 @@ def both(*calls: Any) -> Any:
     """Several progress callbacks as one."""
 
     def progress(*said: Any) -> None:
-        for call in calls:
-            call(*said)
+        for tell_it in calls:
+            tell_it(*said)
 
     return progress
 
@@ -264,3 +270,54 @@ def test_a_batch_larger_than_what_there_is_starts_from_that() -> None:
     assert tries == [4, 2, 1]
     assert [f.size for f in heard] == ["4 windows", "2 windows"]
     assert batch.run("x", work, most=4) == 1
+
+
+# ---- what earlier processes were told
+
+
+def test_the_report_of_a_resumed_run_counts_what_earlier_processes_did(tmp_path: Path) -> None:
+    """The first process halves its batches and dies; the second has memory, and goes on from the first one's state."""
+    model, text = small_model(tmp_path / "model"), small_text(tmp_path / "text.txt")
+    words = ("compress", model, "--out", tmp_path / "out", *PLAIN, "--method", "svd-llm", "--calib", text, "--json")
+    scarce = Scarce()
+    scarce.most = 2
+    with scarce.on(), mock.patch.object(job, "write_folder", side_effect=RuntimeError("died")):
+        assert call(*words).code == 6
+    with mock.patch.object(job, "reload_difference", return_value=0.0):
+        answer = call(*words)
+    assert answer.code == 0, answer.err
+    report = answer.json
+    assert report["resumed"]
+    assert [(row["operation"], row["way"]) for row in report["fallbacks"]] == [("calibrate", "batches of 2")]
+    assert any(line.startswith("calibrate: 1 times done with batches of 2") for line in report["warnings"])
+
+
+def test_what_was_told_again_counts_once_and_what_was_of_another_run_not_at_all(tmp_path: Path) -> None:
+    first, second, own = (Fallback("svd", size, "float64", "why") for size in ("1 x 1", "2 x 2", "3 x 3"))
+    (tmp_path / "out.resume").mkdir()
+    saved = Saved(1, {"x": torch.zeros(1)}, {"run": {"a": 1}})
+    with listening():
+        tell(first)
+        tell(second)
+        Resume(WorkFolder(tmp_path / "out.resume")).save("kl", saved)
+    with listening() as now:
+        tell(own)
+        tell(first)  # done again before the state was found
+        resume = Resume(WorkFolder(tmp_path / "out.resume"))
+        again = resume.load("kl")
+        assert again is not None
+        assert again.facts == saved.facts
+        assert now == [second, own, first]
+        resume.load("kl")  # after a failed try of the same process
+        assert now == [second, own, first]
+        resume.forget("kl", why="of another run")
+        assert now == [own, first]
+
+
+@pytest.mark.parametrize("told", [{}, [["a"]], [["a", "b", "c", 4]], "abcd"])
+def test_a_state_with_other_records_is_refused(told: Any, tmp_path: Path) -> None:
+    (tmp_path / "out.resume").mkdir()
+    write_state(tmp_path / "out.resume" / "kl.safetensors", 1, {"x": torch.zeros(1)}, {"fallbacks": told})
+    resume = Resume(WorkFolder(tmp_path / "out.resume"))
+    assert resume.load("kl") is None
+    assert "fallbacks must be a list of 4 texts each; kl starts anew" in resume.warnings[0]

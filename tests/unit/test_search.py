@@ -123,9 +123,9 @@ def test_the_parent_is_judged_by_the_windows_of_its_generation_only(monkeypatch)
     seen: list[tuple[tuple[int, ...], int]] = []
     whole = search.Searched.fitness
 
-    def note(self, choice, ids, teacher):
-        seen.append((tuple(choice), hash(ids.numpy().tobytes())))
-        return whole(self, choice, ids, teacher)
+    def note(self, choice, judged):
+        seen.append((tuple(choice), hash(judged.ids.numpy().tobytes())))
+        return whole(self, choice, judged)
 
     monkeypatch.setattr(search.Searched, "fitness", note)
     compress_model(tiny("llama"), make_method("svd-llm", options={**SEARCHES["evopress"], "generations": 3}), 0.6, IDS)
