@@ -19,11 +19,12 @@ from transformers.utils import logging
 
 from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean, without_tokens
 from spectrim.integrations.transformers import register
+from spectrim.models.extra import give_extra
 from spectrim.models.plain_reads import plain_reads
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.options import DTYPE_NAMES, check_device, check_dtype
-from spectrim.store import Checkpoint, open_checkpoint
-from spectrim.store.files import Stamp, shown, stamp_of
+from spectrim.store import Checkpoint, TensorInfo, open_checkpoint
+from spectrim.store.files import Stamp, stamp_of
 
 BUILTIN = {"builtin:tiny": "tiny"}
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -221,11 +222,17 @@ def _check_blocks(source: Source, model: PreTrainedModel) -> None:
 
 
 def load_dense(
-    source: Source, device: torch.device, *, allow_nonfinite: bool = False, warnings: list[str] | None = None
+    source: Source,
+    device: torch.device,
+    *,
+    allow_nonfinite: bool = False,
+    warnings: list[str] | None = None,
+    extra: dict[str, TensorInfo] | None = None,
 ) -> PreTrainedModel:
     """The dense model in float32 on `device`; anything missing from the files is an error, never random numbers.
 
-    So is NaN or Inf anywhere, unless allowed. `warnings` is told what is in the files and not in the model.
+    So is NaN or Inf anywhere, unless allowed. `extra` is given the tensors that are in the files and have no place in
+    the model, for whoever writes a result; `warnings` is told of them.
     """
     require_dense(source)
     check_against_config(source)
@@ -236,12 +243,9 @@ def load_dense(
             f"{source.folder}: {len(missing)} tensors that the model needs are in no file, e.g. "
             f"{', '.join(missing[:3])}; config.json and the files disagree, or the download is incomplete"
         )
-    extra = sorted(info["unexpected_keys"])
-    if extra and warnings is not None:
-        warnings.append(
-            f"{len(extra)} tensors in the files belong to no part of the model and are not in the result: "
-            + ", ".join(map(shown, extra[:3]))
-        )
+    said = give_extra(source.checkpoint, model, info, extra)
+    if warnings is not None:
+        warnings += said
     if not allow_nonfinite:
         _check_finite(source, model)
     nn.Module.to(model, device)  # transformers wraps its own `.to` in a way no type checker reads
@@ -260,9 +264,17 @@ def _check_finite(source: Source, model: PreTrainedModel) -> None:
 
 
 def load_model(
-    source: Source, device: torch.device, dtype: torch.dtype | None = None, *, size: float | None = None
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    size: float | None = None,
+    extra: dict[str, TensorInfo] | None = None,
 ) -> PreTrainedModel:
-    """A dense or compressed model as it is stored, for evaluation and generation; `size` of a folder with all sizes."""
+    """A dense or compressed model as it is stored, for evaluation and generation; `size` of a folder with all sizes.
+
+    `extra` as in `load_dense`.
+    """
     if size is not None and source.any_size is None:
         raise UsageError(
             f"{source.name}: holds one size only; `spectrim compress --any-size` makes folders that hold all"
@@ -274,6 +286,8 @@ def load_model(
             f"{source.folder}: {len(info['missing_keys'])} tensors that the model needs are in no file, e.g. "
             f"{min(info['missing_keys'])}; copy or download the folder again"
         )
+    if extra is not None:
+        give_extra(source.checkpoint, model, info, extra)
     nn.Module.to(model, device)  # transformers wraps its own `.to` in a way no type checker reads
     return model.eval()
 
