@@ -64,8 +64,9 @@ def recall(earlier: Iterable[Fallback]) -> list[Fallback]:
 def take_back(recalled: Iterable[Fallback]) -> None:
     """What was recalled has turned out to be of another run."""
     listener = _listener.get()
-    for fallback in recalled if listener is not None else ():
-        listener.remove(fallback)
+    if listener is not None:
+        for fallback in recalled:
+            listener.remove(fallback)
 
 
 def summary(fallbacks: list[Fallback]) -> list[str]:
