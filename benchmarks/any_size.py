@@ -21,12 +21,12 @@ from reference_data import CALIBRATION_WINDOWS, TEXTS, held_out, training_window
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.any_size import ANCHORS, compress_any_size
-from spectrim.engines.descent import STEPS
+from spectrim.engines.any_size import compress_any_size
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
 from spectrim.models.load import load_dense, pick_device, resolve
+from spectrim.options import ANCHORS, ANY_SIZE_STEPS
 from spectrim.registry import make_method
 from spectrim.report.facts import environment
 from spectrim.report.plot import line_chart
@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", default=["fast", "balanced"])
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.8, 0.6, 0.5, 0.4])
     parser.add_argument("--anchors", type=float, nargs="+", default=list(ANCHORS))
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of all anchors together")
+    parser.add_argument("--steps", type=int, default=ANY_SIZE_STEPS, help="training steps of all anchors together")
     parser.add_argument("--single-steps", type=int, help="training steps of a run for one size (default: the preset's)")
     parser.add_argument("--calibration-windows", type=int, default=CALIBRATION_WINDOWS)
     parser.add_argument("--evaluation-windows", type=int, default=300)

@@ -168,7 +168,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         folder = unpack_model(args.data, scratch)
         self.device = pick_device(args.device)
-        self.dense = load_dense(resolve(str(folder)), self.device)
+        self.source = resolve(str(folder))
+        self.dense = load_dense(self.source, self.device)
         self.calibration, self.cache, self.train_windows = (
             calibration_windows(args.data, folder),
             args.cache,
@@ -241,7 +242,7 @@ class Bench:
             write_folder(
                 self.folders / f"{row.label.split()[-1]}-{keep}",
                 finalise(outcome, torch.bfloat16, base_model="ref-llama-24m"),
-                self.folder,
+                self.source,
             )
         if row.tasks and self.tasks is not None:
             found["tasks"] = {

@@ -22,10 +22,11 @@ from spectrim.method import LayerMethod, Method
 from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
 from spectrim.models.walk import Walk, find_layers
 from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
-from spectrim.request import Request, cut_windows, read_text
+from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
-from spectrim.store import open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_json, write_manifest, write_text
 from spectrim.unsolved import unsolved_saved
+from spectrim.windows_in_use import cut_windows, read_text
 
 
 def run_any_size(
@@ -59,9 +60,10 @@ def _run(
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
     with kept as resume:
-        sizes, report = compress_sizes(request, method, source, resume, progress, fallbacks)
+        extra: dict[str, TensorInfo] = {}
+        sizes, report = compress_sizes(request, method, source, resume, progress, fallbacks, extra)
         with staged(out, overwrite=overwrite, needed_bytes=needed) as stage:
-            write_nested(stage, sizes, dtype, request.keep, source.folder, request.model)
+            write_nested(stage, sizes, dtype, request.keep, source, request.model, extra)
             written = open_checkpoint(stage)
             report["stored"] |= {"model_numbers": written.numel, "model_bytes": written.nbytes}
             default = sizes.at(request.keep)
@@ -88,14 +90,15 @@ def compress_sizes(
     resume: Resume,
     progress: Progress | None,
     fallbacks: list[Fallback],
+    extra: dict[str, TensorInfo],
 ) -> tuple[AnySize, dict[str, Any]]:
-    """Text, model, all sizes, and the report on them; nothing is written but states."""
+    """Text, model, all sizes, and the report on them; nothing is written but states. `extra` as in `load_dense`."""
     skips = request.allow_nonfinite == "skip"
     device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
     assert isinstance(method, LayerMethod)  # Request.check refuses others
     text = read_text(request, source)
     said: list[str] = []
-    dense = load_dense(source, device, allow_nonfinite=skips, warnings=said)
+    dense = load_dense(source, device, allow_nonfinite=skips, warnings=said, extra=extra)
     texts = cut_windows(request, method, dense, text, progress=progress)
     resume.folder.claim(text_fields(texts))
     with resume.signals():

@@ -91,10 +91,7 @@ def compress(
     json_: Json = False,
 ) -> None:
     """Compress a model and write a folder that plain transformers loads."""
-    from spectrim.evaluate.gate import refuse_failed
-    from spectrim.job import Request, run
-    from spectrim.report.card import table
-    from spectrim.resume import ResumeOptions
+    from spectrim.request import Request
 
     sizes = parse_anchors(anchors)
     if keep is None:
@@ -106,6 +103,12 @@ def compress(
         dtype=dtype, seed=seed, any_size=any_size, anchors=sizes, any_size_steps=any_size_steps,
         quality_gate=quality_gate, allow_nonfinite=allow_nonfinite,  # type: ignore[arg-type]  checked there
     )  # fmt: skip
+    request.check()  # before transformers is imported: a mistake is told at once
+    from spectrim.evaluate.gate import refuse_failed
+    from spectrim.job import run
+    from spectrim.report.card import table
+    from spectrim.resume import ResumeOptions
+
     options = ResumeOptions(
         save_every_s=save_every, restart=restart, take_lock=take_lock, command=given_command("compress")
     )
@@ -155,15 +158,17 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Say what `compress` would do, without touching a weight."""
-    from spectrim.engines.plan import estimate
-    from spectrim.job import Request, foresee
-    from spectrim.models.load import pick_device, pick_dtype, resolve
+    from spectrim.request import Request
 
     request = Request(
         model=model, keep=keep, method=method, preset=preset, options=parse_options(set_), device=device, dtype=dtype,
         calib_windows=calib_windows, calib_length=calib_length,
     )  # fmt: skip
-    configured = request.check()
+    configured = request.check()  # as above
+    from spectrim.engines.plan import estimate
+    from spectrim.job import foresee
+    from spectrim.models.load import pick_device, pick_dtype, resolve
+
     source = resolve(model)
     foresee(request, configured, source)
     facts = estimate(
@@ -286,14 +291,14 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write a compressed folder in another form."""
-    from spectrim.integrations.export import export_dense, export_size
-    from spectrim.models.load import resolve
-
     to = to or ("dense" if keep is None else "size")
     if to not in ("dense", "size"):
         raise UsageError(f"--to {to}: not supported; known: dense, size")
     if to == "size" and keep is None:
         raise UsageError("--to size needs --keep, the size to write")
+    from spectrim.integrations.export import export_dense, export_size
+    from spectrim.models.load import resolve
+
     source = resolve(folder)
     if to == "size" and keep is not None:
         facts = export_size(source, out, size=keep, overwrite=overwrite)

@@ -33,6 +33,10 @@ def eval_(
     json_: Json = False,
 ) -> None:
     """Perplexity, KL and agreement to the dense model, and accuracy on tasks; in float32, as `compress` does."""
+    if task_limit is not None and not tasks:
+        raise UsageError("--task-limit applies to --tasks, which is not given")
+    if text == "self" and against is None:
+        raise UsageError("--text self samples the text from the dense model; name it with --against")
     import dataclasses
 
     import torch
@@ -44,10 +48,6 @@ def eval_(
     from spectrim.models.load import check_vocabulary, context_length, load_model, pick_device, resolve
     from spectrim.report import tasks as task_table
 
-    if task_limit is not None and not tasks:
-        raise UsageError("--task-limit applies to --tasks, which is not given")
-    if text == "self" and against is None:
-        raise UsageError("--text self samples the text from the dense model; name it with --against")
     asked = load_tasks(tasks, limit=task_limit, seed=seed) if tasks else None
     where, sources = pick_device(device), {"model": resolve(folder)}
     if against is not None:

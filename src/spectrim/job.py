@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,20 @@ from spectrim.models.load import (
 from spectrim.models.walk import find_layers
 from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
-from spectrim.request import Request, cut_windows, read_text
+from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
-from spectrim.store import check_companions, open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+from spectrim.store import (
+    TensorInfo,
+    check_companions,
+    open_checkpoint,
+    preflight,
+    staged,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from spectrim.unsolved import unsolved_saved
+from spectrim.windows_in_use import cut_windows, read_text
 
 LOGIT_TOLERANCE = 1e-3
 """Largest difference between the logits before saving and after reloading, relative to the largest logit."""
@@ -65,6 +75,7 @@ class Compressed:
     outcome: Outcome
     report: dict[str, Any]
     source: Source | None = None
+    extra: Mapping[str, TensorInfo] = field(default_factory=dict)  # of the source, copied into the folder
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the folder atomically; it appears complete or not at all."""
@@ -158,7 +169,8 @@ def _compress_source(
     clock = time.perf_counter()
     _say(progress, "load", 0, 1)
     said: list[str] = []
-    dense = load_dense(source, device, allow_nonfinite=request.allow_nonfinite == "skip", warnings=said)
+    extra: dict[str, TensorInfo] = {}
+    dense = load_dense(source, device, allow_nonfinite=request.allow_nonfinite == "skip", warnings=said, extra=extra)
     load_s = time.perf_counter() - clock
     texts = cut_windows(request, method, dense, text, progress=progress)
     if resume is not None:
@@ -189,9 +201,8 @@ def _compress_source(
     report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
     if resume is not None:
         report["resumed"] = resume.resumed
-    return Compressed(
-        model=finalise(outcome, dtype, base_model=request.model), outcome=outcome, report=report, source=source
-    )
+    model = finalise(outcome, dtype, base_model=request.model)
+    return Compressed(model=model, outcome=outcome, report=report, source=source, extra=extra)
 
 
 def judge(
@@ -217,7 +228,7 @@ def gate_of(quality: Mapping[str, Quality] | None, factor: float) -> dict[str, A
 
 def _fill(stage: Path, compressed: Compressed) -> None:
     """Model, tokenizer, report, card."""
-    write_folder(stage, compressed.model, compressed.source.folder if compressed.source else None)
+    write_folder(stage, compressed.model, compressed.source, compressed.extra)
     written = open_checkpoint(stage)
     compressed.report["stored"] = {**compressed.report["stored"], **_count(written, compressed)}
     _write_documents(stage, compressed.report)

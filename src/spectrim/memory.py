@@ -25,36 +25,50 @@ class Batch:
 
     size: int
 
-    def run(self, stage: str, work: Callable[[int], T]) -> T:
+    def run(self, stage: str, work: Callable[[int], T], *, most: int | None = None) -> T:
         """`work(size)`, from its beginning with half the size as often as memory runs out.
 
-        `work` must give the same result for every size and leave nothing behind when it fails.
+        `work` must give the same result for every size and leave nothing behind when it fails, or go on with what it
+        left. `most` is how many windows there are, where that may be fewer.
         """
         while True:
+            size = self.size if most is None else min(self.size, most)
             try:
-                return work(self.size)
+                return work(size)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 said = short(error)
-                if self.size == 1:
+                if size == 1:
                     raise out_of_memory(stage, "one window", said) from error
             # Only here: the error's traceback held the tensors of the failed try.
+            self.size = size
             self.halve(stage, said)
 
     def halve(self, stage: str, said: str) -> None:
-        """Half the size from now on."""
+        """Half the size from now on; OutOfMemory where it is one window."""
+        if self.size == 1:
+            raise out_of_memory(stage, "one window", said)
         before, self.size = self.size, self.size // 2
         tell(Fallback(stage, f"{before} windows", f"batches of {self.size}", said))
         release()
 
 
-def out_of_memory(stage: str, least: str, said: str) -> ResourceError:
+class OutOfMemory(ResourceError):
+    """Nothing smaller is left to try; `said` by the allocator."""
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
+
+
+def out_of_memory(stage: str, least: str, said: str) -> OutOfMemory:
     """What to say when nothing smaller is left to try."""
-    return ResourceError(
+    message = (
         f"{stage}: out of memory with {least} at a time ({said}); use shorter windows (--calib-length), another "
         "device (--device cpu), or a machine with more memory"
     )
+    return OutOfMemory(message, said)
 
 
 def short(error: BaseException) -> str:

@@ -1,11 +1,12 @@
 """Every method by name. Two literal tables; adding a method is adding one line."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectrim.errors import UsageError, did_you_mean
-from spectrim.method import SEARCHED, LayerMethod, Method, TrainedMethod
-from spectrim.stats import GRADIENT_STATS
+
+if TYPE_CHECKING:  # methods import torch: a wrong name is told without it
+    from spectrim.method import Method
 
 METHODS = {
     "svd": "spectrim.methods.weights.svd:SVD",
@@ -33,16 +34,20 @@ def all_methods() -> dict[str, str]:
     return {**METHODS, **MODEL_METHODS}
 
 
-def method_class(name: str) -> type[Method]:
+def check_name(name: str) -> None:
+    """UsageError for a name that no method has."""
+    if name not in all_methods():
+        raise UsageError(f"unknown method {name!r}{did_you_mean(name, all_methods())}")
+
+
+def method_class(name: str) -> "type[Method]":
     """The class behind a name, imported at first use."""
-    known = all_methods()
-    if name not in known:
-        raise UsageError(f"unknown method {name!r}{did_you_mean(name, known)}")
-    module, _, attribute = known[name].partition(":")
+    check_name(name)
+    module, _, attribute = all_methods()[name].partition(":")
     return getattr(import_module(module), attribute)
 
 
-def make_method(name: str, preset: str | None = None, options: dict[str, object] | None = None) -> Method:
+def make_method(name: str, preset: str | None = None, options: dict[str, object] | None = None) -> "Method":
     """A configured method: the preset's values, overridden by `options`."""
     cls = method_class(name)
     preset = preset or cls.default_preset
@@ -56,8 +61,11 @@ def make_method(name: str, preset: str | None = None, options: dict[str, object]
     return cls.from_config({**values, **(options or {})})
 
 
-def cost_of(cls: type[Method]) -> str:
+def cost_of(cls: "type[Method]") -> str:
     """What a run does beside decomposing each weight, the dearest last."""
+    from spectrim.method import SEARCHED, LayerMethod, TrainedMethod
+    from spectrim.stats import GRADIENT_STATS
+
     steps = []
     if cls.needs & GRADIENT_STATS:
         steps.append("gradients")

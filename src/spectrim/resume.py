@@ -32,19 +32,23 @@ from spectrim.engines.newton import newton_scores
 from spectrim.engines.parts import size_of
 from spectrim.engines.propagate import propagate
 from spectrim.errors import InputError, Interrupted, NumericalError, ResourceError, SpectrimError, UsageError
+from spectrim.linalg.fallback import Fallback, heard, recall, take_back
 from spectrim.method import Method
 from spectrim.models.load import Source, pick_device
-from spectrim.request import Request, WindowsInUse
+from spectrim.request import Request
 from spectrim.store import disk
 from spectrim.store.manifest import measure_file
 from spectrim.store.points import point
 from spectrim.store.state import read_state, write_state
 from spectrim.store.target import with_margin
 from spectrim.store.work import WorkFolder, locked
+from spectrim.windows_in_use import WindowsInUse
 
 SAVE_EVERY_S = 60.0
 OVERHEAD = 30
 """A state that takes s seconds to write is written after 30 s of work at least: 3 % of the time, whatever its size."""
+FALLBACKS = "fallbacks"
+"""In the facts of a state: what did not go the usual way until it was saved, in this process and those before it."""
 FIRST_RATE = 2e8
 """Bytes a second that are assumed to be hashed and written until it was measured."""
 STOPPERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -91,6 +95,7 @@ class Resume:
         self._write_s, self._rate = 0.0, FIRST_RATE
         self._kept: tuple[str, int] | None = None  # the newest state that is on disk
         self._good: set[Path] = set()  # states that this run has taken up or written
+        self._recalled: dict[Path, list[Fallback]] = {}  # what states that were taken up say of earlier processes
         self._owed: tuple[str, Saved] | None = None  # a state of an earlier stage that could not be written yet
         self._stop: int | None = None  # the signal that waits for the step to end
 
@@ -104,13 +109,14 @@ class Resume:
                 self._discard_later_stages(f"there is no state of {stage}")
             return None
         try:
-            saved = Saved(*read_state(path))
+            saved, earlier = _without_fallbacks(path, Saved(*read_state(path)))
         except InputError as error:
             disk.remove(path)
             self._warn(f"{error}; {stage} starts anew, which costs time and changes no number")
             self._discard_later_stages(f"that of {stage} is lost")
             return None
         self._good.add(path)
+        self._recalled.setdefault(path, []).extend(recall(earlier))
         self.resumed.append({"stage": stage, "step": saved.step})
         self._kept = (stage, saved.step)
         if self._progress is not None:
@@ -168,6 +174,7 @@ class Resume:
             point("state-forgotten")
             self._good.discard(path)
             if why is not None:
+                take_back(self._recalled.pop(path, ()))
                 self._warn(f"{path}: discarded: {why}")
                 self.resumed = [told for told in self.resumed if self.folder.state_path(told["stage"]) != path]
 
@@ -216,7 +223,8 @@ class Resume:
     def _write(self, stage: str, saved: Saved) -> None:
         path = self.folder.state_path(stage)
         self.folder.require_space(size_of(saved.tensors) + self._reserve_bytes)
-        write_state(path, *saved)
+        told = [list(fallback) for fallback in heard()]
+        write_state(path, saved.step, saved.tensors, {**saved.facts, FALLBACKS: told})
         self._good.add(path)
 
     def _warn(self, message: str) -> None:
@@ -229,6 +237,19 @@ class Resume:
             if path not in self._good:
                 self._warn(f"{path}: discarded, since {why}, on which it was built")
                 disk.remove(path)
+
+
+def _without_fallbacks(path: Path, saved: Saved) -> tuple[Saved, list[Fallback]]:
+    """A state as its stage saved it, and the fallbacks of the processes that led to it."""
+    facts = dict(saved.facts)
+    told = facts.pop(FALLBACKS, [])
+    fits = isinstance(told, list) and all(
+        isinstance(row, list) and len(row) == len(Fallback._fields) and all(isinstance(text, str) for text in row)
+        for row in told
+    )
+    if not fits:
+        raise InputError(f"{path}: {FALLBACKS} must be a list of {len(Fallback._fields)} texts each")
+    return saved._replace(facts=facts), [Fallback(*row) for row in told]
 
 
 def is_running(frame: FrameType | None, *functions: Callable[..., Any]) -> bool:

@@ -32,24 +32,23 @@ UNTESTABLE = {
 """Number -> why no test covers it on a machine without a GPU and a model hub."""
 
 PARTLY = {
-    8: "Tensors that the model has no place for are reported and left out of the result, not copied into it.",
+    8: "Extra tensors inside a layer that is compressed (scales of its old weight) are reported and left out.",
     10: "A flip in a weight that no checksum covers shows only where it makes NaN or Inf; there are no norm checks.",
     12: "There is no `convert`: pickles are refused, with advice.",
     13: "Nothing is ever passed to `torch.load`.",
     22: "Names that differ only by case need a disk that ignores it; folders are compared by device and inode.",
     25: "In the slow tests, and 200 kills by benchmarks/random_kills.py.",
-    40: "States are read by plain reads. Weights of the source are mapped by transformers: one that is cut while it is "
-    "being mapped ends the process (SIGBUS); the target is what it was before.",
+    40: "Read errors are injected; no real network mount was used.",
     51: "On a CPU; failures are injected into torch.linalg. The rungs on a GPU are the same code with other arguments.",
     55: "Same seed, other batch sizes and order. One device only: there are no runs over several GPUs.",
     59: "On a CPU, with torch's out-of-memory errors injected. After batches of one window the run ends with exit 4 "
-    "and advice; it does not move to the CPU by itself, where it would take many times as long. Solvers do.",
+    "and advice; it never moves to the CPU without a word, where it would take many times as long. Solvers do, counted.",
     62: "GPUs that are missing are simulated; wrong drivers and mixed GPUs are not.",
     64: "The hub's client is replaced by one that raises; its own retries are not tested here.",
     65: "By headers, which must fit the size of the file; the hash of a blob is not compared.",
     66: "huggingface_hub's `snapshot_download` resolves the commit once; tested with a replaced client.",
-    68: "All mistakes are told at once and before any file is read, but torch and transformers are imported first, "
-    "which takes some 5 s of CPU time.",
+    68: "transformers is never imported first, and torch only for what depends on a method (--set, --preset, --recover, "
+    "--any-size): its import is most of the time of those (the slow tests measure both).",
     69: "The language of a text is not looked at.",
     71: "transformers without spectrim; vLLM and llama.cpp are not installed here.",
 }

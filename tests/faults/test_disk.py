@@ -20,6 +20,7 @@ from spectrim.errors import InputError, ResourceError
 from spectrim.models import load
 from spectrim.store import disk, files, verify_manifest, writer
 from spectrim.store import state as state_module
+from spectrim.store import tensors as tensors_module
 from spectrim.store.state import read_state, write_state
 from spectrim.store.writer import preflight, staged, write_text
 
@@ -328,7 +329,7 @@ def test_short_reads_are_read_on(tmp_path: Path) -> None:
         def readinto(self, into: memoryview) -> int:
             return self.file.readinto(into[:7])
 
-    with mock.patch.object(state_module, "read_fully", lambda file, into: real(Short(file), into)):  # type: ignore[arg-type]
+    with mock.patch.object(tensors_module, "read_fully", lambda file, into: real(Short(file), into)):  # type: ignore[arg-type]
         step, tensors, _ = read_state(path)
     assert step == 3
     assert torch.equal(tensors["x"], torch.arange(1000))
@@ -361,7 +362,7 @@ def test_a_disk_that_fails_while_a_state_is_read_costs_that_state(
         assert call(*words, "--out", out).code == 6
     assert list((tmp_path / "out.resume").glob("*.safetensors"))
     broken = OSError(errno.EIO, os.strerror(errno.EIO))
-    with mock.patch.object(state_module, "read_fully", side_effect=broken):
+    with mock.patch.object(state_module, "read_from", side_effect=broken):
         answer = call(*words, "--out", out)
     assert answer.code == 0, answer.err
     assert "Input/output error (errno 5)" in answer.err

@@ -16,11 +16,11 @@ from command_line import TINY, call, change_weights, hashes, small_model, small_
 from spectrim import any_size_job, job
 from spectrim.data import evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.learned import skeleton
-from spectrim.engines.recovery import recovery_of
 from spectrim.errors import InputError, NumericalError, SpectrimError, UsageError
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
 from spectrim.job import Request, run
+from spectrim.options import recovery_of
 from spectrim.registry import make_method
 from spectrim.store import verify_manifest
 

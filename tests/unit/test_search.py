@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from spectrim.engines import search
-from spectrim.engines.any_size import check_method
 from spectrim.engines.layerwise import apply_plan, decompose_all
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import measure
@@ -14,6 +13,7 @@ from spectrim.engines.search import draw, exchanged, levels_of
 from spectrim.errors import UsageError
 from spectrim.evaluate.language import evaluate
 from spectrim.models.walk import find_layers
+from spectrim.options import check_serves_all_sizes
 from spectrim.registry import make_method
 from spectrim.replacement import stored_numbers
 from tiny_models import assert_same_state, logits_of, state_of, tiny, token_ids
@@ -123,9 +123,9 @@ def test_the_parent_is_judged_by_the_windows_of_its_generation_only(monkeypatch)
     seen: list[tuple[tuple[int, ...], int]] = []
     whole = search.Searched.fitness
 
-    def note(self, choice, ids, teacher):
-        seen.append((tuple(choice), hash(ids.numpy().tobytes())))
-        return whole(self, choice, ids, teacher)
+    def note(self, choice, judged):
+        seen.append((tuple(choice), hash(judged.ids.numpy().tobytes())))
+        return whole(self, choice, judged)
 
     monkeypatch.setattr(search.Searched, "fitness", note)
     compress_model(tiny("llama"), make_method("svd-llm", options={**SEARCHES["evopress"], "generations": 3}), 0.6, IDS)
@@ -168,6 +168,6 @@ def test_windows_are_drawn_without_repeats():
 
 def test_searches_are_refused_where_they_cannot_be():
     with pytest.raises(UsageError, match="allocation=evopress finds the ranks of one size"):
-        check_method(make_method("svd-llm", options={"allocation": "evopress"}))
+        check_serves_all_sizes(make_method("svd-llm", options={"allocation": "evopress"}))
     with pytest.raises(UsageError, match="method soco: allocation must be one of uniform, global"):
         make_method("soco", options={"allocation": "evopress"})

@@ -8,26 +8,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
-from spectrim.engines.descent import STEPS, learn_order
-from spectrim.engines.layerwise import Nonfinite, check_weights, refuse_large_sides, swap
+from spectrim.engines.descent import learn_order
+from spectrim.engines.layerwise import check_weights, refuse_large_sides, swap
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress
 from spectrim.engines.nested import Nested, nest, plan_at, slice_at
 from spectrim.engines.order import Order, closed_order
 from spectrim.engines.pipeline import closed_form, default_gradient_windows, timed
 from spectrim.engines.ranks import Plan, weight_budget
-from spectrim.errors import UsageError
-from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod, Method
+from spectrim.method import LayerMethod, LearnedMethod
 from spectrim.models.walk import Walk, device_of, find_layers, linear_at
+from spectrim.options import ANCHORS, ANY_SIZE_STEPS, Nonfinite, check_anchors, check_serves_all_sizes
 
-ANCHORS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35)
 MIDDLE = 0.6
 """The size at which statistics are measured for the second time, where the anchors allow it."""
 
@@ -61,49 +59,6 @@ class AnySize:
         return student.eval()
 
 
-def check_anchors(anchors: tuple[float, ...]) -> None:
-    """Anchors descend strictly inside (0, 1)."""
-    descending = all(a > b for a, b in pairwise(anchors))
-    if not anchors or not descending or not 0 < anchors[-1] <= anchors[0] < 1:
-        raise UsageError(f"anchors must descend strictly between 1 and 0, got {', '.join(f'{a:g}' for a in anchors)}")
-
-
-def check_method(method: Method, recovery: tuple[str, ...] = ()) -> None:
-    """Steps that change factors for one size only cannot serve all sizes."""
-    if isinstance(method, MaskedMethod):
-        raise UsageError(
-            f"method {method.info.name} trains masks and adapters for one size; for --any-size take a method that "
-            "learns scores (soco) or none (two-sided, svd-llm, ...)"
-        )
-    if not isinstance(method, LayerMethod):
-        raise UsageError(
-            f"method {method.info.name} makes a model of one size; --any-size needs a method whose components serve "
-            "all ranks (soco, two-sided, svd-llm, ...)"
-        )
-    if method.centres or type(method).at_rank is not LayerMethod.at_rank:
-        raise UsageError(
-            f"method {method.info.name} solves for each layer's factors or bias at one rank; --any-size needs a method "
-            "whose components serve all ranks (soco, two-sided, svd-llm, ...)"
-        )
-    if method.allocation in (*SEARCHED, "order"):
-        raise UsageError(
-            f"method {method.info.name}: allocation={method.allocation} finds the ranks of one size; --any-size takes "
-            "uniform or global"
-        )
-    distil_steps = getattr(method, "distil_steps", 0)
-    if distil_steps:
-        raise UsageError(
-            f"method {method.info.name}: distil_steps={distil_steps} trains the factors of one size; "
-            "--any-size needs factors that serve all sizes: use --preset balanced or fast"
-        )
-    steps = (*method.recovery, *recovery)
-    if steps:
-        raise UsageError(
-            f"method {method.info.name}: the recovery step {steps[0]!r} refits the factors of one size; leave it out "
-            "with --any-size"
-        )
-
-
 def compress_any_size(
     dense: PreTrainedModel,
     method: LayerMethod,
@@ -111,7 +66,7 @@ def compress_any_size(
     training: Tensor | None = None,
     *,
     anchors: tuple[float, ...] = ANCHORS,
-    steps: int = STEPS,
+    steps: int = ANY_SIZE_STEPS,
     dtype: torch.dtype = torch.float32,
     gradient_windows: int | None = None,
     nonfinite: Nonfinite = "refuse",
@@ -125,7 +80,7 @@ def compress_any_size(
     train; a method whose own `steps` are 0 does not. `checkpoint` as in `compress_model`.
     """
     check_anchors(anchors)
-    check_method(method)
+    check_serves_all_sizes(method)
     walk, warnings = check_weights(dense, find_layers(dense), nonfinite)
     refuse_large_sides(method, walk)
     weight_budget(walk, anchors[-1], method.storage)

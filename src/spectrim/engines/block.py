@@ -10,23 +10,29 @@ Source: AA-SVD (arXiv 2604.02119), which reports it as worth more than the choic
 
 Memory: the inputs of the present block in both models and its targets, 3 x windows x length x width numbers in float32
 (1,024 windows of 512 tokens at width 4,096: 26 GB), beside the two models; gradients and optimizer state of one block.
-No more windows are kept than the steps can use.
+No more windows are kept than the steps can use. Where memory runs out, a batch goes through in parts, each of which is
+worked out again for its gradients, so that only one part's activations are there at a time.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as worked_out_again
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.loop import Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.stream import Stream, low_rank_layers, pivot_buffers, restore_pivots, start
+from spectrim.memory import Batch
 from spectrim.models.walk import Walk, device_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 
+STAGE = "block refinement"
 MOST_WINDOWS = 1024
 WEIGHT_DECAY, GRADIENT_NORM = 0.01, 1.0
 WARM_UP, FLOOR = 0.1, 0.1
@@ -61,12 +67,10 @@ def refine_blocks(
         return [[] for _ in own]
     norms = [_own_norms(student, name) if own[block] else {} for block, name in enumerate(walk.block_names)]
     losses: list[list[float]] = []
-    device = device_of(teacher)
     with frozen(student), frozen(teacher):
-        with autocast(device):
-            dense, small = (start(model, walk, ids, batch_size) for model in (teacher, student))
+        pair = _Pair.begin(teacher, student, walk, ids, Batch(batch_size), mixed)
         for block, layers_here in enumerate(own):
-            targets = _targets(dense, small, block, mixed)
+            pair.aim(block)
             losses.append([])
             if layers_here:
                 training = Training(
@@ -75,7 +79,7 @@ def refine_blocks(
                     says=f"block refinement of {walk.block_names[block]}",
                     advice="Lower its learning rate (refine_blocks(learning_rate=...) in Python), or leave it out",
                     groups=[Group(parameters={**_factors(layers_here), **norms[block]}, peak=learning_rate)],
-                    loss=partial(_loss, small, block, targets),
+                    loss=partial(pair.loss, block),
                     optimizer=lambda groups: torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY),
                     steps=steps,
                     batch_size=1,
@@ -84,43 +88,115 @@ def refine_blocks(
                     floor=FLOOR,
                     clip=GRADIENT_NORM,
                     recorded=False,
+                    shrink=pair.shrink,
                     state=partial(pivot_buffers, layers_here),
                     restore=partial(restore_pivots, layers_here, stage=f"{stage} {block}"),
                 )
-                losses[-1] = train(training, torch.arange(len(targets)), progress=progress, checkpoint=checkpoint)
-            _advance(dense, small, block, None if mixed else targets)
+                losses[-1] = train(training, torch.arange(pair.batches), progress=progress, checkpoint=checkpoint)
+            pair.advance(block)
     return losses
 
 
-def _targets(dense: Stream, small: Stream, block: int, mixed: float) -> list[Tensor]:
-    """What the block should give on each batch."""
-    targets = []
-    with torch.no_grad(), autocast(device_of(dense.model)):
-        for batch in range(len(dense.hidden)):
-            target = dense.run(block, batch)
-            if mixed:
-                target = torch.lerp(target, dense.run(block, batch, small.hidden[batch]), mixed)
-            targets.append(target)
-    return targets
+@dataclass
+class _Pair:
+    """Both models before the present block, and what the block should give, in parts of `batch.size` windows."""
 
+    walk: Walk
+    ids: Tensor  # (windows, length)
+    whole: int  # windows in a batch of training
+    batch: Batch
+    mixed: float
+    dense: Stream
+    small: Stream
+    size: int  # of the parts as they are
+    targets: list[Tensor]
 
-def _loss(small: Stream, block: int, targets: list[Tensor], batch: Tensor) -> Tensor:
-    """Mean squared error of one batch, given by its index (1,)."""
-    index = int(batch)
-    # Entered anew at each step: autocast keeps cast weights for as long as it is open, and they change.
-    with autocast(targets[index].device):
-        output = small.run(block, index)
-    return F.mse_loss(output.float(), targets[index].float())
+    @classmethod
+    def begin(
+        cls, teacher: PreTrainedModel, student: PreTrainedModel, walk: Walk, ids: Tensor, batch: Batch, mixed: float
+    ) -> "_Pair":
+        """Both before the first block."""
+        whole = batch.size
 
+        def started(size: int) -> tuple[Stream, Stream, int]:
+            with autocast(device_of(teacher)):
+                return start(teacher, walk, ids, size), start(student, walk, ids, size), size
 
-def _advance(dense: Stream, small: Stream, block: int, outputs: list[Tensor] | None) -> None:
-    """Both streams past the block; the dense outputs are the targets, unless those were mixed."""
-    with torch.no_grad(), autocast(device_of(dense.model)):
-        small.advance(block)
-        if outputs is None:
-            dense.advance(block)
-        else:
-            dense.hidden = outputs
+        dense, small, size = batch.run(STAGE, started, most=len(ids))
+        return cls(walk, ids, whole, batch, mixed, dense, small, size, [])
+
+    @property
+    def batches(self) -> int:
+        """Of training."""
+        return -(-len(self.ids) // self.whole)
+
+    def fit(self, size: int) -> None:
+        """Parts of at most `size` windows, from now on."""
+        if size >= self.size:
+            return
+        sizes = [len(part) for hidden in self.dense.hidden for part in hidden.split(size)]
+        streams = (self.dense, self.small)
+        with autocast(device_of(self.dense.model)):
+            arguments = [start(stream.model, self.walk, self.ids, sizes).arguments for stream in streams]
+        for stream, own in zip(streams, arguments, strict=True):
+            stream.split(size, own)
+        self.targets = [part for target in self.targets for part in target.split(size)]
+        self.size = size
+
+    def shrink(self, said: str) -> None:
+        """Parts of half the size; OutOfMemory where they are one window."""
+        self.batch.size = self.size
+        self.batch.halve(STAGE, said)
+        self.batch.run(STAGE, self.fit)
+
+    @torch.no_grad()
+    def aim(self, block: int) -> None:
+        """What the block should give on each part."""
+        self.targets = []
+
+        def aimed(size: int) -> None:
+            self.fit(size)
+            with autocast(device_of(self.dense.model)):
+                for part in range(len(self.targets), len(self.dense.hidden)):
+                    target = self.dense.run(block, part)
+                    if self.mixed:
+                        target = torch.lerp(target, self.dense.run(block, part, self.small.hidden[part]), self.mixed)
+                    self.targets.append(target)
+
+        self.batch.run(STAGE, aimed, most=self.size)
+
+    def loss(self, block: int, batch: Tensor) -> Tensor:
+        """Mean squared error of one batch of training, given by its index (1,)."""
+        ends = accumulate(len(target) for target in self.targets)
+        parts = [part for part, end in enumerate(ends) if (end - 1) // self.whole == int(batch)]
+        if len(parts) == 1:
+            return self._loss(block, parts[0])
+        count = sum(self.targets[part].numel() for part in parts)
+        return torch.stack([
+            worked_out_again(self._loss, block, part, use_reentrant=False) * (self.targets[part].numel() / count)
+            for part in parts
+        ]).sum()  # fmt: skip
+
+    def _loss(self, block: int, part: int) -> Tensor:
+        # Entered anew at each step: autocast keeps cast weights for as long as it is open, and they change.
+        with autocast(self.targets[part].device):
+            output = self.small.run(block, part)
+        return F.mse_loss(output.float(), self.targets[part].float())
+
+    @torch.no_grad()
+    def advance(self, block: int) -> None:
+        """Both past the block; the dense outputs are the targets, unless those were mixed."""
+
+        def advanced(size: int) -> None:
+            self.fit(size)
+            with autocast(device_of(self.dense.model)):
+                self.small.advance(block)
+                if self.mixed:
+                    self.dense.advance(block)
+
+        self.batch.run(STAGE, advanced, most=self.size)
+        if not self.mixed:
+            self.dense.put(block, self.targets)
 
 
 def _factors(layers: dict[str, LowRankLinear | PivotLinear]) -> dict[str, nn.Parameter]:

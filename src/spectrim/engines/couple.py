@@ -68,9 +68,9 @@ def couple(
 ) -> dict[str, Stats]:
     """`plain` statistics of every layer with `gram` and `output_grad` refined over `ids` (windows, length).
 
-    `ids` are the windows that gave `plain` its gradients, `seed` and `batch_size` those of that pass. A layer that no
-    gradient reaches at all (a model that is certain) keeps its plain statistics. With a `checkpoint` the sums are kept
-    as its `stage` and gone on with.
+    `ids` are the windows that gave `plain` its gradients, `seed` that of that pass. A layer that no gradient reaches at
+    all (a model that is certain) keeps its plain statistics. With a `checkpoint` the sums are kept as its `stage` and
+    gone on with, in batches of any size.
     """
     sides = _sides(walk, plain, coupling)
     sums = {name: _Sums(_zeros(plain[name])) for name in sides}
@@ -86,7 +86,7 @@ def couple(
     device = device_of(model)
     generator = torch.Generator(device=device).manual_seed(seed)
     keeper = _Keeper(checkpoint, stage, sums, generator)
-    coupled = keeper.load(plain, {"windows": fingerprint(ids), "batch_size": batch_size, "seed": seed})
+    coupled = keeper.load(plain, {"windows": fingerprint(ids), "seed": seed})
     with frozen(model), hooks(model, walk, None, on_gradient), autocast(device):
         for start in range(coupled, len(ids), batch_size):
             batch = ids[start : start + batch_size]

@@ -26,9 +26,8 @@ from spectrim.linalg.ladder import cut, growth_order, ladder_costs, levels_of
 from spectrim.method import Components, LearnedMethod
 from spectrim.models.walk import Walk
 from spectrim.nn.scored import ScoredLinear
+from spectrim.options import ANY_SIZE_STEPS
 
-STEPS = 1600
-"""Training steps of all anchors together: as many as four runs of the preset `balanced` take."""
 FALL = 0.4
 """Share of an anchor's steps in which the budget comes down from the anchor before."""
 
@@ -41,7 +40,7 @@ def learn_order(
     anchors: tuple[float, ...],
     ids: Tensor,
     *,
-    steps: int = STEPS,
+    steps: int = ANY_SIZE_STEPS,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,

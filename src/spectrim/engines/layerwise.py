@@ -7,7 +7,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,9 @@ from spectrim.linalg.solver import LARGEST_SIDE, LinAlgError
 from spectrim.method import LayerMethod, Method
 from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
+from spectrim.options import Nonfinite
 from spectrim.replacement import Replacement, Target, dense_replacement, encode, with_mean_kept
 from spectrim.stats import Stat, Stats
-
-Nonfinite = Literal["refuse", "skip"]
-"""What becomes of a layer that holds NaN or Inf: the run stops, or the layer is copied unchanged."""
 
 
 def check_weights(model: PreTrainedModel, walk: Walk, nonfinite: Nonfinite = "refuse") -> tuple[Walk, list[str]]:

@@ -23,7 +23,7 @@ from spectrim.engines.measure import Progress
 from spectrim.engines.pack import below, fill, find, fingerprint, pack, unpack, with_prefix
 from spectrim.engines.replay import Replay, Told
 from spectrim.errors import InputError, NumericalError
-from spectrim.memory import Batch
+from spectrim.memory import Batch, OutOfMemory
 
 WARM_UP_STEPS = 10
 
@@ -77,6 +77,8 @@ class Training:
     phase: Callable[[], Hashable] = lambda: None
     """What the loss depends on beside its batch and living tensors (a GPU records the step, see replay.py)."""
     recorded: bool = True  # False where the loss reads its batch on the host
+    shrink: Callable[[str], None] | None = None
+    """Makes the loss take less memory, where memory runs out with one row; told why. Raises where it cannot."""
     state: Callable[[], Buffers] = lambda: Buffers({}, {})
     restore: Callable[[Buffers], None] = lambda _: None
 
@@ -171,8 +173,19 @@ class _Loop:
 
         recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         # A recording that finds no memory is given up by replay.py, not made smaller.
-        loss = in_parts_of(self.part.size) if recording else self.part.run(self.training.label, in_parts_of)
+        loss = in_parts_of(self.part.size) if recording else self.in_less_memory(in_parts_of)
         return Told(loss, self.gradient_norm())
+
+    def in_less_memory(self, in_parts_of: Callable[[int], Tensor]) -> Tensor:
+        """In parts of fewer rows, and then of rows that take less, until memory suffices."""
+        while True:
+            try:
+                return self.part.run(self.training.label, in_parts_of)
+            except OutOfMemory as error:
+                if self.training.shrink is None:
+                    raise
+                said = error.said
+            self.training.shrink(said)  # only here: the error's traceback held the tensors of the failed try
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Those that there are: an expert that no token reached has none."""

@@ -50,7 +50,8 @@ def measure(
     Gradients cost twice what inputs do and need fewer tokens: they come from the first `gradient_windows` only
     (None: all). The layers of `model` may be dense or already compressed; only their inputs and outputs are seen.
 
-    With a `checkpoint` the sums are kept as its `stage` and gone on with; `after` says by a hash what the model is.
+    With a `checkpoint` the sums are kept as its `stage` and gone on with, in batches of any size; `after` says by a
+    hash what the model is.
     """
     if not needs:
         return {layer.name: Stats(tokens=int(ids.numel())) for layer in walk.layers}
@@ -64,7 +65,7 @@ def measure(
         border = 0
         if needs & GRADIENT_STATS:
             border = len(ids) if gradient_windows is None else min(gradient_windows, len(ids))
-        run = {"after": after, "windows": fingerprint(ids), "batch_size": batch_size, "border": border, "seed": seed}
+        run = {"after": after, "windows": fingerprint(ids), "border": border, "seed": seed}
         keeper = KeptSums(checkpoint, stage, run | {"needs": sorted(s.value for s in needs)}, sums, generator)
         measured = keeper.load(device)
 
@@ -98,11 +99,11 @@ def measure(
 
 
 def _spans(windows: int, border: int, batch_size: int, done: int) -> list[tuple[int, int]]:
-    """First window and end of each batch after those that are `done`; none lies across the border, so that the batch
-    size does not decide how many windows give gradients.
+    """First window and end of each batch after the windows that are `done`, in whatever batches; none lies across the
+    border, so that the batch size does not decide how many windows give gradients.
     """
-    starts = [*range(0, border, batch_size), *range(border, windows, batch_size)]
-    return [span for span in zip(starts, [*starts[1:], windows], strict=False) if span[0] >= done]
+    starts = [*range(done, border, batch_size), *range(max(done, border), windows, batch_size)]
+    return list(zip(starts, [*starts[1:], windows], strict=False))
 
 
 def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:

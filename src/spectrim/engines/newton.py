@@ -53,7 +53,7 @@ def newton_scores(
     """Fold the scores of `steps` Newton steps into the kept components of `spectra`, in place; returns the lengths.
 
     `ids` (windows, length). The ranks of `plan` stay. A length of 0 says that no step helped on the held-out windows.
-    With a `checkpoint`, scores and gradient are kept between two batches.
+    With a `checkpoint`, scores and gradient are kept between two batches, and gone on with in batches of any size.
     """
     count = max(1, len(ids) // HELD_OUT)
     held_out, given = ids[-count:], ids[:-count] if len(ids) > count else ids
@@ -63,7 +63,7 @@ def newton_scores(
         if plan.targets[name].codec != "dense":
             layer.mask[plan.targets[name].rank :] = 0
     run = {} if checkpoint is None else {"after": energies_of(spectra), "windows": fingerprint(ids), "steps": steps}
-    keeper = _Keeper(checkpoint, run | {"batch_size": batch_size}, scored)
+    keeper = _Keeper(checkpoint, run, scored)
     taken, begun = keeper.load()
     with frozen(student), frozen(dense):
         for step in range(len(taken), steps):
@@ -95,7 +95,7 @@ class _Keeper:
     scored: Mapping[str, ScoredLinear]
 
     def load(self) -> tuple[list[float], int]:
-        """Take up scores and gradient; the lengths of the finished steps, and batches in the gradient."""
+        """Take up scores and gradient; the lengths of the finished steps, and how many windows are in the gradient."""
         saved = load_own(self.checkpoint, STAGE, self.run)
         if saved is None:
             return [], 0
@@ -108,14 +108,14 @@ class _Keeper:
     def save_in(self, taken: list[float]) -> Callable[[int], None]:
         """Saves, when it is time, after a batch of the step that follows those `taken`."""
 
-        def save(batches: int) -> None:
+        def save(windows: int) -> None:
             if self.checkpoint is None or not self.checkpoint.due():
                 return
             tensors = {name: layer.scores.detach() for name, layer in self.scored.items()}
             for name, layer in self.scored.items():
                 if layer.scores.grad is not None:
                     tensors[f"{name}.gradient"] = layer.scores.grad
-            self.checkpoint.save(STAGE, Saved(batches, tensors, {"run": self.run, "lengths": list(taken)}))
+            self.checkpoint.save(STAGE, Saved(windows, tensors, {"run": self.run, "lengths": list(taken)}))
 
         return save
 
@@ -146,16 +146,16 @@ def score_gradients(
 ) -> dict[str, Tensor]:
     """The gradient (K,) of the method's mean loss over all windows by every score.
 
-    Of the first `begun` batches it is there already; `save` is told after each how many there are.
+    Of the first `begun` windows it is there already; `save` is told after each batch how many there are.
     """
     for layer in scored.values():
         layer.scores.requires_grad_(True)
         if not begun:
             layer.scores.grad = None
-    for done, batch in enumerate(ids.split(batch_size)):
-        if done >= begun:
-            (step_loss(method, student, dense, batch.to(device_of(dense))) * len(batch) / len(ids)).backward()
-            save(done + 1)
+    for start in range(begun, len(ids), batch_size):
+        batch = ids[start : start + batch_size]
+        (step_loss(method, student, dense, batch.to(device_of(dense))) * len(batch) / len(ids)).backward()
+        save(start + len(batch))
     found = {}
     for name, layer in scored.items():
         gradient = layer.scores.grad

@@ -31,7 +31,6 @@ from spectrim.engines.closed_form import LEADS_TO_IT, identity, pack_closed_form
 from spectrim.engines.closed_form import STAGE as CLOSED_FORM
 from spectrim.engines.couple import couple
 from spectrim.engines.layerwise import (
-    Nonfinite,
     apply_plan,
     check_weights,
     decompose_all,
@@ -47,15 +46,15 @@ from spectrim.engines.outcome import Made, Outcome
 from spectrim.engines.parts import SavedFirst, energies_of, size_of
 from spectrim.engines.propagate import propagate
 from spectrim.engines.ranks import Plan, plan_ranks
-from spectrim.engines.recovery import recover, recovery_of
+from spectrim.engines.recovery import recover
 from spectrim.engines.search import searched_plan
 from spectrim.engines.whole import make_whole, refuse_skipped
-from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
 from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod, Method, OrderedMethod
 from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Walk, device_of, find_layers
+from spectrim.options import Nonfinite, check_keep, recovery_of
 from spectrim.stats import Stat, Stats
 
 CPU_BATCH, GPU_BATCH = 4, 32
@@ -305,7 +304,8 @@ class _Run:
         windows = self.round_windows(ids) if device_of(self.dense).type == "cpu" else ids
         given = (self.by_layer, self.dense, self.walk, spectra, plan, stats, windows)
         with timed(self.clock, "propagate"):
-            told = {"progress": self.progress, "checkpoint": self.checkpoint}
+            after = None if self.checkpoint is None else energies_of(spectra)
+            told = {"progress": self.progress, "checkpoint": self.checkpoint, "after": after}
             self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
 
     def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[dict[str, Spectrum], Plan]:
@@ -326,13 +326,6 @@ class _Run:
 def default_gradient_windows(windows: int, device: torch.device) -> int:
     """All on a GPU; a quarter on a CPU, where gradients are most of the time and the rest of them gains little."""
     return max(1, windows // 4) if device.type == "cpu" else windows
-
-
-def check_keep(keep: float) -> None:
-    """keep is a fraction of stored numbers, in (0, 1]."""
-    if not 0 < keep <= 1:
-        hint = f"; did you mean {keep / 100:g}?" if 1 < keep <= 100 else ""
-        raise UsageError(f"keep must be in (0, 1], got {keep:g}: the share of stored numbers that remains{hint}")
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.masked import budget_of
 from spectrim.engines.ranks import new_bias, plan_ranks
-from spectrim.engines.recovery import RECOVERY_BATCH
 from spectrim.engines.search import SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS, STAGES
 from spectrim.linalg.curvature import coupling_operations
 from spectrim.method import LayerMethod, MaskedMethod, Method, TrainedMethod
 from spectrim.model_method import ModelMethod
 from spectrim.models.load import Source, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
+from spectrim.options import RECOVERY_BATCH
 from spectrim.replacement import Target, stored_numbers
 from spectrim.stats import GRADIENT_STATS, Stat
 

@@ -50,6 +50,7 @@ def propagate(
     batch_size: int = 4,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    after: str | None = None,
 ) -> list[str]:
     """Put the spectra of all W* into `spectra`, layer by layer, for `ids` (windows, length); returns warnings.
 
@@ -57,10 +58,11 @@ def propagate(
     their spectra and are named in a warning: the two models route differently, so that inputs have no partner.
 
     With a `checkpoint` finished blocks are kept in parts; going on, both models pass them again without measuring.
+    `after` says by a hash what the spectra were at first: a try that failed has replaced some of them.
     """
     layers = {layer.name: layer for layer in walk.layers}
     unpaired: list[str] = []
-    run = {} if checkpoint is None else {"after": energies_of(spectra), "plan": plan_to_facts(plan)}
+    run = {} if checkpoint is None else {"after": after or energies_of(spectra), "plan": plan_to_facts(plan)}
     parts = Parts(checkpoint, STAGE, run)
     finished = _restore(parts, dense, spectra, unpaired)
     with frozen(dense), autocast(device_of(dense)):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.layerwise import build_linear, solver_errors_of
 from spectrim.engines.measure import Progress, autocast, frozen
-from spectrim.engines.stream import input_moments, start
+from spectrim.engines.stream import input_moments, low_rank_layers, start
 from spectrim.errors import InputError
 from spectrim.linalg.factor import Factors, refit_left, refit_right
 from spectrim.models.walk import Walk, device_of, shared_inputs, weight_of
@@ -69,7 +69,28 @@ def refit(
     progress: Progress | None = None,
     update: Update = left_alone,
 ) -> None:
-    """Refit every low-rank layer of `student` in place; the teacher is the dense model."""
+    """Refit every low-rank layer of `student` in place; the teacher is the dense model.
+
+    When it fails, the student has the layers that it had before.
+    """
+    before = low_rank_layers(student, walk)
+    try:
+        _refit_all(student, teacher, walk, ids, batch_size, progress, update)
+    except BaseException:
+        for name, layer in before.items():
+            student.set_submodule(name, layer)
+        raise
+
+
+def _refit_all(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    walk: Walk,
+    ids: Tensor,
+    batch_size: int,
+    progress: Progress | None,
+    update: Update,
+) -> None:
     device = device_of(teacher)
     block_of = {layer.name: layer.block for layer in walk.layers}
     with frozen(student), frozen(teacher), autocast(device):

@@ -11,11 +11,13 @@ evopress      EvoPress (Sieberling et al., arXiv 2410.14649): from the parent, `
               a fresh mini-batch, more windows for fewer children; the parent competes in the last stage, on the same
               windows. Supposes nothing; the budget holds at every step.
 
-What the levels leave of the budget is spent evenly at the end. Windows are drawn with the run's seed.
+What the levels leave of the budget is spent evenly at the end. Windows are drawn with the run's seed. They are judged
+all at once; where memory runs out, in parts, and the dense logits are then worked out again for every look.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,12 +30,15 @@ from spectrim.engines.ranks import Plan, Priced, budget_under, menu_of, plan_of
 from spectrim.linalg.allocate import Options, allocate, fill_uniform
 from spectrim.linalg.divergence import mean_kl
 from spectrim.linalg.factor import Spectrum
+from spectrim.memory import Batch
 from spectrim.method import LayerMethod
 from spectrim.models.walk import Walk, device_of
 
 SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS = 5, 4
 STAGES = ((4, 2), (1, 8))
 """Of a generation of EvoPress: (how many survive, windows that judge them)."""
+MOST_WINDOWS = 8
+"""That judge at a time, in any of them."""
 MOST_EXCHANGES = 3
 LEVEL_STEP = 0.05
 """Between levels, about, in shares of a layer."""
@@ -55,6 +60,7 @@ class Searched:
     options: list[list[int]]  # [layer][level] an index into the layer's menu
     start: int  # the level of the request
     now: list[int]  # what each layer of the student is at; the last level at first
+    batch: Batch = field(default_factory=lambda: Batch(MOST_WINDOWS))
 
     def set(self, choice: Sequence[int]) -> None:
         """Put every layer that differs at its level."""
@@ -71,11 +77,35 @@ class Searched:
         chosen = zip(self.priced, self.options, choice, strict=True)
         return sum(int(own.options.cost[levels[level]]) for own, levels, level in chosen)
 
-    @torch.no_grad()
-    def fitness(self, choice: Sequence[int], ids: Tensor, teacher: Tensor) -> float:
-        """KL(dense || compressed), nats a token, on `ids` (windows, length) with the dense logits of the same."""
+    def fitness(self, choice: Sequence[int], judged: "Judged") -> float:
+        """KL(dense || compressed), nats a token, on the windows that judge."""
         self.set(choice)
-        return float(mean_kl(logits(self.student, ids), teacher))
+        return self.batch.run(self.method.allocation, partial(self._loss, judged), most=len(judged.ids))
+
+    @torch.no_grad()
+    def _loss(self, judged: "Judged", size: int) -> float:
+        parts = judged.ids.split(size)
+        losses = [float(mean_kl(logits(self.student, part), judged.teacher(self.dense, part))) for part in parts]
+        if len(parts) == 1:
+            return losses[0]
+        return sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(judged.ids)
+
+
+@dataclass
+class Judged:
+    """Windows (windows, length) that judge choices, and the dense logits of them while one batch holds them all."""
+
+    ids: Tensor
+    logits: Tensor | None = None
+
+    def teacher(self, dense: PreTrainedModel, part: Tensor) -> Tensor:
+        """The dense logits of some of the windows."""
+        if len(part) < len(self.ids):
+            self.logits = None
+            return logits(dense, part)
+        if self.logits is None:
+            self.logits = logits(dense, part)
+        return self.logits
 
 
 def searched_plan(
@@ -143,8 +173,7 @@ def by_sensitivity(
     searched: Searched, ids: Tensor, budget: int, generator: torch.Generator, progress: Progress | None
 ) -> list[int]:
     """An index into each layer's menu: the least sum of what the model loses with one layer cut."""
-    batch = draw(ids, SENSITIVITY_WINDOWS, generator)
-    teacher = logits(searched.dense, batch)
+    judged = Judged(draw(ids, SENSITIVITY_WINDOWS, generator))
     top = len(searched.options[0]) - 1
     levels = sorted({round(k * top / SENSITIVITY_LEVELS) for k in range(SENSITIVITY_LEVELS)})
     menu, picks = [], []
@@ -152,7 +181,7 @@ def by_sensitivity(
         loss = {}
         for level in levels:
             choice = [level if other == index else top for other in range(len(searched.now))]
-            loss[searched.options[index][level]] = searched.fitness(choice, batch, teacher)
+            loss[searched.options[index][level]] = searched.fitness(choice, judged)
         loss[searched.options[index][top]] = 0.0
         picks.append(list(loss))
         menu.append(Options(torch.tensor(list(loss.values()), dtype=torch.float64), own.options.cost[list(loss)]))
@@ -197,9 +226,8 @@ def select(
     for survivors, windows in STAGES:
         if survivors == STAGES[-1][0]:
             candidates = [parent, *candidates]
-        batch = draw(ids, windows, generator)
-        teacher = logits(searched.dense, batch)
-        fitness = {choice: searched.fitness(choice, batch, teacher) for choice in candidates}
+        judged = Judged(draw(ids, windows, generator))
+        fitness = {choice: searched.fitness(choice, judged) for choice in candidates}
         candidates = sorted(candidates, key=fitness.__getitem__)[:survivors]
     return candidates[0]
 

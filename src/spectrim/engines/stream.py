@@ -31,6 +31,7 @@ class Stream:
     blocks: list[nn.Module]
     hidden: list[Tensor]
     arguments: list[list[Call]]  # [batch][block]
+    passed: list[int]  # blocks that each batch is through
 
     def run(self, block: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """The block's output on the stored hidden states of a batch, or on `hidden`."""
@@ -39,16 +40,32 @@ class Stream:
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self, block: int) -> None:
-        """Put the block's outputs in the place of its inputs, batch by batch."""
+        """Put the block's outputs in the place of its inputs, batch by batch; of those that are not there yet."""
         for batch in range(len(self.hidden)):
-            self.hidden[batch] = self.run(block, batch)
+            if self.passed[batch] == block:
+                self.hidden[batch] = self.run(block, batch)
+                self.passed[batch] = block + 1
+
+    def put(self, block: int, outputs: list[Tensor]) -> None:
+        """Outputs of the block that are known, in the place of its inputs."""
+        self.hidden, self.passed = list(outputs), [block + 1] * len(outputs)
+
+    def split(self, size: int, arguments: list[list[Call]]) -> None:
+        """Go on with each batch in parts of `size` windows, which are called with `arguments`; the same numbers."""
+        self.arguments = arguments
+        parts = [hidden.split(size) for hidden in self.hidden]
+        self.passed = [passed for passed, split in zip(self.passed, parts, strict=True) for _ in split]
+        self.hidden = [part for split in parts for part in split]
 
 
 @torch.no_grad()
-def start(model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> Stream:
-    """Run the model once over `ids` (windows, length) to see what every block is called with."""
+def start(model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int | list[int]) -> Stream:
+    """Run the model once over `ids` (windows, length) to see what every block is called with.
+
+    `batch_size` may be the size of each batch.
+    """
     blocks = [model.get_submodule(name) for name in walk.block_names]
-    stream = Stream(model=model, blocks=blocks, hidden=[], arguments=[])
+    stream = Stream(model=model, blocks=blocks, hidden=[], arguments=[], passed=[])
     calls: list[Call] = []
 
     def note(block: int) -> Callable[..., None]:
@@ -58,6 +75,7 @@ def start(model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> S
             calls.append((args[1:], kwargs))
             if block == 0:
                 stream.hidden.append(hidden)
+                stream.passed.append(0)
 
         return hook
 

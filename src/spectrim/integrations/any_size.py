@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from spectrim.models.walk import Layer, Walk, is_linear, path_in, weight_of
 from spectrim.nn.linears import LINEARS, LowRankLinear
 from spectrim.replacement import Replacement, Storage, Target
 from spectrim.store import TensorInfo, read_header
+from spectrim.store.tensors import read_tensor
 
 NESTED = "nested"
 """The codec of a layer that holds all of its components."""
@@ -101,7 +101,7 @@ class Slices:
     ) -> None:
         self.model, self.modules, self.stored = model, modules, stored
         self.size = stored.check_size(getattr(model.config, "size_ratio", None))
-        self.where, self.shapes = locate(files)
+        self.shapes = locate(files)
         self.ignored: dict[str, Any] = {}
         present = dict(model.named_modules())
         self.names = {path: self._name(path, present) for path in modules}
@@ -158,9 +158,7 @@ class Slices:
 
     def _read(self, path: str, key: str, rows: int | None = None) -> Tensor:
         """One tensor, or its first rows; nothing else of the file."""
-        name = f"{path}.{key}"
-        with safe_open(self.where[name], framework="pt") as file:
-            return file.get_tensor(name) if rows is None else file.get_slice(name)[:rows]
+        return read_tensor(self.shapes[path][key], rows)
 
     def install(self) -> None:
         """Empty modules of the right ranks; transformers is told to leave their tensors to us."""
@@ -244,18 +242,16 @@ def write(module: nn.Module, placed: Replacement) -> None:
         cast(Tensor, bias).copy_(placed.bias)
 
 
-def locate(files: Iterable[str | Path]) -> tuple[dict[str, Path], dict[str, dict[str, TensorInfo]]]:
-    """The file of each tensor, and what the headers say of it, by module and key."""
-    where: dict[str, Path] = {}
+def locate(files: Iterable[str | Path]) -> dict[str, dict[str, TensorInfo]]:
+    """What the headers say of each tensor, by module and key."""
     shapes: dict[str, dict[str, TensorInfo]] = {}
     for file in map(Path, files):
         if file.suffix != ".safetensors":
             continue
         for name, info in read_header(file).items():
             owner, _, key = name.rpartition(".")
-            where[name] = file
             shapes.setdefault(owner, {})[key] = info
-    return where, shapes
+    return shapes
 
 
 def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -10,7 +10,16 @@ from spectrim.integrations.folder import write_folder
 from spectrim.integrations.transformers import detach, make_dense
 from spectrim.models.load import Source, load_model, meta_model, quantization_of
 from spectrim.models.walk import find_layers
-from spectrim.store import Checkpoint, open_checkpoint, preflight, read_json, staged, write_json, write_manifest
+from spectrim.store import (
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    preflight,
+    read_json,
+    staged,
+    write_json,
+    write_manifest,
+)
 from spectrim.store.manifest import MANIFEST
 
 
@@ -20,11 +29,12 @@ def export_dense(source: Source, out: Path, *, size: float | None = None, overwr
         raise UsageError(f"{source.name}: not a spectrim folder; it is dense already")
     refuse_new_biases(source)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=2 * source.checkpoint.nbytes)
-    model = load_model(source, torch.device("cpu"), size=size)
+    extra: dict[str, TensorInfo] = {}
+    model = load_model(source, torch.device("cpu"), size=size, extra=extra)
     make_dense(model, source.dtype)
     detach(model)
     with staged(out, overwrite=overwrite) as stage:
-        write_folder(stage, model, source.folder)
+        write_folder(stage, model, source, extra)
         written = open_checkpoint(stage)
         write_manifest(stage, facts={"tool": "spectrim", "exported_from": source.name, **verdict_of(source)})
     return {"folder": str(out), "numbers": written.numel, "bytes": written.nbytes}
@@ -48,9 +58,10 @@ def refuse_new_biases(source: Source) -> None:
 def export_size(source: Source, out: Path, *, size: float, overwrite: bool = False) -> dict[str, Any]:
     """Write one size of a folder that holds all sizes as an ordinary compressed folder of that size."""
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=source.checkpoint.nbytes)
-    model = load_model(source, torch.device("cpu"), size=size)
+    extra: dict[str, TensorInfo] = {}
+    model = load_model(source, torch.device("cpu"), size=size, extra=extra)
     with staged(out, overwrite=overwrite) as stage:
-        write_folder(stage, model, source.folder)
+        write_folder(stage, model, source, extra)
         written = open_checkpoint(stage)
         facts = {"tool": "spectrim", "exported_from": source.name, "size_ratio": size}
         stored = stored_share(source, written)

@@ -1,6 +1,7 @@
 """The folder a user gets: an ordinary Hugging Face folder in which the linear layers are low-rank."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from spectrim.errors import NumericalError
 from spectrim.integrations.any_size import NESTED
 from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, attach
 from spectrim.model_method import ModelMethod
-from spectrim.models.load import no_progress_bars
+from spectrim.models.load import Source, no_progress_bars, require_unchanged
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.nested import NestedLinear
-from spectrim.store import copy_companions
+from spectrim.store import TensorInfo, copy_companions
+from spectrim.store.extra import add_shard
 
 MAX_SHARD_SIZE = "5GB"
 COMPANIONS = (
@@ -98,17 +100,29 @@ def format_config(outcome: Outcome, base_model: str | None) -> SpectrimConfig:
     )
 
 
-def write_folder(stage: Path, model: PreTrainedModel, source: Path | None) -> None:
-    """Model files by transformers' own `save_pretrained`, tokenizer files copied from the source."""
+def write_folder(
+    stage: Path, model: PreTrainedModel, source: Source | None, extra: Mapping[str, TensorInfo] | None = None
+) -> None:
+    """Model files by transformers' own `save_pretrained`, tokenizer files and `extra` tensors from the source."""
     with no_progress_bars():
         model.save_pretrained(stage, max_shard_size=MAX_SHARD_SIZE)
     if source is None:
         return
-    copy_companions(source, stage, COMPANIONS)
+    copy_companions(source.folder, stage, COMPANIONS)
+    if extra:
+        require_unchanged(source)
+        add_shard(stage, extra)
+        require_unchanged(source)
 
 
 def write_nested(
-    stage: Path, sizes: AnySize, dtype: torch.dtype, size_ratio: float, source: Path | None, base_model: str | None
+    stage: Path,
+    sizes: AnySize,
+    dtype: torch.dtype,
+    size_ratio: float,
+    source: Source | None,
+    base_model: str | None,
+    extra: Mapping[str, TensorInfo] | None = None,
 ) -> None:
     """One folder that holds every size; `size_ratio` is the one that a load without that argument gives."""
     model = skeleton(sizes.dense)
@@ -134,4 +148,4 @@ def write_nested(
         method=sizes.method.to_config(),
     )
     attach(model, config)
-    write_folder(stage, model, source)
+    write_folder(stage, model, source, extra)

@@ -1,6 +1,7 @@
 """What did not go the usual way but went: told to whoever listens, so that a run can count and report it."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -34,6 +35,38 @@ def tell(fallback: Fallback) -> None:
     heard = _listener.get()
     if heard is not None:
         heard.append(fallback)
+
+
+def heard() -> list[Fallback]:
+    """A copy of what was told so far; empty where nobody listens."""
+    return list(_listener.get() or ())
+
+
+def recall(earlier: Iterable[Fallback]) -> list[Fallback]:
+    """Counts what an earlier process was told, which came first; what was told here again counts once.
+
+    Returns what was not.
+    """
+    listener = _listener.get()
+    if listener is None:
+        return []
+    again = Counter(listener)
+    missing = []
+    for fallback in earlier:
+        if again[fallback]:
+            again[fallback] -= 1
+        else:
+            missing.append(fallback)
+    listener[:0] = missing
+    return missing
+
+
+def take_back(recalled: Iterable[Fallback]) -> None:
+    """What was recalled has turned out to be of another run."""
+    listener = _listener.get()
+    if listener is not None:
+        for fallback in recalled:
+            listener.remove(fallback)
 
 
 def summary(fallbacks: list[Fallback]) -> list[str]:

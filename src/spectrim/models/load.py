@@ -19,12 +19,15 @@ from transformers.utils import logging
 
 from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean, without_tokens
 from spectrim.integrations.transformers import register
+from spectrim.models.extra import give_extra
+from spectrim.models.plain_reads import plain_reads
 from spectrim.models.walk import find_layers, weight_of
-from spectrim.store import Checkpoint, open_checkpoint
-from spectrim.store.files import Stamp, shown, stamp_of
+from spectrim.options import DTYPE_NAMES, check_device, check_dtype
+from spectrim.store import Checkpoint, TensorInfo, open_checkpoint
+from spectrim.store.files import Stamp, stamp_of
 
 BUILTIN = {"builtin:tiny": "tiny"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab*", "*.jinja", "LICENSE*"]
 
@@ -219,11 +222,17 @@ def _check_blocks(source: Source, model: PreTrainedModel) -> None:
 
 
 def load_dense(
-    source: Source, device: torch.device, *, allow_nonfinite: bool = False, warnings: list[str] | None = None
+    source: Source,
+    device: torch.device,
+    *,
+    allow_nonfinite: bool = False,
+    warnings: list[str] | None = None,
+    extra: dict[str, TensorInfo] | None = None,
 ) -> PreTrainedModel:
     """The dense model in float32 on `device`; anything missing from the files is an error, never random numbers.
 
-    So is NaN or Inf anywhere, unless allowed. `warnings` is told what is in the files and not in the model.
+    So is NaN or Inf anywhere, unless allowed. `extra` is given the tensors that are in the files and have no place in
+    the model, for whoever writes a result; `warnings` is told of them.
     """
     require_dense(source)
     check_against_config(source)
@@ -234,12 +243,9 @@ def load_dense(
             f"{source.folder}: {len(missing)} tensors that the model needs are in no file, e.g. "
             f"{', '.join(missing[:3])}; config.json and the files disagree, or the download is incomplete"
         )
-    extra = sorted(info["unexpected_keys"])
-    if extra and warnings is not None:
-        warnings.append(
-            f"{len(extra)} tensors in the files belong to no part of the model and are not in the result: "
-            + ", ".join(map(shown, extra[:3]))
-        )
+    said = give_extra(source.checkpoint, model, info, extra)
+    if warnings is not None:
+        warnings += said
     if not allow_nonfinite:
         _check_finite(source, model)
     nn.Module.to(model, device)  # transformers wraps its own `.to` in a way no type checker reads
@@ -258,9 +264,17 @@ def _check_finite(source: Source, model: PreTrainedModel) -> None:
 
 
 def load_model(
-    source: Source, device: torch.device, dtype: torch.dtype | None = None, *, size: float | None = None
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    size: float | None = None,
+    extra: dict[str, TensorInfo] | None = None,
 ) -> PreTrainedModel:
-    """A dense or compressed model as it is stored, for evaluation and generation; `size` of a folder with all sizes."""
+    """A dense or compressed model as it is stored, for evaluation and generation; `size` of a folder with all sizes.
+
+    `extra` as in `load_dense`.
+    """
     if size is not None and source.any_size is None:
         raise UsageError(
             f"{source.name}: holds one size only; `spectrim compress --any-size` makes folders that hold all"
@@ -272,6 +286,8 @@ def load_model(
             f"{source.folder}: {len(info['missing_keys'])} tensors that the model needs are in no file, e.g. "
             f"{min(info['missing_keys'])}; copy or download the folder again"
         )
+    if extra is not None:
+        give_extra(source.checkpoint, model, info, extra)
     nn.Module.to(model, device)  # transformers wraps its own `.to` in a way no type checker reads
     return model.eval()
 
@@ -291,7 +307,7 @@ def no_progress_bars() -> Iterator[None]:
 def _from_pretrained(source: Source, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         require_unchanged(source)
-        with no_progress_bars():
+        with no_progress_bars(), plain_reads(source.checkpoint):
             loaded = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=dtype,
@@ -309,14 +325,10 @@ def _from_pretrained(source: Source, dtype: torch.dtype, **options: Any) -> tupl
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU, else the CPU; a device that is not there is an error."""
+    check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device {name}: not a device that computes; use auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ResourceError(f"--device {name}: this machine has no Apple GPU that torch can use; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -326,8 +338,5 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(name: str, source_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the stored result; `auto` is the source's."""
-    if name == "auto":
-        return source_dtype
-    if name not in DTYPES:
-        raise UsageError(f"--dtype {name}: not supported{did_you_mean(name, DTYPES)}")
-    return DTYPES[name]
+    check_dtype(name)
+    return source_dtype if name == "auto" else DTYPES[name]

@@ -19,22 +19,13 @@ from torch import Tensor
 
 from spectrim.errors import InputError
 from spectrim.store import disk
-from spectrim.store.files import check_stays_inside, open_regular, read_fully, shown
-from spectrim.store.header import TensorInfo, read_header_and_metadata
+from spectrim.store.files import check_stays_inside, open_regular, shown
+from spectrim.store.header import read_header_and_metadata
 from spectrim.store.points import point
 from spectrim.store.strict_json import parse_object
+from spectrim.store.tensors import read_from
 
 FORMAT = "spectrim-state-1"
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 def write_state(path: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -63,7 +54,8 @@ def read_state(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     """Step, tensors (on the CPU) and facts; `InputError` if anything differs from what was saved."""
     check_stays_inside(path, path.parent)
     metadata, infos = read_header_and_metadata(path)
-    tensors = _read_tensors(path, infos)
+    with open_regular(path) as (file, _):
+        tensors = {name: read_from(file, info) for name, info in infos.items()}
     if metadata.get("format") != FORMAT or not {"step", "facts", "sha256"} <= metadata.keys():
         raise InputError(f"{path}: is not a {FORMAT} file (its header says {shown(str(metadata.get('format')))})")
     step, text = metadata["step"], metadata["facts"]
@@ -73,21 +65,6 @@ def read_state(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
             f"{path}: damaged or edited: sha256 {shown(metadata['sha256'][:12])} recorded, {found[:12]} found"
         )
     return int(step), tensors, parse_object(text.encode(), where=f"{path}: facts")
-
-
-def _read_tensors(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """By plain reads: a mapped file that shrinks would end the process (SIGBUS)."""
-    tensors: dict[str, Tensor] = {}
-    with open_regular(path) as (file, _):
-        for name, info in infos.items():
-            if info.dtype not in DTYPES:
-                raise InputError(f"{path}: tensor {shown(name)}: {info.dtype} is in no state")
-            raw = torch.empty(info.nbytes, dtype=torch.uint8)
-            file.seek(info.start)
-            if read_fully(file, raw.numpy().data) != info.nbytes:
-                raise InputError(f"{path}: tensor {shown(name)}: the file became shorter while it was read")
-            tensors[name] = raw.view(DTYPES[info.dtype]).view(info.shape)
-    return tensors
 
 
 def read_step(path: Path) -> tuple[str, int]:
