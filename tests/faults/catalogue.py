@@ -42,12 +42,12 @@ PARTLY = {
     51: "On a CPU; failures are injected into torch.linalg. The rungs on a GPU are the same code with other arguments.",
     55: "Same seed, other batch sizes and order. One device only: there are no runs over several GPUs.",
     59: "On a CPU, with torch's out-of-memory errors injected. After batches of one window the run ends with exit 4 "
-    "and advice; it never moves to the CPU without a word, where it would take many times as long. Solvers do, counted.",
+    "and advice; it never moves to the CPU without a word, where it would take many times as long. Solvers do, said.",
     62: "GPUs that are missing are simulated; wrong drivers and mixed GPUs are not.",
     64: "The hub's client is replaced by one that raises; its own retries are not tested here.",
     65: "By headers, which must fit the size of the file; the hash of a blob is not compared.",
     66: "huggingface_hub's `snapshot_download` resolves the commit once; tested with a replaced client.",
-    68: "transformers is never imported first, and torch only for what depends on a method (--set, --preset, --recover, "
+    68: "transformers is never imported first, torch only for what depends on a method (--set, --preset, --recover, "
     "--any-size): its import is most of the time of those (the slow tests measure both).",
     69: "The language of a text is not looked at.",
     71: "transformers without spectrim; vLLM and llama.cpp are not installed here.",

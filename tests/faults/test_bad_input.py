@@ -58,7 +58,8 @@ def model(tmp_path: Path) -> Path:
 def refused(code: int, model: Path | str, *options: object, out: Path | None = None, where: Path) -> str:
     """The message of a `compress` that must fail with `code` and leave everything in `where` as it was."""
     before, names = hashes(where), sorted(where.iterdir())
-    answer = call("compress", model, "--out", out or where / "out", *PLAIN, "--method", "svd", *options)
+    never = ("--save-every", "1e9")  # no state is kept, however slow the machine is
+    answer = call("compress", model, "--out", out or where / "out", *PLAIN, *never, "--method", "svd", *options)
     assert answer.code == code, answer.err
     assert answer.out == ""
     assert "Traceback" not in answer.err
@@ -534,7 +535,7 @@ def test_too_little_space(model: Path, tmp_path: Path) -> None:
 def test_a_disk_that_fills_while_writing(model: Path, tmp_path: Path) -> None:
     full = OSError(28, "No space left on device")
     with mock.patch("spectrim.job.write_manifest", side_effect=full):
-        message = refused(RESOURCE, model, "--save-every", "1e9", where=tmp_path)  # no state, however slow it runs
+        message = refused(RESOURCE, model, where=tmp_path)
     assert "No space left on device (errno 28) after 0.00 GB" in message
     assert "now removed; all of it takes about 0.00 GB (" in message
     assert message.endswith("; free some space or choose another --out")
