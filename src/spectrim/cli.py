@@ -17,6 +17,7 @@ from spectrim.cli_options import (
     AnySize,
     AnySizeSteps,
     Calib,
+    CalibWindows,
     Device,
     Dtype,
     Json,
@@ -68,7 +69,7 @@ def compress(
     set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
     recover: Recover = [],  # noqa: B006
     calib: Calib = "builtin:stdlib",
-    calib_windows: Annotated[int, typer.Option(help="windows that feed the statistics")] = 256,
+    calib_windows: CalibWindows = None,
     calib_length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
     gradient_windows: Annotated[
         int | None, typer.Option(help="windows that give gradients (default: all on a GPU, a quarter on a CPU)")
@@ -151,7 +152,7 @@ def plan(
     method: Method = "soco",
     preset: Preset = None,
     set_: Set = [],  # noqa: B006
-    calib_windows: Annotated[int, typer.Option(help="windows that feed the statistics")] = 256,
+    calib_windows: CalibWindows = None,
     calib_length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -172,7 +173,7 @@ def plan(
     source = resolve(model)
     foresee(request, configured, source)
     facts = estimate(
-        source, configured, keep, windows=calib_windows, length=calib_length,
+        source, configured, keep, windows=request.statistics_windows, length=calib_length,
         dtype=pick_dtype(dtype, source.dtype), device=pick_device(device),
     )  # fmt: skip
 

@@ -33,6 +33,9 @@ Recover = Annotated[
 ]
 Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of the method; may be repeated")]
 Calib = Annotated[str, typer.Option(help="hub data set, .txt/.jsonl files, builtin:stdlib, or self")]
+CalibWindows = Annotated[
+    int | None, typer.Option(help="windows that feed the statistics (default: 256 of text, 512 of self)")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
 Dtype = Annotated[
     str, typer.Option(help="dtype of the stored result: auto (as the source), float32, bfloat16, float16")

@@ -20,6 +20,9 @@ ANCHORS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35)
 """Sizes at which a folder of all sizes learns and measures."""
 ANY_SIZE_STEPS = 1600
 """Training steps of all anchors together: as many as four runs of the preset `balanced` take."""
+CALIB_WINDOWS, SELF_WINDOWS = 256, 512
+"""Windows that feed the statistics when nothing is said: of text, and of text that the model writes, which costs only
+time and needs more to serve as well (benchmarks/README.md, without data)."""
 MOST_STEPS = 1_000_000
 RECOVERY_BATCH = 32
 """Windows in a step of distillation."""

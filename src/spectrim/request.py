@@ -11,6 +11,8 @@ from spectrim.evaluate.gate import FACTOR, check_factor
 from spectrim.options import (
     ANCHORS,
     ANY_SIZE_STEPS,
+    CALIB_WINDOWS,
+    SELF_WINDOWS,
     Nonfinite,
     check_anchors,
     check_choice,
@@ -41,7 +43,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     recover: tuple[str, ...] = ()
     calib: str = "builtin:stdlib"
-    calib_windows: int = 256
+    calib_windows: int | None = None
     calib_length: int = 512
     gradient_windows: int | None = None
     train_windows: int | None = None
@@ -56,6 +58,13 @@ class Request:
     any_size: bool = False
     anchors: tuple[float, ...] = ANCHORS
     any_size_steps: int = ANY_SIZE_STEPS
+
+    @property
+    def statistics_windows(self) -> int:
+        """Windows that feed the statistics: those asked for, or as many as the kind of text needs."""
+        if self.calib_windows is not None:
+            return self.calib_windows
+        return SELF_WINDOWS if self.calib == "self" else CALIB_WINDOWS
 
     def check(self) -> "Method":
         """Refuse what cannot work before anything is loaded, all of it at once; returns the configured method.

@@ -91,7 +91,7 @@ def cut_windows(
     """Calibration, training and evaluation windows, and what there is to say about them."""
     learns = has_steps(request, method)
     length = min(request.calib_length, context_length(dense.config) or request.calib_length)
-    count = request.calib_windows
+    count = request.statistics_windows
     wanted = max(count, training_windows(request, method)) if learns else count
     if text.calibration is None:
         windows = sample_windows(dense, length=length, count=wanted, seed=request.seed, progress=progress)

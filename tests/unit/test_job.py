@@ -22,6 +22,7 @@ from spectrim.integrations.folder import round_to
 from spectrim.job import Request, run
 from spectrim.options import recovery_of
 from spectrim.registry import make_method
+from spectrim.resume import ResumeOptions
 from spectrim.store import verify_manifest
 
 
@@ -142,7 +143,7 @@ def test_a_reload_that_differs_publishes_nothing(
     before = {folder: hashes(folder) for folder in (model, out) if folder.exists()}
     asked = request(model, options={}, keep=0.9)
     with mock.patch.object(job, "_logits_elsewhere", elsewhere), pytest.raises(NumericalError) as caught:
-        run(asked, out, overwrite=True)
+        run(asked, out, overwrite=True, options=ResumeOptions(save_every_s=1e9))  # no state, however slow it is
     assert says in str(caught.value)
     assert {folder: hashes(folder) for folder in (model, out) if folder.exists()} == before
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in before}
@@ -240,6 +241,16 @@ def test_windows_are_no_longer_than_the_context(tmp_path: Path, quick_reload: No
     report = run(request(model, calib="self", calib_length=512), tmp_path / "out").report
     assert report["text"]["calibration"]["length"] == 16
     assert report["text"]["calibration"]["source"] == "self"
+
+
+def test_text_of_the_models_own_is_twice_as_long_unless_told(
+    tmp_path: Path, quick_reload: None
+) -> None:
+    model = small_model(tmp_path / "model")
+    asked = request(model, calib="self", calib_length=4, calib_windows=None)
+    assert run(asked, tmp_path / "out").report["text"]["calibration"]["windows"] == 512
+    assert (request(model, calib_windows=None).statistics_windows, asked.statistics_windows) == (256, 512)
+    assert request(model, calib="self", calib_windows=3).statistics_windows == 3
 
 
 @pytest.mark.parametrize("any_size", [False, True])
