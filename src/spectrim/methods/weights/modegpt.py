@@ -1,0 +1,240 @@
+"""MoDeGPT: each block is cut by its three parts, from forward passes alone (Lin et al., ICLR 2025, arXiv 2408.09632).
+
+    1. second moments of what attention and the down projection read
+    2. what share of each block goes: softmax of minus its influence on the stream, 1 - E cos(before, after)
+    3. queries and keys: the rotation pairs with the largest |q|^2 |k|^2 stay            (CR)
+       values and outputs: the best product of rank r for each head of values            (SVD)
+       MLP: the channels with the largest ridge leverage; down projection fitted anew    (Nystrom)
+
+What goes are whole rows and columns of the dense weights, so the layers that stay compute with smaller dense matrices
+(codec "narrow"). The MLP gets what queries, keys, values and outputs leave of the block's share.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from spectrim.engines.learned import skeleton
+from spectrim.engines.residual import block_influence
+from spectrim.errors import UsageError
+from spectrim.linalg.metric import root_of
+from spectrim.linalg.modular import (
+    best_pairs,
+    leverage,
+    nystrom_down,
+    pair_scores,
+    row_sizes,
+    sparsities,
+    value_output,
+    with_bias_input,
+)
+from spectrim.method import MethodInfo, require_choice, require_range
+from spectrim.model_method import Job, ModelMethod
+from spectrim.models.llama_like import (
+    HEAD_NORMS,
+    LLAMA_LIKE,
+    READS_MLP,
+    Heads,
+    heads_of,
+    linear,
+    require_llama_like,
+    wide_bias,
+    wide_weight,
+)
+from spectrim.models.walk import Walk
+from spectrim.nn.narrow import NarrowLinear
+from spectrim.stats import Stat, Stats
+
+QUERY, KEY, VALUE, OUT = (f"self_attn.{name}_proj" for name in "qkvo")
+GATE, UP = READS_MLP
+DOWN = "mlp.down_proj"
+ALLOWED = tuple(kind for kind in LLAMA_LIKE if kind not in HEAD_NORMS)
+
+
+class Size(NamedTuple):
+    """What stays of one block."""
+
+    pairs: int  # of a key head
+    values: int  # dimensions of a value head
+    channels: int  # of the MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoDeGPT(ModelMethod):
+    """Narrower heads and MLPs, chosen and fitted from second moments; no backward pass."""
+
+    info: ClassVar = MethodInfo(
+        name="modegpt",
+        family="weights",
+        paper="arXiv 2408.09632",
+        promise="narrower heads and MLPs, each part by the decomposition that suits it, no backward pass",
+    )
+    needs: ClassVar = frozenset({Stat.GRAM, Stat.MEAN})
+    codecs: ClassVar = ("narrow",)
+
+    allocation: Literal["influence", "uniform"] = "influence"
+    temperature: float = 0.1
+    """Of the softmax over blocks; larger is more even."""
+    ridge: float = 1.0
+    """Of the leverage scores, in units of the mean second moment of a channel."""
+
+    def __post_init__(self) -> None:
+        require_choice("modegpt", "allocation", self.allocation, ("influence", "uniform"))
+        require_range("modegpt", "temperature", self.temperature, 1e-3, 1e6)
+        require_range("modegpt", "ridge", self.ridge, 1e-9, 1e9)
+
+    def check_model(self, config: PretrainedConfig, walk: Walk, keep: float) -> None:
+        """Attention with rotary embedding over whole heads, an MLP with a gate."""
+        why = "it needs a gated MLP and queries and keys that rotary embedding reads as they are projected"
+        require_llama_like("modegpt", config, walk, ALLOWED, why)
+
+    @torch.no_grad()
+    def compress(self, job: Job) -> PreTrainedModel:
+        """Steps 2 and 3."""
+        model = skeleton(job.dense)
+        heads = heads_of(job.dense.config)
+        keeps = self.keeps(job)
+        for index, name in enumerate(job.walk.block_names):
+            if keeps[index] >= 1:
+                continue
+            block = model.get_submodule(name)
+            size = self.size(block, heads, keeps[index])
+            with job.timed("decompose"):
+                reads = job.stats[f"{name}.{QUERY}"]
+                moments = with_bias_input(reads.get(Stat.GRAM), reads.get(Stat.MEAN))
+                cut_queries_keys(block, heads, moments, size.pairs)
+                cut_values_outputs(block, heads, moments, size.values)
+                self.cut_mlp(block, job.stats[f"{name}.{DOWN}"], size.channels)
+            if job.progress is not None:
+                job.progress("decompose", index + 1, len(keeps))
+        return model
+
+    def keeps(self, job: Job) -> list[float]:
+        """Step 2: the share that stays of each block; blocks are of equal size."""
+        mean = job.budget / job.walk.numbers
+        if self.allocation == "uniform" or mean == 1:
+            return [mean] * len(job.walk.block_names)
+        with job.timed("calibrate"):
+            influence = block_influence(job.dense, job.walk, job.calibration)
+        return (1 - sparsities(influence, 1 - mean, self.temperature)).tolist()
+
+    def size(self, block: nn.Module, heads: Heads, keep: float) -> Size:
+        """The largest parts that fit into `keep` of the block's numbers."""
+        before = sum(module.weight.numel() + bias_numbers(module) for module in layers_of(block))
+        pairs, values = max(1, int(keep * heads.width / 2)), max(1, int(keep * heads.width))
+        left = int(keep * before + 1e-9) - attention_numbers(block, heads, pairs, values)
+        gate, up, down = (linear(block, path) for path in (GATE, UP, DOWN))
+        width = gate.out_features
+        masks = 3 * mask_numbers(width)
+        fixed = masks + bias_numbers(down)
+        channel = gate.in_features + up.in_features + down.out_features
+        channel += sum(module.bias is not None for module in (gate, up))
+        channels = width if left >= width * channel + bias_numbers(down) else min(width - 1, (left - fixed) // channel)
+        if channels < 1:
+            raise UsageError(
+                f"modegpt: {keep:.3g} of a block's {before:,} numbers leave no channel to its MLP; raise --keep, "
+                "or the temperature, which spreads the cuts over the blocks"
+            )
+        return Size(pairs, values, channels)
+
+    def cut_mlp(self, block: nn.Module, stats: Stats, channels: int) -> None:
+        """Nystrom, in place."""
+        moments = stats.get(Stat.GRAM)
+        if channels == len(moments):
+            return
+        kept = leverage(moments, self.ridge).argsort(descending=True, stable=True)[:channels].sort().values
+        down = nystrom_down(wide_weight(block, DOWN), moments, kept)
+        mask = torch.zeros(len(moments), dtype=torch.bool, device=kept.device)
+        mask[kept] = True
+        for path in READS_MLP:
+            keep_rows(block, path, mask)
+        put(block, DOWN, down, wide_bias(block, DOWN), None, mask)
+
+
+def layers_of(block: nn.Module) -> list[nn.Linear]:
+    """All linear layers of a block."""
+    return [linear(block, path) for path in (QUERY, KEY, VALUE, OUT, GATE, UP, DOWN)]
+
+
+def bias_numbers(module: nn.Linear) -> int:
+    """0 where there is none."""
+    bias: Tensor | None = module.bias
+    return 0 if bias is None else bias.numel()
+
+
+def mask_numbers(places: int) -> int:
+    """Bytes of a mask of so many bits."""
+    return (places + 7) // 8
+
+
+def attention_numbers(block: nn.Module, heads: Heads, pairs: int, values: int) -> int:
+    """Stored numbers of q, k, v and o, masks and biases included."""
+    total = 0
+    for path, count, width in (
+        (QUERY, heads.query, 2 * pairs),
+        (KEY, heads.key, 2 * pairs),
+        (VALUE, heads.key, values),
+    ):
+        module = linear(block, path)
+        total += rows * module.in_features + (0 if module.bias is None else rows)
+        total += mask_numbers(module.out_features) if rows < module.out_features else 0
+    out = linear(block, OUT)
+    total += out.out_features * heads.query * values + bias_numbers(out)
+    return total + (mask_numbers(out.in_features) if values < heads.width else 0)
+
+
+def put(
+    block: nn.Module, path: str, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None
+) -> None:
+    """A narrow layer in the place of a dense one; a side without a mask stays whole."""
+    old = linear(block, path)
+    like = old.weight
+    rows = torch.ones(old.out_features, dtype=torch.bool, device=like.device) if rows is None else rows
+    columns = torch.ones(old.in_features, dtype=torch.bool, device=like.device) if columns is None else columns
+    made = NarrowLinear.of(weight.to(like), None if bias is None else bias.to(like), rows, columns)
+    block.set_submodule(path, made.requires_grad_(False))
+
+
+def keep_rows(block: nn.Module, path: str, mask: Tensor) -> None:
+    """The rows of a layer that `mask` (O,) marks, as they are."""
+    bias = wide_bias(block, path)
+    put(block, path, wide_weight(block, path)[mask], None if bias is None else bias[mask], mask, None)
+
+
+def with_bias(block: nn.Module, path: str) -> Tensor:
+    """[W b] (O, I + 1)."""
+    weight, bias = wide_weight(block, path), wide_bias(block, path)
+    return torch.cat([weight, weight.new_zeros(len(weight), 1) if bias is None else bias[:, None]], 1)
+
+
+def cut_queries_keys(block: nn.Module, heads: Heads, moments: Tensor, pairs: int) -> None:
+    """CR, in place: queries keep the pairs of the key head that they look at."""
+    if 2 * pairs == heads.width:
+        return
+    sizes = [row_sizes(with_bias(block, path), moments) for path in (QUERY, KEY)]
+    keys = best_pairs(pair_scores(sizes[0], sizes[1], heads.width), pairs)
+    queries = keys.repeat_interleave(heads.query // heads.key, 0)
+    keep_rows(block, QUERY, queries.flatten())
+    keep_rows(block, KEY, keys.flatten())
+
+
+def cut_values_outputs(block: nn.Module, heads: Heads, moments: Tensor, rank: int) -> None:
+    """SVD of each value head with all its readers, in place; of a head the first `rank` places stay."""
+    if rank == heads.width:
+        return
+    group, width, root = heads.query // heads.key, heads.width, root_of(moments)
+    values = with_bias(block, VALUE).split(width)  # [(hd, I + 1)] a value head
+    outputs = wide_weight(block, OUT).split(group * width, dim=1)  # [(D, group hd)]
+    new_values, new_outputs = [], []
+    for value, output in zip(values, outputs, strict=True):
+        readers = output.split(width, dim=1)  # one (D, hd) a query head
+        left, right = value_output(value, torch.cat(readers), root, rank)
+        new_values.append(right)
+        new_outputs += [reader @ left for reader in readers]
+    stays = torch.arange(width, device=moments.device) < rank
+    value, has_bias = torch.cat(new_values), linear(block, VALUE).bias is not None
+    put(block, VALUE, value[:, :-1], value[:, -1] if has_bias else None, stays.repeat(heads.key), None)
+    put(block, OUT, torch.cat(new_outputs, 1), wide_bias(block, OUT), None, stays.repeat(heads.query))
