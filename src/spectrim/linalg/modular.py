@@ -65,7 +65,7 @@ def best_pairs(scores: Tensor, count: int) -> Tensor:
     return torch.cat([kept, kept], 1)
 
 
-def value_output(value: Tensor, outputs: Tensor, moments: Root, rank: int) -> Factors:
+def value_output(value: Tensor, outputs: Tensor, rank: int, *, moments: Root) -> Factors:
     """`rank` dimensions in the place of a head's: values (rank, I) on the right, and what a reader of the old ones is
     multiplied by, (head, rank), on the left.
 
@@ -73,6 +73,18 @@ def value_output(value: Tensor, outputs: Tensor, moments: Root, rank: int) -> Fa
     min || outputs (value - left right) R ||_F, R R^T = C. With one query head this is the optimum of W_O W_V.
     """
     return truncate(decompose(value, left=root_of(outputs.mT @ outputs), right=moments), rank)
+
+
+def largest_values(value: Tensor, outputs: Tensor, rank: int) -> Factors:
+    """The `rank` dimensions of a head with the largest weights, as `value_output` gives them: magnitude pruning."""
+    size = value.square().sum(1) + outputs.square().sum(0)
+    kept = size.argsort(descending=True, stable=True)[:rank].sort().values
+    return Factors(torch.eye(len(value), dtype=value.dtype, device=value.device)[:, kept], value[kept])
+
+
+def channel_sizes(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Squared size (F,) of all weights of each channel of an MLP: magnitude pruning."""
+    return gate.square().sum(1) + up.square().sum(1) + down.square().sum(0)
 
 
 def sparsities(influence: Tensor, mean: float, temperature: float, *, most: float = 0.95) -> Tensor:

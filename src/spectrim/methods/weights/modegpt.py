@@ -10,7 +10,9 @@ What goes are whole rows and columns of the dense weights, so the layers that st
 (codec "narrow"). The MLP gets what queries, keys, values and outputs leave of the block's share.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -20,9 +22,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from spectrim.engines.learned import skeleton
 from spectrim.engines.residual import block_influence
 from spectrim.errors import UsageError
+from spectrim.linalg.factor import Factors
 from spectrim.linalg.metric import root_of
 from spectrim.linalg.modular import (
     best_pairs,
+    channel_sizes,
+    largest_values,
     leverage,
     nystrom_down,
     pair_scores,
@@ -78,11 +83,14 @@ class MoDeGPT(ModelMethod):
     allocation: Literal["influence", "uniform"] = "influence"
     temperature: float = 0.1
     """Of the softmax over blocks; larger is more even."""
+    rule: Literal["moments", "magnitude"] = "moments"
+    """magnitude: what has the smallest weights goes and nothing is fitted, in the same sizes. To compare with."""
     ridge: float = 1.0
     """Of the leverage scores, in units of the mean second moment of a channel."""
 
     def __post_init__(self) -> None:
         require_choice("modegpt", "allocation", self.allocation, ("influence", "uniform"))
+        require_choice("modegpt", "rule", self.rule, ("moments", "magnitude"))
         require_range("modegpt", "temperature", self.temperature, 1e-3, 1e6)
         require_range("modegpt", "ridge", self.ridge, 1e-9, 1e9)
 
@@ -103,11 +111,9 @@ class MoDeGPT(ModelMethod):
             block = model.get_submodule(name)
             size = self.size(block, heads, keeps[index])
             with job.timed("decompose"):
-                reads = job.stats[f"{name}.{QUERY}"]
-                moments = with_bias_input(reads.get(Stat.GRAM), reads.get(Stat.MEAN))
-                cut_queries_keys(block, heads, moments, size.pairs)
-                cut_values_outputs(block, heads, moments, size.values)
-                self.cut_mlp(block, job.stats[f"{name}.{DOWN}"], size.channels)
+                reads, inside = job.stats[f"{name}.{QUERY}"], job.stats[f"{name}.{DOWN}"]
+                self.cut_attention(block, heads, reads, size)
+                self.cut_mlp(block, inside.get(Stat.GRAM), size.channels)
             if job.progress is not None:
                 job.progress("decompose", index + 1, len(keeps))
         return model
@@ -140,13 +146,28 @@ class MoDeGPT(ModelMethod):
             )
         return Size(pairs, values, channels)
 
-    def cut_mlp(self, block: nn.Module, stats: Stats, channels: int) -> None:
+    def cut_attention(self, block: nn.Module, heads: Heads, stats: Stats, size: Size) -> None:
+        """CR and SVD, in place."""
+        if self.rule == "magnitude":
+            moments = torch.eye(len(stats.get(Stat.GRAM)) + 1, dtype=torch.float64, device=stats.get(Stat.GRAM).device)
+            choose = largest_values
+        else:
+            moments = with_bias_input(stats.get(Stat.GRAM), stats.get(Stat.MEAN))
+            choose = partial(value_output, moments=root_of(moments))
+        cut_queries_keys(block, heads, moments, size.pairs)
+        cut_values_outputs(block, heads, choose, size.values)
+
+    def cut_mlp(self, block: nn.Module, moments: Tensor, channels: int) -> None:
         """Nystrom, in place."""
-        moments = stats.get(Stat.GRAM)
         if channels == len(moments):
             return
-        kept = leverage(moments, self.ridge).argsort(descending=True, stable=True)[:channels].sort().values
-        down = nystrom_down(wide_weight(block, DOWN), moments, kept)
+        old = wide_weight(block, DOWN)
+        if self.rule == "magnitude":
+            score = channel_sizes(wide_weight(block, GATE), wide_weight(block, UP), old)
+        else:
+            score = leverage(moments, self.ridge)
+        kept = score.argsort(descending=True, stable=True)[:channels].sort().values
+        down = old[:, kept] if self.rule == "magnitude" else nystrom_down(old, moments, kept)
         mask = torch.zeros(len(moments), dtype=torch.bool, device=kept.device)
         mask[kept] = True
         for path in READS_MLP:
@@ -173,11 +194,8 @@ def mask_numbers(places: int) -> int:
 def attention_numbers(block: nn.Module, heads: Heads, pairs: int, values: int) -> int:
     """Stored numbers of q, k, v and o, masks and biases included."""
     total = 0
-    for path, count, width in (
-        (QUERY, heads.query, 2 * pairs),
-        (KEY, heads.key, 2 * pairs),
-        (VALUE, heads.key, values),
-    ):
+    rows_of = {QUERY: heads.query * 2 * pairs, KEY: heads.key * 2 * pairs, VALUE: heads.key * values}
+    for path, rows in rows_of.items():
         module = linear(block, path)
         total += rows * module.in_features + (0 if module.bias is None else rows)
         total += mask_numbers(module.out_features) if rows < module.out_features else 0
@@ -221,20 +239,24 @@ def cut_queries_keys(block: nn.Module, heads: Heads, moments: Tensor, pairs: int
     keep_rows(block, KEY, keys.flatten())
 
 
-def cut_values_outputs(block: nn.Module, heads: Heads, moments: Tensor, rank: int) -> None:
-    """SVD of each value head with all its readers, in place; of a head the first `rank` places stay."""
+Choose = Callable[[Tensor, Tensor, int], Factors]
+"""From a head's values (hd, I + 1), what reads them (N, hd) and a rank: what takes their place (linalg/modular.py)."""
+
+
+def cut_values_outputs(block: nn.Module, heads: Heads, choose: Choose, rank: int) -> None:
+    """Each value head with all its readers, in place; of a head the first `rank` places stay."""
     if rank == heads.width:
         return
-    group, width, root = heads.query // heads.key, heads.width, root_of(moments)
-    values = with_bias(block, VALUE).split(width)  # [(hd, I + 1)] a value head
-    outputs = wide_weight(block, OUT).split(group * width, dim=1)  # [(D, group hd)]
+    group, width = heads.query // heads.key, heads.width
+    values = with_bias(block, VALUE).split(width)  # (hd, I + 1) for each value head
+    outputs = wide_weight(block, OUT).split(group * width, dim=1)  # (D, group hd)
     new_values, new_outputs = [], []
     for value, output in zip(values, outputs, strict=True):
-        readers = output.split(width, dim=1)  # one (D, hd) a query head
-        left, right = value_output(value, torch.cat(readers), root, rank)
+        readers = output.split(width, dim=1)  # (D, hd) for each query head
+        left, right = choose(value, torch.cat(readers), rank)
         new_values.append(right)
         new_outputs += [reader @ left for reader in readers]
-    stays = torch.arange(width, device=moments.device) < rank
     value, has_bias = torch.cat(new_values), linear(block, VALUE).bias is not None
+    stays = torch.arange(width, device=value.device) < rank
     put(block, VALUE, value[:, :-1], value[:, -1] if has_bias else None, stays.repeat(heads.key), None)
     put(block, OUT, torch.cat(new_outputs, 1), wide_bias(block, OUT), None, stays.repeat(heads.query))
