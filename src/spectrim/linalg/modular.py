@@ -87,10 +87,10 @@ def channel_sizes(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return gate.square().sum(1) + up.square().sum(1) + down.square().sum(0)
 
 
-def sparsities(influence: Tensor, mean: float, temperature: float, *, most: float = 0.95) -> Tensor:
+def sparsities(influence: Tensor, mean: float, temperature: float, *, most: float = 0.8) -> Tensor:
     """What share of each block goes (L,), from its influence: the softmax of -influence / temperature, of mean `mean`.
 
-    Maximises sum_l -influence_l phi_l + temperature H(phi), the paper's equation 11. No block loses more than `most`
+    Maximises sum_l -influence_l phi_l + temperature H(phi), the paper's objective. No block loses more than `most`
     (or `mean`, where that is more); what is above is shared among the others in the same proportions.
     """
     share = torch.softmax(-influence / temperature, 0)

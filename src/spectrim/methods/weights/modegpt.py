@@ -130,15 +130,13 @@ class MoDeGPT(ModelMethod):
     def size(self, block: nn.Module, heads: Heads, keep: float) -> Size:
         """The largest parts that fit into `keep` of the block's numbers."""
         before = sum(module.weight.numel() + bias_numbers(module) for module in layers_of(block))
-        pairs, values = max(1, int(keep * heads.width / 2)), max(1, int(keep * heads.width))
-        left = int(keep * before + 1e-9) - attention_numbers(block, heads, pairs, values)
-        gate, up, down = (linear(block, path) for path in (GATE, UP, DOWN))
-        width = gate.out_features
-        masks = 3 * mask_numbers(width)
-        fixed = masks + bias_numbers(down)
-        channel = gate.in_features + up.in_features + down.out_features
-        channel += sum(module.bias is not None for module in (gate, up))
-        channels = width if left >= width * channel + bias_numbers(down) else min(width - 1, (left - fixed) // channel)
+        allowed, half = int(keep * before + 1e-9), heads.width // 2
+        pairs, values = max(1, int(keep * half)), max(1, int(keep * heads.width))
+        for more_pairs, more_values in ((1, 1), (1, 0), (0, 1)):  # where the MLP then still stays whole
+            bigger = Size(min(pairs + more_pairs, half), min(values + more_values, heads.width), mlp_width(block))
+            if block_numbers(block, heads, bigger) <= allowed:
+                return bigger
+        channels = fitting_channels(block, allowed - attention_numbers(block, heads, pairs, values))
         if channels < 1:
             raise UsageError(
                 f"modegpt: {keep:.3g} of a block's {before:,} numbers leave no channel to its MLP; raise --keep, "
@@ -202,6 +200,34 @@ def attention_numbers(block: nn.Module, heads: Heads, pairs: int, values: int) -
     out = linear(block, OUT)
     total += out.out_features * heads.query * values + bias_numbers(out)
     return total + (mask_numbers(out.in_features) if values < heads.width else 0)
+
+
+def mlp_width(block: nn.Module) -> int:
+    """F."""
+    return linear(block, GATE).out_features
+
+
+def mlp_numbers(block: nn.Module, channels: int) -> int:
+    """Stored numbers of gate, up and down, masks and biases included."""
+    gate, up, down = (linear(block, path) for path in (GATE, UP, DOWN))
+    channel = gate.in_features + up.in_features + down.out_features
+    channel += sum(module.bias is not None for module in (gate, up))
+    masks = 3 * mask_numbers(mlp_width(block)) if channels < mlp_width(block) else 0
+    return channels * channel + masks + bias_numbers(down)
+
+
+def fitting_channels(block: nn.Module, allowed: int) -> int:
+    """The most channels within so many numbers, 0 where there is no room for one."""
+    width = mlp_width(block)
+    if mlp_numbers(block, width) <= allowed:
+        return width
+    one, two = mlp_numbers(block, 1), mlp_numbers(block, 2)
+    return max(0, min(width - 1, (allowed - one) // (two - one) + 1))
+
+
+def block_numbers(block: nn.Module, heads: Heads, size: Size) -> int:
+    """Stored numbers of all its layers."""
+    return attention_numbers(block, heads, size.pairs, size.values) + mlp_numbers(block, size.channels)
 
 
 def put(
