@@ -67,6 +67,11 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="mpifa", method="mpifa"),
         Row(label="two-sided", method="two-sided"),
         Row(label="soco fast", method="soco", preset="fast"),
+        Row(label="slicegpt", method="slicegpt"),
+        Row(label="slicegpt, not turned", method="slicegpt", options={"basis": "variance"}),
+        Row(label="modegpt", method="modegpt"),
+        Row(label="modegpt, uniform", method="modegpt", options={"allocation": "uniform"}),
+        Row(label="modegpt, magnitude", method="modegpt", options={"allocation": "uniform", "rule": "magnitude"}),
     ],
     "searched": [
         Row(label="svd-llm, global", method="svd-llm", options={"allocation": "global"}),

@@ -25,7 +25,10 @@ METHODS = {
 }
 """Methods that treat one weight at a time (method.LayerMethod)."""
 
-MODEL_METHODS: dict[str, str] = {}
+MODEL_METHODS: dict[str, str] = {
+    "slicegpt": "spectrim.methods.weights.slicegpt:SliceGPT",
+    "modegpt": "spectrim.methods.weights.modegpt:MoDeGPT",
+}
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 
 
