@@ -155,21 +155,23 @@ def threshold_steps(sparse: Tensor, gram: Tensor, target: Tensor, nonzeros: int)
 
 def conjugate_steps(sparse: Tensor, gram: Tensor, target: Tensor, support: Tensor, steps: int) -> Tensor:
     """Steps towards the least-squares values on `support` (O, k), all rows at once, from those of `sparse`."""
-    tiny = torch.finfo(gram.dtype).tiny
+    eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
     diagonal = gram.diagonal()
-    diagonal = diagonal.clamp(min=float(diagonal.max()) * torch.finfo(gram.dtype).eps + tiny)
+    diagonal = diagonal.clamp(min=float(diagonal.max()) * eps + tiny)
+    done = eps**2 * (target.square() / diagonal).sum(1, keepdim=True)  # below it a residual is rounding
     values = sparse * support
     residual = (target - values @ gram) * support
     turned = residual / diagonal
     direction, size = turned, (residual * turned).sum(1, keepdim=True)
     for _ in range(steps):
         image = (direction @ gram) * support
-        length = size / (direction * image).sum(1, keepdim=True).clamp(min=tiny)
+        slope = (direction * image).sum(1, keepdim=True)
+        length = torch.where((size > done) & (slope > 0), size / slope.clamp(min=tiny), 0.0)
         values = values + length * direction
         residual = residual - length * image
         turned = residual / diagonal
         after = (residual * turned).sum(1, keepdim=True)
-        direction = turned + after / size.clamp(min=tiny) * direction
+        direction = turned + torch.where(size > done, after / size.clamp(min=tiny), 0.0) * direction
         size = after
     return values
 
