@@ -25,7 +25,10 @@ METHODS = {
 }
 """Methods that treat one weight at a time (method.LayerMethod)."""
 
-MODEL_METHODS: dict[str, str] = {}
+MODEL_METHODS: dict[str, str] = {
+    "compactifai": "spectrim.methods.weights.compactifai:CompactifAI",
+    "dsformer": "spectrim.methods.weights.dsformer:DSFormer",
+}
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 
 

@@ -113,7 +113,9 @@ def test_sites_without_inputs_or_outputs_of_their_own_are_a_low_rank_matrix():
 @every_case
 def test_a_larger_bond_is_never_worse_within_the_bound_of_sequential_cuts(sites, chi):
     weight = weight_of(sites)
-    errors = [float((weight - from_mpo(to_mpo(weight, sites, c))).square().sum()) for c in range(1, full_bond(sites) + 1)]
+    errors = [
+        float((weight - from_mpo(to_mpo(weight, sites, c))).square().sum()) for c in range(1, full_bond(sites) + 1)
+    ]
     assert all(b <= a * (1 + 1e-9) + 1e-18 for a, b in zip(errors, errors[1:], strict=False)) or len(sites.outputs) > 2
     assert errors[-1] < 1e-18 * float(weight.square().sum()) * 1e3
     assert all(error <= float(weight.square().sum()) for error in errors)
@@ -186,8 +188,6 @@ def test_tensorly_finds_the_same(sites, chi):
         pytest.skip("tensorly has no chain of one site")
     tensorly.set_backend("numpy")
     weight = weight_of(sites)
-    found = tensor_train_matrix(
-        weight.reshape(*sites.outputs, *sites.inputs).numpy(), rank=list(bonds_of(sites, chi))
-    )
+    found = tensor_train_matrix(weight.reshape(*sites.outputs, *sites.inputs).numpy(), rank=list(bonds_of(sites, chi)))
     theirs = torch.from_numpy(found.to_matrix().copy())
     assert torch.allclose(from_mpo(to_mpo(weight, sites, chi)), theirs, rtol=0, atol=1e-9)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 CODECS = {
     "factor": "spectrim.nn.linears:LowRankLinear",
     "pivot": "spectrim.nn.linears:PivotLinear",
+    "mpo": "spectrim.nn.mpo:MPOLinear",
+    "semi-sparse": "spectrim.nn.semi_sparse:SemiSparseLinear",
 }
 """Name in the file to module class, imported at first use."""
 
