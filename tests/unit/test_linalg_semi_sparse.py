@@ -1,6 +1,6 @@
 """Dense times semi-sparse against the definition, least squares, an exhaustive search and truncated SVD."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_each_conjugate_step_lowers_the_error_of_every_row():
         (measured - conjugate_steps(normal(7, 9, 7), gram, target, support, n) @ atoms).square().sum(1)
         for n in range(4)
     ]
-    assert all(bool((b <= a + 1e-12).all()) for a, b in zip(errors, errors[1:], strict=False))
+    assert all(bool((b <= a + 1e-12).all()) for a, b in pairwise(errors))
 
 
 def test_thresholding_never_raises_the_error_and_ends_near_the_best_support():
@@ -151,7 +151,7 @@ def test_more_rounds_are_never_worse():
 
 
 def test_the_straight_through_factoriser_lowers_the_error_and_alternating_lowers_it_further():
-    """Also what real weights show (docs/dsformer.md): the paper's factoriser is for the task's loss, not for this one."""
+    """Real weights show the same (docs/dsformer.md): the paper's factoriser is for the loss of a task, not for this."""
     measured = planted(3)
     first, last = (error_of(measured, straight_through(measured, Size(12, 3), steps=n)) for n in (1, 300))
     assert last < 0.5 * first

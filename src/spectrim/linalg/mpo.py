@@ -6,7 +6,8 @@
 2. N - 1 singular value decompositions, from left to right, each cut to the bond dimension chi (Oseledets 2011)
 3. the singular values of a bond are shared evenly by the two cores it joins, and all cores get the same norm
 
-Each cut alone is optimal, all of them together within a factor sqrt(N - 1). Two sites are a sum of chi Kronecker products.
+Each cut alone is optimal, all of them together within a factor sqrt(N - 1). Two sites are a sum of chi Kronecker
+products.
 Source of the use on language models: CompactifAI (arXiv 2401.14109).
 """
 
@@ -42,7 +43,7 @@ def balanced_factors(number: int, count: int) -> tuple[int, ...]:
     if count == 1:
         return (number,)
     best: tuple[int, ...] = ()
-    for first in (d for d in range(1, int(round(number ** (1 / count))) + 1) if number % d == 0):
+    for first in (d for d in range(1, round(number ** (1 / count)) + 1) if number % d == 0):
         found = tuple(sorted((first, *balanced_factors(number // first, count - 1))))
         if not best or sum(found) < sum(best):
             best = found

@@ -3,17 +3,18 @@
     W ~ S D      D (k, I) atoms, dense;  S (O, k) with exactly s nonzeros in every row
 
 With s = k this is low rank; below, a union of subspaces (DSFormer, arXiv 2312.13211). In the metric of the inputs,
-|| (W - S D) R ||_F, R R^T = E[x x^T], rows of W R are coded in the atoms of D R, one apart from the other: that is why S
-has the rows here. (The paper writes the layer the other way round: dense first, semi-sparse columns.)
+|| (W - S D) R ||_F with R R^T = E[x x^T], rows of W R are coded in the atoms of D R, each apart from the others: that is
+why the sparse matrix is on the side of the outputs here. (The paper's weights are transposed: W ~ D S, sparse columns.)
 
 `alternate` finds them by alternating least squares with hard thresholding, in rounds of
-    1. some steps of gradient descent on S, each followed by keeping the s largest of every row   iterative hard thresholding
+    1. some steps of gradient descent on S, keeping the s largest of every row      iterative hard thresholding
     2. the values on that support by conjugate gradients
     3. the atoms by least squares
-and `straight_through` by the paper's factoriser: S = the s largest of every row of a dense latent, whose gradient passes to
-all of the latent as if nothing had been cut. Both see M = W R only.
+and `straight_through` by the paper's factoriser: S = the s largest of every row of a dense latent, whose gradient passes
+to all of the latent as if nothing had been cut. Both see M = W R only.
 
-Which positions are kept is a bit each, in 16-bit words: at k <= s log2(k), so at every useful size, fewer bits than indices.
+Which positions are kept is a bit each, in 16-bit words: at k <= s log2(k), so at every useful size, fewer bits than
+indices would take.
 """
 
 import math
@@ -80,7 +81,7 @@ def error_of(measured: Tensor, found: SemiSparse) -> float:
 
 
 def start(measured: Tensor, atoms: int, *, seed: int = 0) -> SemiSparse:
-    """The exact or truncated SVD of M (O, I), its atoms turned at random: S is then dense and has no order of columns."""
+    """The truncated SVD of M (O, I), its atoms turned at random: S is then dense and its columns have no order."""
     left, values, right = torch.linalg.svd(measured, full_matrices=False)
     rank = min(atoms, len(values))
     drawn = torch.randn(atoms, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -208,7 +209,7 @@ def parts(rows: int, numbers_a_row: int, at_most: int = 2**25) -> Iterator[slice
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """A mask (any shape, bool) as int16 words, row after row, the lowest bit of a word first, the last word filled up."""
+    """A mask (bool) as int16 words, row after row, the lowest bit of a word first, the last word filled with zeros."""
     bits = mask.flatten().to(torch.int32)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % WORD)).view(-1, WORD)
     powers = 2 ** torch.arange(WORD, dtype=torch.int32, device=mask.device)

@@ -119,8 +119,8 @@ class LatentLinear(nn.Module):
 
         W = cut(C) D R^-1        R R^T: the metric of the inputs; C and D in units of their own size
 
-    Going back, the gradient of the cut passes to all of C. Which entries count is chosen anew by `reselect` only, so that
-    the support does not change from step to step.
+    Going back, the gradient of the cut passes to all of C. Which entries count is chosen anew by `reselect` only, so
+    that the support does not change from step to step.
     """
 
     support: Tensor

@@ -6,8 +6,8 @@
 3. the bond dimensions with the least sum of losses under the budget; parts that lose most stay dense
 4. healing: `steps` of training of the cores against the dense model                           engines/distil.py
 
-Needs no statistics: the cuts are made in the weight's own norm, as in the paper. The paper heals by training on text; here
-the loss is the one that all methods are recovered with. It quantises afterwards, which is left out.
+Needs no statistics: the cuts are made in the weight's own norm, as in the paper. The paper heals by training on text;
+here the loss is the one that all methods are recovered with. It quantises afterwards, which is left out.
 """
 
 from dataclasses import dataclass

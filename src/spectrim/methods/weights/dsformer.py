@@ -2,15 +2,15 @@
 
     W ~ S D       D (k, I) dense;  S (O, k) with s nonzeros in every row, density s / k
 
-1. M = W R, R R^T = E[x x^T] of the layer's inputs, shrunk a little: rows of W are then coded in what they do to the inputs
+1. M = W R, R R^T = E[x x^T] of the layer's inputs, shrunk a little: rows of W are coded by what they do to inputs
 2. S by alternating least squares with hard thresholding, from the truncated SVD                linalg/semi_sparse.py
    (`solver=straight-through`: by the paper's factoriser on the same error)
 3. D = S^+ W, the least-squares answer, which is the same in every metric of the inputs
 4. `steps` of the straight-through factoriser on the task: S is cut from a dense latent whose gradient is that of S, and
    its support is chosen anew every `reselect_every` steps                     nn/semi_sparse.py, engines/distil.py
 
-One dictionary a weight: with two or four for blocks of rows the error is higher at equal numbers (docs/dsformer.md). The
-task is here the dense model's own distribution. Every layer keeps the same share; the support's words are counted.
+One dictionary a weight: with two or four for blocks of rows the error is higher at equal numbers (docs/dsformer.md).
+The task is here the dense model's own distribution. Every layer keeps the same share; the support's words are counted.
 """
 
 from dataclasses import dataclass
