@@ -66,6 +66,10 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="zero-sum", method="zero-sum"),
         Row(label="mpifa", method="mpifa"),
         Row(label="two-sided", method="two-sided"),
+        Row(label="dsformer", method="dsformer"),
+        Row(label="dsformer, straight-through", method="dsformer", options={"solver": "straight-through"}),
+        Row(label="compactifai", method="compactifai"),
+        Row(label="compactifai, uniform", method="compactifai", options={"allocation": "uniform"}),
         Row(label="soco fast", method="soco", preset="fast"),
     ],
     "searched": [
@@ -80,6 +84,8 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="svd-llm, block:25", method="svd-llm", recover=("block:25",)),
         Row(label="welore, kl:300", method="welore", recover=("kl:300",)),
         Row(label="svd-llm, kl:300", method="svd-llm", recover=("kl:300",)),
+        Row(label="dsformer, trained", method="dsformer", preset="trained"),
+        Row(label="compactifai, healed", method="compactifai", preset="healed"),
         Row(label="acip, 1000 steps", method="acip", options={"target": "dense"}),
     ],
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """Which share of its numbers each part of a model keeps, for methods that treat the model as a whole.
 
 The profile of CompactifAI (arXiv 2401.14109): one part at a time (the attention or the feed-forward layers of a block)
-is put in the small form, all others dense, and KL(dense || compressed) is measured; then the least sum under the budget.
-It supposes that losses add up, as every such sweep does.
+is put in the small form, all others dense, and KL(dense || compressed) is measured; then the least sum under the
+budget. It supposes that losses add up, as every such sweep does.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -3,15 +3,15 @@
     W ~ S D      D (k, I) atoms, dense;  S (O, k) with exactly s nonzeros in every row
 
 With s = k this is low rank; below, a union of subspaces (DSFormer, arXiv 2312.13211). In the metric of the inputs,
-|| (W - S D) R ||_F with R R^T = E[x x^T], rows of W R are coded in the atoms of D R, each apart from the others: that is
-why the sparse matrix is on the side of the outputs here. (The paper's weights are transposed: W ~ D S, sparse columns.)
+|| (W - S D) R ||_F with R R^T = E[x x^T], rows of W R are coded in the atoms of D R, each apart from the others: so the
+sparse matrix is on the side of the outputs here. (The paper's weights are transposed: W ~ D S, sparse columns.)
 
 `alternate` finds them by alternating least squares with hard thresholding, in rounds of
     1. some steps of gradient descent on S, keeping the s largest of every row      iterative hard thresholding
     2. the values on that support by conjugate gradients
     3. the atoms by least squares
-and `straight_through` by the paper's factoriser: S = the s largest of every row of a dense latent, whose gradient passes
-to all of the latent as if nothing had been cut. Both see M = W R only.
+and `straight_through` by the paper's factoriser: S = the s largest of every row of a dense latent, whose gradient
+passes to all of the latent as if nothing had been cut. Both see M = W R only.
 
 Which positions are kept is a bit each, in 16-bit words: at k <= s log2(k), so at every useful size, fewer bits than
 indices would take.
