@@ -68,8 +68,9 @@ class CompactifAI(ModelMethod):
             bonds = self.bonds(job)
         with job.timed("decompose"):
             for layer in job.walk.layers:
-                if bonds[layer.name] is not None:
-                    model.set_submodule(layer.name, self.cut(job, layer, bonds[layer.name]))
+                chi = bonds[layer.name]
+                if chi is not None:
+                    model.set_submodule(layer.name, self.cut(job.dense, layer, chi))
         if self.steps:
             with job.timed("distil"):
                 self.heal(model, job)
@@ -83,7 +84,7 @@ class CompactifAI(ModelMethod):
         if self.allocation == "profile":
             levels = levels_around(share)
             found = profile(
-                job.dense, job.walk, lambda la, s: self.cut(job, la, self.bond_within(la, s)), levels, job.calibration,
+                job.dense, job.walk, lambda la, s: self.cut(job.dense, la, self.bond_within(la, s)), levels, job.calibration,
                 seed=job.seed, progress=job.progress,
             )  # fmt: skip
             shares = shares_by(found, levels, job.walk, budget)
@@ -110,10 +111,9 @@ class CompactifAI(ModelMethod):
             1, largest_bond(sites_of(layer.outputs, layer.inputs, self.sites), int(share * layer.weight_numbers))
         )
 
-    def cut(self, job: Job, layer: Layer, chi: int | None) -> MPOLinear:
+    def cut(self, dense: "PreTrainedModel", layer: Layer, chi: int) -> MPOLinear:
         """The layer as a chain with bond dimension `chi`."""
-        assert chi is not None
-        module = linear_at(job.dense, layer.name)
+        module = linear_at(dense, layer.name)
         weight = weight_of(module).detach()
         cores = to_mpo(weight.double(), sites_of(layer.outputs, layer.inputs, self.sites), chi)
         return MPOLinear.from_cores(cores, chi, module.bias, weight)

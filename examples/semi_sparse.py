@@ -1,0 +1,94 @@
+"""Dense times semi-sparse beside truncated SVD: the error of every weight at equal bytes, then perplexity.
+
+    python examples/semi_sparse.py                                       # builtin:tiny
+    python examples/semi_sparse.py --model FOLDER --keeps 0.8 0.6 0.4 --solvers alternate straight-through
+
+The error is that of the layers' outputs on calibration text, relative; low rank has its optimum there (`svd-llm`). The
+semi-sparse form is charged for a bit for every entry of the sparse factor. Then the size of blocks: one dictionary for
+all rows of a weight, or one for each half or quarter of them, at the same numbers.
+"""
+
+import argparse
+import time
+
+import torch
+from torch import Tensor
+
+from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
+from spectrim.engines.measure import measure
+from spectrim.engines.outcome import Outcome
+from spectrim.engines.pipeline import compress_model
+from spectrim.evaluate.language import evaluate
+from spectrim.linalg.metric import root_of, shrink
+from spectrim.linalg.semi_sparse import alternate, size_within
+from spectrim.models.load import load_dense, pick_device, resolve
+from spectrim.models.walk import find_layers, weight_of
+from spectrim.nn.codecs import StoredLinear
+from spectrim.registry import make_method
+from spectrim.stats import Stat
+
+
+def errors_of(outcome: Outcome, weights: dict[str, Tensor], grams: dict[str, Tensor]) -> Tensor:
+    """|| (W - W') R ||^2 / || W R ||^2 of every layer that is stored in another form."""
+    found = []
+    for name, weight in weights.items():
+        module = outcome.model.get_submodule(name)
+        if isinstance(module, StoredLinear):
+            lost = weight - module.dense_weight().double()
+            found.append(float(((lost @ grams[name]) * lost).sum() / ((weight @ grams[name]) * weight).sum()))
+    return torch.tensor(found)
+
+
+def in_blocks(measured: Tensor, keep: float, blocks: int) -> float:
+    """The relative error of M (O, I) when each block of rows has atoms of its own."""
+    lost = 0.0
+    for part in measured.chunk(blocks):
+        size = size_within(*part.shape, int(keep * part.numel()))
+        assert size is not None, "blocks too small for one atom"
+        found = alternate(part, size)
+        lost += float((part - found.sparse @ found.atoms).square().sum())
+    return lost / float(measured.square().sum())
+
+
+def main() -> None:
+    """Every method at every size, then blocks of one weight."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin:tiny")
+    parser.add_argument("--text", default="builtin:stdlib", help="text to calibrate on and to judge by")
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.6])
+    parser.add_argument("--solvers", nargs="*", default=["alternate"])
+    parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--block", default="model.layers.3.mlp.up_proj", help="weight whose blocks are compared")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    source = resolve(args.model)
+    dense, tokenizer = load_dense(source, pick_device(args.device)), load_tokenizer(source.folder)
+    size = {"length": args.length, "count": args.windows}
+    ids = calibration_windows(load_texts(args.text, split="calibration"), tokenizer, seed=0, **size).ids
+    held_out = evaluation_windows(load_texts(args.text, split="evaluation"), tokenizer, **size).ids
+    walk = find_layers(dense)
+    stats = measure(dense, walk, ids, frozenset({Stat.GRAM}))
+    grams = {name: own.get(Stat.GRAM) for name, own in stats.items()}
+    weights = {la.name: weight_of(dense.get_submodule(la.name)).detach().double() for la in walk.layers}
+    print(f"{args.model}, {args.windows} windows of {args.length} tokens; dense perplexity "
+          f"{evaluate(dense, held_out).perplexity:.2f}")  # fmt: skip
+    for keep in args.keeps:
+        rows = [("svd", make_method("svd")), ("svd-llm", make_method("svd-llm"))]
+        rows += [(f"dsformer, {s}", make_method("dsformer", options={"solver": s})) for s in args.solvers]
+        for label, method in rows:
+            start = time.perf_counter()
+            outcome = compress_model(dense, method, keep, ids)
+            seconds = time.perf_counter() - start
+            errors, quality = errors_of(outcome, weights, grams), evaluate(outcome.model, held_out, dense=dense)
+            share = outcome.plan.numbers_after / outcome.plan.numbers_before
+            print(f"keep {keep:.2f}  {label:28} stored {share:.4f}  error {errors.mean():.4f} (worst "
+                  f"{errors.max():.4f})  perplexity {quality.perplexity:9.2f}  KL {quality.kl:.4f}  {seconds:6.1f} s",
+                  flush=True)  # fmt: skip
+        measured = (weights[args.block] @ root_of(shrink(grams[args.block], 0.01)).root).float()
+        shown = ", ".join(f"{b}: {in_blocks(measured, keep, b):.4f}" for b in (1, 2, 4))
+        print(f"keep {keep:.2f}  {args.block}, error by blocks of rows  {shown}")
+
+
+if __name__ == "__main__":
+    main()
