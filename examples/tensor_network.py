@@ -3,7 +3,7 @@
     python examples/tensor_network.py                                    # builtin:tiny
     python examples/tensor_network.py --model FOLDER --keeps 0.7 0.5 0.3 --steps 300
 
-The comparison that the paper lacks. First the profile: what the model loses with one part of it cut to half its numbers.
+The comparison that the paper lacks. First the profile: what the model loses with one part of it cut to half.
 """
 
 import argparse
@@ -40,8 +40,9 @@ def main() -> None:
     ids = calibration_windows(texts, tokenizer, length=args.length, count=count, seed=0).ids
     judge = load_texts(args.text, split="evaluation")
     held_out = evaluation_windows(judge, tokenizer, length=args.length, count=args.windows).ids
-    print(f"{args.model}, {args.windows} windows of {args.length} tokens; dense perplexity "
-          f"{evaluate(dense, held_out).perplexity:.2f}; healing: {args.steps} steps of {args.batch} windows")  # fmt: skip
+    perplexity = evaluate(dense, held_out).perplexity
+    print(f"{args.model}, {args.windows} windows of {args.length} tokens; dense perplexity {perplexity:.2f}")
+    print(f"healing: {args.steps} steps of {args.batch} windows")
 
     walk, method = find_layers(dense), CompactifAI()
     lost = profile(dense, walk, lambda la, s: method.cut(dense, la, method.bond_within(la, s)), [0.5], ids)

@@ -83,10 +83,11 @@ class CompactifAI(ModelMethod):
         shares = dict.fromkeys((layer.name for layer in job.walk.layers), share)
         if self.allocation == "profile":
             levels = levels_around(share)
-            found = profile(
-                job.dense, job.walk, lambda la, s: self.cut(job.dense, la, self.bond_within(la, s)), levels, job.calibration,
-                seed=job.seed, progress=job.progress,
-            )  # fmt: skip
+
+            def small(layer: Layer, share: float) -> MPOLinear:
+                return self.cut(job.dense, layer, self.bond_within(layer, share))
+
+            found = profile(job.dense, job.walk, small, levels, job.calibration, seed=job.seed, progress=job.progress)
             shares = shares_by(found, levels, job.walk, budget)
         menus = [torch.tensor(self.costs(layer)) for layer in job.walk.layers]
         start = [
