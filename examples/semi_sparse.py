@@ -10,17 +10,20 @@ all rows of a weight, or one for each half or quarter of them, at the same numbe
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
+from spectrim.engines import recovery as recovery_steps
 from spectrim.engines.measure import measure
 from spectrim.engines.outcome import Outcome
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.linalg.metric import root_of, shrink
 from spectrim.linalg.semi_sparse import alternate, size_within
+from spectrim.method import Method
 from spectrim.models.load import load_dense, pick_device, resolve
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.nn.codecs import StoredLinear
@@ -50,6 +53,22 @@ def in_blocks(measured: Tensor, keep: float, blocks: int) -> float:
     return lost / float(measured.square().sum())
 
 
+def rows_of(solvers: list[str], steps: int, batch: int) -> list[tuple[str, Method, tuple[str, ...]]]:
+    """Label, method, recovery."""
+    rows = [(name, make_method(name), ()) for name in ("svd", "svd-llm")]
+    rows.append(("svd-llm, pivot storage", make_method("svd-llm", options={"storage": "pivot"}), ()))
+    rows += [(f"dsformer, {s}", make_method("dsformer", options={"solver": s}), ()) for s in solvers]
+    if not steps:
+        return rows
+    trained: dict[str, Any] = {"steps": steps, "batch_size": batch}
+    return [
+        *rows,
+        ("svd-llm, trained", make_method("svd-llm"), (f"kl:{steps}",)),
+        ("dsformer, support fixed", make_method("dsformer", options={**trained, "reselect_every": 1_000_000}), ()),
+        ("dsformer, straight through", make_method("dsformer", options={**trained, "reselect_every": 5}), ()),
+    ]
+
+
 def main() -> None:
     """Every method at every size, then blocks of one weight."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,6 +76,8 @@ def main() -> None:
     parser.add_argument("--text", default="builtin:stdlib", help="text to calibrate on and to judge by")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.6])
     parser.add_argument("--solvers", nargs="*", default=["alternate"])
+    parser.add_argument("--steps", type=int, default=0, help="of training; then also with it")
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--block", default="model.layers.3.mlp.up_proj", help="weight whose blocks are compared")
@@ -64,21 +85,21 @@ def main() -> None:
     args = parser.parse_args()
     source = resolve(args.model)
     dense, tokenizer = load_dense(source, pick_device(args.device)), load_tokenizer(source.folder)
-    size = {"length": args.length, "count": args.windows}
-    ids = calibration_windows(load_texts(args.text, split="calibration"), tokenizer, seed=0, **size).ids
-    held_out = evaluation_windows(load_texts(args.text, split="evaluation"), tokenizer, **size).ids
+    count, recovery_steps.RECOVERY_BATCH = max(args.windows, args.steps * args.batch), args.batch
+    texts = load_texts(args.text, split="calibration")
+    ids = calibration_windows(texts, tokenizer, length=args.length, count=count, seed=0).ids
+    judge = load_texts(args.text, split="evaluation")
+    held_out = evaluation_windows(judge, tokenizer, length=args.length, count=args.windows).ids
     walk = find_layers(dense)
-    stats = measure(dense, walk, ids, frozenset({Stat.GRAM}))
+    stats = measure(dense, walk, ids[: args.windows], frozenset({Stat.GRAM}))
     grams = {name: own.get(Stat.GRAM) for name, own in stats.items()}
     weights = {la.name: weight_of(dense.get_submodule(la.name)).detach().double() for la in walk.layers}
     print(f"{args.model}, {args.windows} windows of {args.length} tokens; dense perplexity "
           f"{evaluate(dense, held_out).perplexity:.2f}")  # fmt: skip
     for keep in args.keeps:
-        rows = [("svd", make_method("svd")), ("svd-llm", make_method("svd-llm"))]
-        rows += [(f"dsformer, {s}", make_method("dsformer", options={"solver": s})) for s in args.solvers]
-        for label, method in rows:
+        for label, method, recovery in rows_of(args.solvers, args.steps, args.batch):
             start = time.perf_counter()
-            outcome = compress_model(dense, method, keep, ids)
+            outcome = compress_model(dense, method, keep, ids[: args.windows], ids, recovery=recovery)
             seconds = time.perf_counter() - start
             errors, quality = errors_of(outcome, weights, grams), evaluate(outcome.model, held_out, dense=dense)
             share = outcome.plan.numbers_after / outcome.plan.numbers_before

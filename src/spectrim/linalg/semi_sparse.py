@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectrim.linalg.solver import svd
+
 WORD = 16
 THRESHOLD_STEPS, CONJUGATE_STEPS = 5, 3
 DENSITY = 0.4
@@ -82,7 +84,7 @@ def error_of(measured: Tensor, found: SemiSparse) -> float:
 
 def start(measured: Tensor, atoms: int, *, seed: int = 0) -> SemiSparse:
     """The truncated SVD of M (O, I), its atoms turned at random: S is then dense and its columns have no order."""
-    left, values, right = torch.linalg.svd(measured, full_matrices=False)
+    left, values, right = svd(measured)
     rank = min(atoms, len(values))
     drawn = torch.randn(atoms, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     turn = torch.linalg.qr(drawn).Q.to(measured)

@@ -23,7 +23,7 @@ class SemiSparseLinear(StoredLinear):
 
     codec = "semi-sparse"
     support: Tensor
-    places: Tensor
+    mask: Tensor
 
     def __init__(
         self, inputs: int, outputs: int, size: Size, *, bias: bool, device: Any = None, dtype: Any = None
@@ -37,10 +37,10 @@ class SemiSparseLinear(StoredLinear):
         words = torch.zeros(words_of(outputs * self.rank), dtype=torch.int16, device=device)
         self.register_buffer("support", words)
         self.add_guard(device, dtype)
-        # Where the values go in S; follows from the support, so it is not stored.
-        places = torch.zeros(outputs, self.nonzeros, dtype=torch.int64, device=device)
-        self.register_buffer("places", places, persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh_places())
+        # Where the values go in S, a byte an entry; follows from the support, so it is not stored.
+        mask = torch.zeros(outputs, self.rank, dtype=torch.bool, device=device)
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh_mask())
 
     @classmethod
     def from_factors(cls, found: SemiSparse, size: Size, bias: Tensor | None, like: Tensor) -> Self:
@@ -51,8 +51,8 @@ class SemiSparseLinear(StoredLinear):
         with torch.no_grad():
             made.atoms.weight.copy_(found.atoms)
             made.support.copy_(pack_bits(support))
-            made.refresh_places()
-            made.values.copy_(found.sparse.gather(1, made.places))
+            made.refresh_mask()
+            made.values.copy_(found.sparse[support].view(outputs, size.nonzeros))
             if made.bias is not None and bias is not None:
                 made.bias.copy_(bias)
         return made
@@ -81,12 +81,12 @@ class SemiSparseLinear(StoredLinear):
         }
 
     def after_load(self) -> None:
-        if self.support.is_meta:  # the places follow from it and would be left as found in memory
+        if self.support.is_meta:  # the mask follows from it and would be left as found in memory
             raise ValueError("its support was offloaded before it could be read; load without offload_buffers=True")
-        self.refresh_places()
+        self.refresh_mask()
 
-    def refresh_places(self) -> None:
-        """Recompute `places` after the support has changed (loading does this)."""
+    def refresh_mask(self) -> None:
+        """Recompute `mask` after the support has changed (loading does this)."""
         if self.support.is_meta:
             return
         mask = unpack_bits(self.support, self.out_features, self.rank)
@@ -97,12 +97,12 @@ class SemiSparseLinear(StoredLinear):
                 f"the support marks {int(counts[wrong[0]])} entries in row {int(wrong[0])}, every row has "
                 f"{self.nonzeros}: damaged file"
             )
-        self.places = mask.nonzero()[:, 1].view(self.out_features, self.nonzeros)
+        self.mask = mask
 
     def sparse(self) -> Tensor:
         """S (O, k) as a dense tensor."""
         empty = torch.zeros(self.out_features, self.rank, dtype=self.values.dtype, device=self.values.device)
-        return empty.scatter(1, self.places, self.values)
+        return empty.masked_scatter(self.mask, self.values)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
