@@ -46,7 +46,7 @@ def in_blocks(measured: Tensor, keep: float, blocks: int) -> float:
     """The relative error of M (O, I) when each block of rows has atoms of its own."""
     lost = 0.0
     for part in measured.chunk(blocks):
-        size = size_within(*part.shape, int(keep * part.numel()))
+        size = size_within(len(part), part.shape[1], int(keep * part.numel()))
         assert size is not None, "blocks too small for one atom"
         found = alternate(part, size)
         lost += float((part - found.sparse @ found.atoms).square().sum())
