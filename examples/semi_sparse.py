@@ -4,8 +4,8 @@
     python examples/semi_sparse.py --model FOLDER --keeps 0.8 0.6 0.4 --solvers alternate straight-through
 
 The error is that of the layers' outputs on calibration text, relative; low rank has its optimum there (`svd-llm`). The
-semi-sparse form is charged for a bit for every entry of the sparse factor. Then the size of blocks: one dictionary for
-all rows of a weight, or one for each half or quarter of them, at the same numbers.
+semi-sparse form is charged for a bit for every entry of the sparse factor. Then, on one weight at the same numbers: one
+dictionary or one for each half or quarter of the rows, densities, and the paper's factoriser.
 """
 
 import argparse
@@ -22,13 +22,15 @@ from spectrim.engines.outcome import Outcome
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.linalg.metric import root_of, shrink
-from spectrim.linalg.semi_sparse import alternate, size_within
+from spectrim.linalg.semi_sparse import DENSITY, alternate, size_within, straight_through
 from spectrim.method import Method
 from spectrim.models.load import load_dense, pick_device, resolve
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.nn.codecs import StoredLinear
 from spectrim.registry import make_method
 from spectrim.stats import Stat
+
+SOLVERS = ("alternate", "straight-through")
 
 
 def errors_of(outcome: Outcome, weights: dict[str, Tensor], grams: dict[str, Tensor]) -> Tensor:
@@ -42,15 +44,27 @@ def errors_of(outcome: Outcome, weights: dict[str, Tensor], grams: dict[str, Ten
     return torch.tensor(found)
 
 
-def in_blocks(measured: Tensor, keep: float, blocks: int) -> float:
-    """The relative error of M (O, I) when each block of rows has atoms of its own."""
+def error_as(
+    measured: Tensor, keep: float, *, blocks: int = 1, density: float = DENSITY, solver: str = "alternate"
+) -> float:
+    """The relative error of M (O, I), in all; each block of rows has atoms of its own."""
     lost = 0.0
     for part in measured.chunk(blocks):
-        size = size_within(len(part), part.shape[1], int(keep * part.numel()))
+        size = size_within(len(part), part.shape[1], int(keep * part.numel()), density)
         assert size is not None, "blocks too small for one atom"
-        found = alternate(part, size)
+        found = alternate(part, size) if solver == "alternate" else straight_through(part, size)
         lost += float((part - found.sparse @ found.atoms).square().sum())
     return lost / float(measured.square().sum())
+
+
+def one_weight(measured: Tensor, keep: float) -> None:
+    """What the choices of the method are worth on M (O, I) = W R."""
+    energy = torch.linalg.svdvals(measured).square()
+    rank = int(keep * measured.numel()) // sum(measured.shape)
+    print(f"keep {keep:.2f}  one weight: truncated SVD {float(energy[rank:].sum() / energy.sum()):.4f}")
+    for label, values in {"blocks": (1, 2, 4), "density": (0.2, 0.3, 0.4, 0.5, 0.6), "solver": SOLVERS}.items():
+        shown = ", ".join(f"{value}: {error_as(measured, keep, **{label: value}):.4f}" for value in values)
+        print(f"keep {keep:.2f}  one weight by {label}  {shown}", flush=True)
 
 
 def rows_of(solvers: list[str], steps: int, batch: int) -> list[tuple[str, Method, tuple[str, ...]]]:
@@ -80,7 +94,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="windows in a step")
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--block", default="model.layers.3.mlp.up_proj", help="weight whose blocks are compared")
+    parser.add_argument("--weight", default="model.layers.3.mlp.up_proj", help="on which choices are compared")
+    parser.add_argument("--only-weight", action="store_true", help="compare choices on the one weight and no models")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     source = resolve(args.model)
@@ -97,7 +112,8 @@ def main() -> None:
     print(f"{args.model}, {args.windows} windows of {args.length} tokens; dense perplexity "
           f"{evaluate(dense, held_out).perplexity:.2f}")  # fmt: skip
     for keep in args.keeps:
-        for label, method, recovery in rows_of(args.solvers, args.steps, args.batch):
+        rows = [] if args.only_weight else rows_of(args.solvers, args.steps, args.batch)
+        for label, method, recovery in rows:
             start = time.perf_counter()
             outcome = compress_model(dense, method, keep, ids[: args.windows], ids, recovery=recovery)
             seconds = time.perf_counter() - start
@@ -106,9 +122,8 @@ def main() -> None:
             print(f"keep {keep:.2f}  {label:28} stored {share:.4f}  error {errors.mean():.4f} (worst "
                   f"{errors.max():.4f})  perplexity {quality.perplexity:9.2f}  KL {quality.kl:.4f}  {seconds:6.1f} s",
                   flush=True)  # fmt: skip
-        measured = (weights[args.block] @ root_of(shrink(grams[args.block], 0.01)).root).float()
-        shown = ", ".join(f"{b}: {in_blocks(measured, keep, b):.4f}" for b in (1, 2, 4))
-        print(f"keep {keep:.2f}  {args.block}, error by blocks of rows  {shown}")
+        measured = (weights[args.weight] @ root_of(shrink(grams[args.weight], 0.01)).root).float()
+        one_weight(measured, keep)
 
 
 if __name__ == "__main__":
