@@ -28,6 +28,8 @@ METHODS = {
 MODEL_METHODS: dict[str, str] = {
     "slicegpt": "spectrim.methods.weights.slicegpt:SliceGPT",
     "modegpt": "spectrim.methods.weights.modegpt:MoDeGPT",
+    "compactifai": "spectrim.methods.weights.compactifai:CompactifAI",
+    "dsformer": "spectrim.methods.weights.dsformer:DSFormer",
 }
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 

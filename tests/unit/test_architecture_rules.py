@@ -117,9 +117,9 @@ def test_lower_layers_do_not_import_engines():
     for folder in ("linalg", "nn", "methods", "models", "data", "store"):
         for path in files_in(folder):
             names = list(imported(parse(path)))
-            if any(within(name, "spectrim.model_method") for name in names):
-                continue  # it makes the whole model, with what engines have for that
-            assert not [n for n in names if any(within(n, f"spectrim.{up}") for up in ("engines", "job", "api"))], path
+            whole = folder == "methods" and any(within(n, "spectrim.model_method") for n in names)
+            up = ("job", "api") if whole else ("engines", "job", "api")
+            assert not [n for n in names if any(within(n, f"spectrim.{u}") for u in up)], path
 
 
 @every_file

@@ -11,7 +11,8 @@ Embeddings, norms and dense layers stay as they are. Trained in the rows and coe
 same steps end at a 14 % higher divergence; in plain balanced factors at a 2 % higher one (docs/log.md).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,38 @@ def distil(
         return []
     measured, checkpoint = metric_or_saved(student, walk, ids[:METRIC_WINDOWS], layers, stage, seed, checkpoint)
     spectral = to_spectral(layers, roots_of(measured, layers))
-    parameters = {f"{name}.{p}": t for name, layer in spectral.items() for p, t in layer.named_parameters()}
+    return train_in_place(
+        student, teacher, layers, spectral, lambda name: from_spectral(spectral[name], layers[name]), ids, steps=steps,
+        batch_size=batch_size, learning_rate=learning_rate, label_share=label_share, seed=seed, stage=stage,
+        progress=progress, checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def train_in_place(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    layers: Mapping[str, torch.nn.Module],
+    trained: Mapping[str, torch.nn.Module],
+    finished: Callable[[str], torch.nn.Module],
+    ids: Tensor,
+    *,
+    advice: str = "Lower its learning rate (distil(learning_rate=...) in Python), or leave the step out",
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    label_share: float = LABEL_SHARE,
+    seed: int = 0,
+    stage: str,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+    **hooks: Any,
+) -> list[float]:
+    """Train `trained`, by name what stands for each of `layers` meanwhile, against the teacher; returns the losses.
+
+    All parameters of `trained` are trained, at one rate: each should be of root mean square 1. `finished` gives what
+    stands in a layer's place afterwards; on any error that is the layer itself. `hooks` are those of `Training`.
+    """
+    parameters = {f"{name}.{p}": t for name, layer in trained.items() for p, t in layer.named_parameters()}
 
     def loss(batch: Tensor) -> Tensor:
         with autocast(batch.device):
@@ -84,7 +116,7 @@ def distil(
         stage=stage,
         label="distil",
         says="distillation",
-        advice="Lower its learning rate (distil(learning_rate=...) in Python), or leave the step out",
+        advice=advice,
         groups=[Group(parameters=parameters, peak=learning_rate)],
         loss=loss,
         # Gradients by numbers of size 1 are small: an absolute eps of 1e-8 would slow some layers and not others.
@@ -93,16 +125,17 @@ def distil(
         batch_size=batch_size,
         seed=seed,
         clip=GRADIENT_NORM,
+        **hooks,
     )
-    trained: Mapping[str, torch.nn.Module] = layers
-    for name, layer in spectral.items():
+    left: Mapping[str, torch.nn.Module] = layers
+    for name, layer in trained.items():
         student.set_submodule(name, layer.train(layers[name].training))
     try:
         with frozen(student), frozen(teacher):
             losses = train(training, ids, progress=progress, checkpoint=checkpoint)
-        trained = {name: from_spectral(layer, layers[name]) for name, layer in spectral.items()}
+        left = {name: finished(name) for name in layers}
     finally:
-        for name, layer in trained.items():
+        for name, layer in left.items():
             student.set_submodule(name, layer)
     return losses
 

@@ -20,6 +20,8 @@ CODECS = {
     "factor": "spectrim.nn.linears:LowRankLinear",
     "pivot": "spectrim.nn.linears:PivotLinear",
     "narrow": "spectrim.nn.narrow:NarrowLinear",
+    "mpo": "spectrim.nn.mpo:MPOLinear",
+    "semi-sparse": "spectrim.nn.semi_sparse:SemiSparseLinear",
 }
 """Name in the file to module class, imported at first use."""
 
