@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import UsageError
-from spectrim.linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
+from spectrim.linalg.allocate import Options, allocate, equal_shares, factor_cost, pivot_cost
 from spectrim.method import LayerMethod
 from spectrim.models.walk import Layer, Walk
 from spectrim.replacement import Codec, Storage, Target
@@ -133,10 +133,4 @@ def _uniform_choice(walk: Walk, menu: Sequence[Priced], keep: float, budget: int
     costs = [own.options.cost for own in menu]
     if keep >= 1.0:
         return [len(c) - 1 for c in costs]
-    share = budget / sum(layer.weight_numbers for layer in walk.layers)
-    start = [
-        max(0, int((c <= share * layer.weight_numbers).sum()) - 1) for c, layer in zip(costs, walk.layers, strict=True)
-    ]
-    if sum(int(c[k]) for c, k in zip(costs, start, strict=True)) > budget:
-        start = [0] * len(costs)  # near rank 1 equal shares do not fit: small layers take more than theirs
-    return fill_uniform(costs, start, budget)
+    return equal_shares(costs, [layer.weight_numbers for layer in walk.layers], budget)
