@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.pack import fill
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.movement import sparsity_at
 from spectrim.models.walk import Walk, linear_at, weight_of
@@ -47,6 +49,7 @@ def prune(
     by_size: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Mapping[str, PrunedLinear]:
     """Prune the target layers of `student` to `sparsity` in `steps`, over `ids` (windows, length); the teacher is dense.
 
@@ -88,11 +91,12 @@ def prune(
         before_step=before_step,
         after_backward=after_backward,
         state=lambda: Buffers(buffers_of(layers), {}),
+        restore=lambda saved: fill(buffers_of(layers), saved.tensors, STAGE),
     )
     with frozen(student), frozen(teacher):
-        train(training, ids, progress=progress)
-    for layer in layers.values():  # the last gradient counts too, and steps=0 prunes all the same
-        layer.prune(sparsity, by_size=by_size or steps == 0)
+        train(training, ids, progress=progress, checkpoint=checkpoint)
+    for layer in layers.values():  # the last gradient counts too
+        layer.prune(sparsity, by_size=by_size)
     return layers
 
 

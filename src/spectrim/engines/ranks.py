@@ -128,6 +128,12 @@ def plan_ranks(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor], 
     return plan_of(menu, choice, walk)
 
 
+def uniform_plan(walk: Walk, storage: Storage, energies: Mapping[str, Tensor], keep: float) -> Plan:
+    """Equal shares in a low-rank storage, for whoever has spectra and is no method for single layers."""
+    menu = [Priced(la, *options_of(la, storage, energies[la.name])) for la in walk.layers]
+    return plan_of(menu, _uniform_choice(walk, menu, keep, weight_budget(walk, keep, storage)), walk)
+
+
 def _uniform_choice(walk: Walk, menu: Sequence[Priced], keep: float, budget: int) -> list[int]:
     """The same kept share in every layer (what most papers do), then integer left-overs handed out in turn."""
     costs = [own.options.cost for own in menu]
