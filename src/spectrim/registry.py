@@ -28,6 +28,8 @@ METHODS = {
 MODEL_METHODS: dict[str, str] = {
     "slicegpt": "spectrim.methods.weights.slicegpt:SliceGPT",
     "modegpt": "spectrim.methods.weights.modegpt:MoDeGPT",
+    "basis-sharing": "spectrim.methods.weights.basis_sharing:BasisSharing",
+    "lpaf": "spectrim.methods.weights.lpaf:LPAF",
 }
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 

@@ -32,7 +32,9 @@ OWNER, BORROWER = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q
 
 
 def compressed(name: str = "llama", keep: float = 0.6, layers: int = 3, **options: Any) -> Any:
-    return compress_model(tiny(name, num_hidden_layers=layers), make_method("basis-sharing", options=options), keep, IDS)
+    return compress_model(
+        tiny(name, num_hidden_layers=layers), make_method("basis-sharing", options=options), keep, IDS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,9 @@ def test_the_budget_is_met_and_nearly_used_and_the_dense_model_is_left_alone(arc
     before = state_of(dense)
     outcome = compress_model(dense, make_method("basis-sharing"), keep, token_ids(24, 16))
     assert_same_state(before, state_of(dense))
-    stored = sum(t.numel() for la in outcome.walk.layers for t in outcome.model.get_submodule(la.name).state_dict().values())
+    stored = sum(
+        t.numel() for la in outcome.walk.layers for t in outcome.model.get_submodule(la.name).state_dict().values()
+    )
     assert stored == outcome.plan.numbers_after
     assert keep - 0.02 < stored / outcome.walk.numbers <= keep
     assert any(isinstance(m, SharedLinear) for m in outcome.model.modules())
@@ -198,7 +202,7 @@ def test_borrowers_follow_casts_moves_copies_and_pickles():
     with torch.no_grad():
         twin["first"].V.weight.zero_()  # type: ignore[index]
     assert torch.equal(borrower(x), expected)
-    assert float(twin["second"](x).abs().max()) == 0.0  # type: ignore[index,operator]
+    assert not bool(twin["second"](x).any())  # type: ignore[index,operator]
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again["second"](x), expected)
     model.half()
@@ -234,7 +238,9 @@ def test_the_file_holds_every_basis_once_and_config_names_its_owner(folder):
     assert shared[OWNER] == {"codec": "shared", "rank": shared[OWNER]["rank"], "bias": True, "basis": None}
     assert shared[BORROWER]["basis"] == OWNER
     assert sum(f"{path}.V.weight" in tensors for path in shared) == 5
-    assert {path for path in shared if f"{path}.V.weight" in tensors} == {p for p, e in shared.items() if e["basis"] is None}
+    assert {path for path in shared if f"{path}.V.weight" in tensors} == {
+        p for p, e in shared.items() if e["basis"] is None
+    }
     alone = {path for path, entry in modules.items() if entry["codec"] == "factor"}
     assert alone == {p for p in modules if ".2." in p or p.endswith(("o_proj", "down_proj"))}
 
@@ -257,7 +263,9 @@ def test_plain_loading_gives_the_same_logits_and_the_same_folder_again(folder, t
 
 def test_headless_and_half_precision_loads(folder, loaded):
     headless = AutoModel.from_pretrained(folder).eval()
-    assert headless.get_submodule(BORROWER.removeprefix("model.")).owner is headless.get_submodule(OWNER.removeprefix("model."))
+    assert headless.get_submodule(BORROWER.removeprefix("model.")).owner is headless.get_submodule(
+        OWNER.removeprefix("model.")
+    )
     assert torch.equal(headless(input_ids=IDS).last_hidden_state, loaded.model(input_ids=IDS).last_hidden_state)
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     assert half.get_submodule(BORROWER).owner.V.weight.dtype == torch.float16

@@ -43,7 +43,11 @@ def test_the_schedule_is_a_cubic_from_nothing_to_the_end():
 
 def test_an_entry_that_moves_away_from_zero_scores_above_one_that_moves_towards_it():
     """Sign convention: a step of gradient descent is -g; it lets |w| grow where w g < 0."""
-    weight, gradient, scores = torch.tensor([2.0, 2.0, -2.0, -2.0]), torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.zeros(4)
+    weight, gradient, scores = (
+        torch.tensor([2.0, 2.0, -2.0, -2.0]),
+        torch.tensor([1.0, -1.0, 1.0, -1.0]),
+        torch.zeros(4),
+    )
     add_movement(scores, weight, gradient)
     add_movement(scores, weight, gradient)
     assert scores.tolist() == [-4.0, 4.0, 4.0, -4.0]

@@ -51,7 +51,7 @@ def prune(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Mapping[str, PrunedLinear]:
-    """Prune the target layers of `student` to `sparsity` in `steps`, over `ids` (windows, length); the teacher is dense.
+    """Prune the target layers of `student` to `sparsity` in `steps` over `ids` (windows, length); `teacher` is dense.
 
     `learning_rate` is relative to the root mean square of each weight. `by_size` scores by |W| (magnitude pruning).
     """

@@ -4,8 +4,8 @@
     mask      the (1 - s) O I entries with the largest scores, s rising to its final value along a cubic
     weighing  || (W - W') D ||_F with D = diag(c)^1/2, c_j the survivors in column j: columns that kept more count more
 
-Sources: movement pruning (Sanh, Wolf, Rush 2020, arXiv 2005.07683), the schedule of Zhu and Gupta 2017 (arXiv 1710.01878),
-sparsity-aware SVD (Ren and Zhu, arXiv 2306.14152).
+Sources: movement pruning (Sanh, Wolf, Rush 2020, arXiv 2005.07683), the schedule of Zhu and Gupta 2017 (arXiv
+1710.01878), sparsity-aware SVD (Ren and Zhu, arXiv 2306.14152).
 """
 
 import torch
@@ -21,7 +21,7 @@ def sparsity_at(progress: float, final: float) -> float:
 
 
 def strongest(scores: Tensor, sparsity: float) -> Tensor:
-    """A mask of the shape of `scores`: True for all but `floor(sparsity * numel)` entries, the largest; ties by place."""
+    """A mask like `scores`: False for the `floor(sparsity * numel)` smallest entries; of equal ones the first go."""
     pruned = int(sparsity * scores.numel())
     if pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)

@@ -20,6 +20,7 @@ CODECS = {
     "factor": "spectrim.nn.linears:LowRankLinear",
     "pivot": "spectrim.nn.linears:PivotLinear",
     "narrow": "spectrim.nn.narrow:NarrowLinear",
+    "shared": "spectrim.nn.shared:SharedLinear",
 }
 """Name in the file to module class, imported at first use."""
 

@@ -1,6 +1,6 @@
 """The layer of mixed-rank fine-tuning: two weights for one place, of which a forward pass uses one.
 
-    y = W_low x + bias   or   y = W_full x + bias        W_low trained factors (nn/spectral.py), W_full frozen
+y = W_low x + bias   or   y = W_full x + bias        W_low trained factors (nn/spectral.py), W_full frozen
 """
 
 import torch.nn.functional as F

@@ -94,8 +94,8 @@ class BasisSharing(ModelMethod):
         readers = stream_readers(job.dense, job.walk.layers)
         if not readers:
             raise UsageError(
-                f"method basis-sharing: in {type(job.dense).__name__} no linear layer reads what a norm puts out, which "
-                "is where layers share a basis; take --set share=all, or method svd-llm"
+                f"method basis-sharing: in {type(job.dense).__name__} no linear layer reads what a norm puts out, "
+                "which is where layers share a basis; take --set share=all, or method svd-llm"
             )
         return frozenset(kind_of(layer, job) for layer in job.walk.layers if layer.name in readers)
 
