@@ -1,4 +1,4 @@
-"""One basis for several weights: against alternating least squares, against separate factors, and what must not change."""
+"""One basis for several weights: against alternating least squares, and what must not change."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Prune, factorise, fine-tune: each stage against what it is made of, and what the whole keeps to."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def compressed(
     name: str = "llama-gqa-bias",
     keep: float = 0.6,
     checkpoint: MemoryCheckpoint | None = None,
-    progress=None,
-    **options,
+    progress: Any = None,
+    **options: Any,
 ) -> Outcome:
     method = make_method("lpaf", options={**SMALL, **options})
     return compress_model(tiny(name), method, keep, IDS[:4], IDS, seed=1, checkpoint=checkpoint, progress=progress)
