@@ -14,6 +14,7 @@ from spectrim.engines.mixed import Choices, low_share, train_mixed
 from spectrim.engines.outcome import Outcome
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.prune import prune, scheduled
+from spectrim.engines.ranks import plan_ranks, uniform_plan
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.factor import truncate
 from spectrim.linalg.movement import sparse_spectrum
@@ -247,6 +248,15 @@ def test_fine_tuning_changes_the_factors_and_recovery_can_follow():
     method = make_method("lpaf", options=SMALL)
     followed = compress_model(tiny("llama-gqa-bias"), method, 0.6, IDS[:4], IDS, seed=1, recovery=("kl:2",))
     assert len(followed.distil_losses) == 2
+
+
+def test_equal_shares_are_those_of_methods_for_single_layers():
+    walk = find_layers(tiny("llama-gqa-bias"))
+    energies = {la.name: torch.ones(min(la.outputs, la.inputs), dtype=torch.float64) for la in walk.layers}
+    for storage in ("factor", "pivot"):
+        method = make_method("svd", options={"storage": storage})
+        for keep in (0.3, 0.62, 0.95):
+            assert uniform_plan(walk, storage, energies, keep) == plan_ranks(method, walk, energies, keep)
 
 
 def test_keep_1_is_the_dense_model():
