@@ -4,8 +4,8 @@
     python examples/prune_factorise.py --steps 300 --length 128 --keeps 0.6 0.4
 
 Weights are pruned by movement, and by size, over the same windows; each is then factorised with and without weighing
-columns by their survivors. Last, LPAF's mixed-rank fine-tuning against SVD that is distilled for as many steps as LPAF
-prunes and tunes together. Perplexity is on held-out text.
+columns by their survivors. Last, LPAF's mixed-rank fine-tuning against SVD that is distilled for as many steps, on as
+many windows each, as LPAF prunes and tunes together. Perplexity is on held-out text.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
+from spectrim.engines.distil import distil
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.models.load import load_dense, pick_device, resolve
@@ -43,12 +44,13 @@ def main() -> None:
     ).ids
     print(f"{args.model}, {args.windows} windows of {args.length}; dense {evaluate(dense, held_out).perplexity:.2f}")
 
-    def row(label: str, keep: float, method: str, recover: tuple[str, ...] = (), **options: Any) -> None:
+    def row(label: str, keep: float, method: str, distil_steps: int = 0, **options: Any) -> None:
         start = time.perf_counter()
-        made = make_method(method, options=options)
-        model = compress_model(dense, made, keep, ids[:32], ids, recovery=recover).model
+        outcome = compress_model(dense, make_method(method, options=options), keep, ids[:32], ids)
+        distil(outcome.model, dense, outcome.walk, ids, steps=distil_steps, batch_size=args.batch)
         seconds = time.perf_counter() - start
-        print(f"keep {keep:<5} {label:44} {evaluate(model, held_out).perplexity:9.2f}  {seconds:6.1f} s", flush=True)
+        found = evaluate(outcome.model, held_out).perplexity
+        print(f"keep {keep:<5} {label:44} {found:9.2f}  {seconds:6.1f} s", flush=True)
 
     pruned = {"sparsity": args.sparsity, "prune_steps": args.steps, "mixed_steps": 0, "batch_size": args.batch}
     for keep in args.keeps:
@@ -57,7 +59,7 @@ def main() -> None:
         row("pruned by movement", keep, "lpaf", **pruned, weigh=False)
         row("pruned by movement, weighed", keep, "lpaf", **pruned)
         row(f"lpaf: the same, {args.steps} mixed-rank steps", keep, "lpaf", **{**pruned, "mixed_steps": args.steps})
-        row(f"svd, {2 * args.steps} steps of distillation", keep, "svd", (f"kl:{2 * args.steps}",))
+        row(f"svd, {2 * args.steps} steps of distillation", keep, "svd", 2 * args.steps)
 
 
 if __name__ == "__main__":
