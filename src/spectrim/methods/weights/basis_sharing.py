@@ -8,7 +8,7 @@
     4. the same share of every group's numbers gives R
 
 Shared are the projections that read the residual stream (q, k, v, gate, up of a Llama); those that write to it (o,
-down) lose more by sharing than they save, and keep two factors of their own.
+down) lose more by sharing than they save, says the paper, and keep two factors of their own.
 
 The paper takes C from the same SVD (`fit="pooled"`: best for inputs drawn from all layers of the group alike), and from
 40 % of cut on solves for C again on inputs from the compressed model. Given the basis, each layer's own inputs have a
