@@ -30,6 +30,8 @@ MODEL_METHODS: dict[str, str] = {
     "modegpt": "spectrim.methods.weights.modegpt:MoDeGPT",
     "compactifai": "spectrim.methods.weights.compactifai:CompactifAI",
     "dsformer": "spectrim.methods.weights.dsformer:DSFormer",
+    "basis-sharing": "spectrim.methods.weights.basis_sharing:BasisSharing",
+    "lpaf": "spectrim.methods.weights.lpaf:LPAF",
 }
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 

@@ -29,7 +29,7 @@ from spectrim.store import open_checkpoint
 from tiny_models import logits_of, tiny, token_ids
 
 KEEP = 0.75
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {"lpaf": {"prune_steps": 4, "mixed_steps": 4, "batch_size": 4}}
 """Options for the tiny model, of methods whose defaults are for larger ones."""
 ARCHITECTURE: dict[str, str] = {}
 """Of the tiny model; llama-gqa-bias unless said."""

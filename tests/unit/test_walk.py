@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from transformers.pytorch_utils import Conv1D
 
 from spectrim.errors import InputError, UsageError
-from spectrim.models.walk import Layer, find_layers, is_linear, shared_inputs, weight_of
+from spectrim.models.walk import Layer, find_layers, is_linear, shared_inputs, stream_readers, weight_of
 from tiny_models import CONFIGS, assert_same_state, state_of, tiny
 
 Row = tuple[str, int, int, bool]  # name below its block, outputs, inputs, bias
@@ -339,6 +339,30 @@ def test_a_layer_that_does_not_run_stands_alone_at_the_end():
     groups = shared_inputs(model, find_layers(model).layers)
     assert groups[-1] == ["model.layers.0.mlp.spare"]
     assert groups[:-1] == EXPECTED["llama"]["groups"]
+
+
+READERS = {
+    "llama": "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj",
+    "gemma3": "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj",
+    "qwen3": "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj",
+    "opt": "self_attn.q_proj self_attn.k_proj self_attn.v_proj fc1",
+    "gpt2": "attn.c_attn mlp.c_fc",
+    "gpt-neox": "attention.query_key_value mlp.dense_h_to_4h",
+    "phi3": "self_attn.qkv_proj mlp.gate_up_proj",
+    "falcon": "self_attention.query_key_value mlp.dense_h_to_4h",
+    "mixtral": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+}
+"""By architecture, what reads the residual stream in every block; experts read rows that were picked out of it."""
+
+
+@pytest.mark.parametrize("architecture", READERS)
+def test_readers_of_the_residual_stream_are_those_that_read_a_norm(architecture):
+    model = tiny(architecture)
+    before = state_of(model)
+    walk = find_layers(model)
+    expected = {f"{block}.{name}" for block in walk.block_names for name in READERS[architecture].split()}
+    assert stream_readers(model, walk.layers) == expected
+    assert_same_state(before, state_of(model))
 
 
 def test_every_architecture_has_its_expectation():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import UsageError
-from spectrim.linalg.allocate import Options, allocate, factor_cost, fill_uniform, pivot_cost
+from spectrim.linalg.allocate import Options, allocate, equal_shares, factor_cost, pivot_cost
 from spectrim.method import LayerMethod
 from spectrim.models.walk import Layer, Walk
 from spectrim.replacement import Codec, Storage, Target
@@ -128,15 +128,15 @@ def plan_ranks(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor], 
     return plan_of(menu, choice, walk)
 
 
+def uniform_plan(walk: Walk, storage: Storage, energies: Mapping[str, Tensor], keep: float) -> Plan:
+    """Equal shares in a low-rank storage, for whoever has spectra and is no method for single layers."""
+    menu = [Priced(la, *options_of(la, storage, energies[la.name])) for la in walk.layers]
+    return plan_of(menu, _uniform_choice(walk, menu, keep, weight_budget(walk, keep, storage)), walk)
+
+
 def _uniform_choice(walk: Walk, menu: Sequence[Priced], keep: float, budget: int) -> list[int]:
     """The same kept share in every layer (what most papers do), then integer left-overs handed out in turn."""
     costs = [own.options.cost for own in menu]
     if keep >= 1.0:
         return [len(c) - 1 for c in costs]
-    share = budget / sum(layer.weight_numbers for layer in walk.layers)
-    start = [
-        max(0, int((c <= share * layer.weight_numbers).sum()) - 1) for c, layer in zip(costs, walk.layers, strict=True)
-    ]
-    if sum(int(c[k]) for c, k in zip(costs, start, strict=True)) > budget:
-        start = [0] * len(costs)  # near rank 1 equal shares do not fit: small layers take more than theirs
-    return fill_uniform(costs, start, budget)
+    return equal_shares(costs, [layer.weight_numbers for layer in walk.layers], budget)

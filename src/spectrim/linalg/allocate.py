@@ -80,6 +80,18 @@ def fill_uniform(costs: list[Tensor], start: list[int], budget: int) -> list[int
     return choice
 
 
+def equal_shares(costs: list[Tensor], sizes: list[int], budget: int) -> list[int]:
+    """The option of each layer that takes the same share of its size as every other, left-overs handed out in turn.
+
+    `costs[l]` (num_options,) must ascend, `sizes[l]` is what the layer takes when nothing is cut.
+    """
+    share = budget / sum(sizes)
+    start = [max(0, int((cost <= share * size).sum()) - 1) for cost, size in zip(costs, sizes, strict=True)]
+    if sum(int(cost[k]) for cost, k in zip(costs, start, strict=True)) > budget:
+        start = [0] * len(costs)  # near rank 1 equal shares do not fit: small layers take more than theirs
+    return fill_uniform(costs, start, budget)
+
+
 def cut_in_order(costs: list[Tensor], order: Iterable[int], budget: int) -> list[int]:
     """How many components each layer keeps when they go one by one, until the sum of costs is within `budget`.
 

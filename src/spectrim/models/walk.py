@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -173,6 +174,45 @@ def shared_inputs(model: PreTrainedModel, layers: tuple[Layer, ...]) -> list[lis
         return hook
 
     handles = [model.get_submodule(la.name).register_forward_pre_hook(note(la.name)) for la in layers]
+    _run_eight_tokens(model, handles)
+    groups: dict[tuple[Any, ...], list[str]] = {key: [] for key in reads.values()}
+    for layer in layers:
+        groups.setdefault(reads.get(layer.name, (layer.name,)), []).append(layer.name)
+    return list(groups.values())
+
+
+def stream_readers(model: PreTrainedModel, layers: tuple[Layer, ...]) -> frozenset[str]:
+    """Names of the layers that read the residual stream: their input is what a norm of the model puts out.
+
+    Found like shared inputs, by running eight tokens (q, k, v, gate and up of a Llama; not o and down, whose inputs are
+    made inside the block).
+    """
+    normed: set[int] = set()
+    readers: set[str] = set()
+    alive: list[Tensor] = []
+
+    def note_norm(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            alive.append(output)
+            normed.add(output.data_ptr())
+
+    def note_layer(name: str):
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            alive.append(inputs[0])
+            if inputs[0].data_ptr() in normed:
+                readers.add(name)
+
+        return hook
+
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    handles = [module.register_forward_hook(note_norm) for module in norms]
+    handles += [model.get_submodule(la.name).register_forward_pre_hook(note_layer(la.name)) for la in layers]
+    _run_eight_tokens(model, handles)
+    return frozenset(readers)
+
+
+def _run_eight_tokens(model: PreTrainedModel, handles: list[RemovableHandle]) -> None:
+    """For what the hooks see; they are removed."""
     try:
         with torch.no_grad():
             ids = torch.arange(8, device=device_of(model))[None]
@@ -180,7 +220,3 @@ def shared_inputs(model: PreTrainedModel, layers: tuple[Layer, ...]) -> list[lis
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[tuple[Any, ...], list[str]] = {key: [] for key in reads.values()}
-    for layer in layers:
-        groups.setdefault(reads.get(layer.name, (layer.name,)), []).append(layer.name)
-    return list(groups.values())

@@ -22,6 +22,7 @@ CODECS = {
     "narrow": "spectrim.nn.narrow:NarrowLinear",
     "mpo": "spectrim.nn.mpo:MPOLinear",
     "semi-sparse": "spectrim.nn.semi_sparse:SemiSparseLinear",
+    "shared": "spectrim.nn.shared:SharedLinear",
 }
 """Name in the file to module class, imported at first use."""
 

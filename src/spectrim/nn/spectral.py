@@ -69,7 +69,11 @@ class SpectralLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
         left, right = self.factors_now()
-        return F.linear(F.linear(x, right), left, None if self.bias is None else self.bias * self.bias_scale)
+        return F.linear(F.linear(x, right), left, self.bias_now())
+
+    def bias_now(self) -> Tensor | None:
+        """The bias (O,) in its own units."""
+        return None if self.bias is None else self.bias * self.bias_scale
 
     @torch.no_grad()
     def trained(self) -> tuple[Factors, Tensor | None]:
