@@ -1,0 +1,72 @@
+"""What stored weights take, part by part, in bytes; everything that has to be in the file is counted.
+
+Numbers of 16 bits (scales, kept values, factors, biases) count two bytes whatever dtype a folder is written in: sizes
+are relative to the dense weight in bfloat16.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from spectrim.linalg.quantise import group_count, packed_width
+
+VALUE_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Bytes of one layer or of many."""
+
+    codes: int = 0
+    scales: int = 0
+    zeros: int = 0
+    codebooks: int = 0
+    indices: int = 0  # of sparse patterns and of entries kept apart
+    values: int = 0  # weights in 16 bits
+    factors: int = 0  # low-rank corrections
+    bias: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+    def __add__(self, other: "Account") -> "Account":
+        pairs = zip(dataclasses.fields(self), dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Account(**{field.name: mine + theirs for field, mine, theirs in pairs})
+
+    def bits_a_weight(self, weights: int) -> float:
+        """Of that many weights."""
+        return 8 * self.total / weights
+
+
+def uniform_account(outputs: int, inputs: int, bits: int, group_size: int, *, symmetric: bool) -> Account:
+    """Codes, scales and zeros of `linalg/quantise.py`, packed row by row."""
+    groups = group_count(inputs, group_size)
+    return Account(
+        codes=outputs * packed_width(inputs, bits),
+        scales=outputs * groups * VALUE_BYTES,
+        zeros=0 if symmetric else outputs * packed_width(groups, bits),
+    )
+
+
+def sparse24_account(outputs: int, inputs: int) -> Account:
+    """Two of four values, and two bits for the place of each."""
+    kept = inputs // 2
+    return Account(values=outputs * kept * VALUE_BYTES, indices=outputs * packed_width(kept, 2))
+
+
+def correction_account(outputs: int, inputs: int, rank: int) -> Account:
+    """A low-rank correction U V."""
+    return Account(factors=rank * (outputs + inputs) * VALUE_BYTES)
+
+
+def bias_account(outputs: int, *, bias: bool) -> Account:
+    """A bias, if there is one."""
+    return Account(bias=outputs * VALUE_BYTES if bias else 0)
+
+
+def counted_bytes(numel: int, dtype: torch.dtype) -> int:
+    """Bytes that a stored tensor counts: floating-point numbers two each, others what they take."""
+    return numel * (VALUE_BYTES if dtype.is_floating_point else dtype.itemsize)
