@@ -1,4 +1,4 @@
-"""Uniform rounding and packing, against loops over single weights and bits; the bytes that the account gives are real."""
+"""Uniform rounding and packing, against loops over single weights and bits; the account is of real bytes."""
 
 import math
 
@@ -12,7 +12,7 @@ from spectrim.linalg.bits import (
     Account,
     bias_account,
     correction_account,
-    counted_bytes,
+    size_of,
     sparse24_account,
     uniform_account,
 )
@@ -248,6 +248,7 @@ def test_accounts_add_up_part_by_part():
 
 
 def test_numbers_count_two_bytes_and_codes_one():
-    assert counted_bytes(5, torch.float32) == counted_bytes(5, torch.bfloat16) == 10
-    assert counted_bytes(5, torch.uint8) == 5
-    assert counted_bytes(5, torch.int32) == 20
+    tensors = [torch.zeros(5), torch.zeros(5, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.uint8)]
+    assert [size_of([t], "bytes") for t in tensors] == [10, 10, 5]
+    assert size_of([torch.zeros(5, dtype=torch.int32)], "bytes") == 20
+    assert size_of(tensors, "numbers") == 15

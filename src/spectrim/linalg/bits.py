@@ -5,13 +5,20 @@ are relative to the dense weight in bfloat16.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
+from torch import Tensor
 
 from spectrim.linalg.quantise import group_count, packed_width
 
 VALUE_BYTES = 2
+
+Unit = Literal["numbers", "bytes"]
+"""What a budget counts. A method of ranks counts numbers, one of bits must count bytes."""
+PER_NUMBER: dict[Unit, int] = {"numbers": 1, "bytes": VALUE_BYTES}
+"""What a number of the dense weight counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +74,18 @@ def bias_account(outputs: int, *, bias: bool) -> Account:
     return Account(bias=outputs * VALUE_BYTES if bias else 0)
 
 
-def counted_bytes(numel: int, dtype: torch.dtype) -> int:
-    """Bytes that a stored tensor counts: floating-point numbers two each, others what they take."""
-    return numel * (VALUE_BYTES if dtype.is_floating_point else dtype.itemsize)
+def budget_in(unit: Unit, dense_numbers: int, keep: float) -> int:
+    """What a share of that many dense numbers allows."""
+    return int(keep * PER_NUMBER[unit] * dense_numbers + 1e-6)
+
+
+def stored_size(numel: int, nbytes: int, *, floating: bool, unit: Unit) -> int:
+    """What a stored tensor counts: its elements; or bytes, floating-point numbers two each and others what they take."""
+    if unit == "numbers":
+        return numel
+    return numel * VALUE_BYTES if floating else nbytes
+
+
+def size_of(tensors: Iterable[Tensor], unit: Unit) -> int:
+    """What they count together."""
+    return sum(stored_size(t.numel(), t.nbytes, floating=t.is_floating_point(), unit=unit) for t in tensors)

@@ -57,7 +57,9 @@ def inverse_root(gram: Tensor, *, damping: float = DAMPING) -> Tensor:
                 tell(Fallback("cholesky", f"{len(gram)} x {len(gram)}", f"damping {raised:g}", "not positive definite"))
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
             return upper / mean.sqrt()
-    raise SolverError(f"Cholesky of a {len(gram)} x {len(gram)} Gram matrix failed up to damping {raised:g}", gram.cpu())
+    raise SolverError(
+        f"Cholesky of a {len(gram)} x {len(gram)} Gram matrix failed up to damping {raised:g}", gram.cpu()
+    )
 
 
 def solve_columns(weight: Tensor, upper: Tensor, rule: Rule, *, block: int = BLOCK) -> Tensor:
@@ -84,9 +86,7 @@ def solve_columns(weight: Tensor, upper: Tensor, rule: Rule, *, block: int = BLO
 class UniformRule:
     """A uniform grid for each group of columns, fitted to what feedback has made of them (GPTQ)."""
 
-    def __init__(
-        self, shape: torch.Size, bits: int, group_size: int, *, symmetric: bool, search: bool = False
-    ) -> None:
+    def __init__(self, shape: torch.Size, bits: int, group_size: int, *, symmetric: bool, search: bool = False) -> None:
         outputs, inputs = shape
         self.bits, self.symmetric, self.search = bits, symmetric, search
         self.unit = group_size or inputs

@@ -45,8 +45,8 @@ def fit_grid(
     """Grids of groups (..., n), from their largest and smallest values.
 
     `search` also tries grids that clip up to 1 - CLIP_TO of the range and takes the one of least squared error,
-    weighted by `importance` (n,), or broadcast against the groups, where it is given: what clipping costs at few weights
-    is less than what a finer grid gains at all others. Few bits need it; at 8 it changes nothing.
+    weighted by `importance` (n,), or broadcast against the groups, where it is given: what clipping costs at few
+    weights is less than what a finer grid gains at all others.
     """
     full = _grid(groups, bits, symmetric=symmetric, share=1.0)
     if not search:
