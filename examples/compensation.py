@@ -1,4 +1,4 @@
-"""EoRA against plain SVD and diagonal scaling: what a correction of equal bytes gives back of a rounded or pruned model.
+"""EoRA against plain SVD and diagonal scaling: what equal bytes give back of a rounded or pruned model.
 
     python examples/compensation.py                       # builtin:tiny
     python examples/compensation.py --model FOLDER --text CALIBRATION --judge TEXT TEXT --group-size 128 --rank 16
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["svd", "diagonal", "eora"])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=16)
-    parser.add_argument("--set", dest="options", nargs="*", default=[], help="more options of eora: symmetric=false ...")
+    parser.add_argument("--set", dest="options", nargs="*", default=[], help="options of eora: symmetric=false ...")
     parser.add_argument("--windows", type=int, default=32, help="to calibrate on")
     parser.add_argument("--eval-windows", type=int, default=32, help="of each text")
     parser.add_argument("--length", type=int, default=128)
@@ -61,7 +61,9 @@ def main() -> None:
         figures = " / ".join(f"{evaluate(model, held).perplexity:.2f}" for held in texts)
         print(f"{label:20} bytes {share:.4f}  {figures:28} {seconds:6.1f} s", flush=True)
 
-    print(f"{args.model}, {args.windows} windows of {args.length} tokens; {', '.join(Path(t).name for t in args.judge)}")
+    print(
+        f"{args.model}, {args.windows} windows of {args.length} tokens; {', '.join(Path(t).name for t in args.judge)}"
+    )
     say("dense", 1.0, dense, 0.0)
     extra = dict(option.split("=", 1) for option in args.options)
     choices = {"true": True, "false": False}

@@ -33,7 +33,8 @@ class Job:
     walk: "Walk"
     keep: float
     budget: int
-    """Numbers that all target layers may store together, biases, masks and indices included."""
+    """Numbers (or bytes, by the method's `budget_unit`) that all target layers may store together, biases, masks and
+    indices included."""
     stats: Mapping[str, Stats]
     """By layer name: what `needs` names, measured on `calibration`; empty where it names nothing."""
     calibration: Tensor

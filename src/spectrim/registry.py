@@ -25,7 +25,11 @@ METHODS = {
 }
 """Methods that treat one weight at a time (method.LayerMethod)."""
 
-MODEL_METHODS: dict[str, str] = {}
+MODEL_METHODS: dict[str, str] = {
+    "rtn": "spectrim.methods.weights.rtn:RTN",
+    "gptq": "spectrim.methods.weights.gptq:GPTQ",
+    "eora": "spectrim.methods.weights.eora:EoRA",
+}
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 
 

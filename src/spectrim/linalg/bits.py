@@ -80,7 +80,7 @@ def budget_in(unit: Unit, dense_numbers: int, keep: float) -> int:
 
 
 def stored_size(numel: int, nbytes: int, *, floating: bool, unit: Unit) -> int:
-    """What a stored tensor counts: its elements; or bytes, floating-point numbers two each and others what they take."""
+    """What a stored tensor counts: its elements; or bytes, numbers two each and others what they take."""
     if unit == "numbers":
         return numel
     return numel * VALUE_BYTES if floating else nbytes

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 CODECS = {
     "factor": "spectrim.nn.linears:LowRankLinear",
     "pivot": "spectrim.nn.linears:PivotLinear",
+    "packed": "spectrim.nn.packed:PackedLinear",
 }
 """Name in the file to module class, imported at first use."""
 

@@ -112,11 +112,10 @@ class EoRA(PackedMethod):
         return HalfStore.holding(self._codes(rounded, dtype), half.places)
 
     def _rounded(self, weight: Tensor, gram: Tensor) -> Rounded:
-        settings = {"symmetric": self.symmetric, "search": self.search}
         assert self.bits is not None
         if self.base.startswith("gptq"):
-            return gptq(weight, gram, self.bits, self.group_size, **settings)
-        return round_to_nearest(weight, self.bits, self.group_size, **settings)
+            return gptq(weight, gram, self.bits, self.group_size, symmetric=self.symmetric, search=self.search)
+        return round_to_nearest(weight, self.bits, self.group_size, symmetric=self.symmetric, search=self.search)
 
     def _codes(self, rounded: Rounded, dtype: torch.dtype) -> Store:
         assert self.bits is not None
