@@ -61,6 +61,10 @@ class ModelMethod(Method):
     def check_model(self, config: "PretrainedConfig", walk: "Walk", keep: float) -> None:
         """Refuse, before any weight is loaded, what cannot be done: UsageError that names the architecture or size."""
 
+    def stored(self, walk: "Walk", budget: int) -> int:
+        """What the layers will store together, in the unit of the budget, as far as shapes tell: all of it."""
+        return budget
+
     @abstractmethod
     def compress(self, job: Job) -> "PreTrainedModel":
         """A compressed model of its own that may share unchanged parameters with the dense one; deterministic.

@@ -33,8 +33,8 @@ from tiny_models import logits_of, tiny, token_ids
 KEEP = 0.75
 OPTIONS: dict[str, dict[str, Any]] = {
     "rtn": {"bits": 8, "group_size": 8},
-    "gptq": {"bits": 8, "group_size": 8},
-    "eora": {"base": "gptq4", "group_size": 8},
+    "gptq": {"bits": 8, "group_size": 8, "search": False},
+    "eora": {"base": "gptq4", "group_size": 8, "search": False},
 }
 """Options for the tiny model, of methods whose defaults are for larger ones."""
 ARCHITECTURE: dict[str, str] = {}

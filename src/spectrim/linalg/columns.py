@@ -86,11 +86,10 @@ def solve_columns(weight: Tensor, upper: Tensor, rule: Rule, *, block: int = BLO
 class UniformRule:
     """A uniform grid for each group of columns, fitted to what feedback has made of them (GPTQ)."""
 
-    def __init__(self, shape: torch.Size, bits: int, group_size: int, *, symmetric: bool, search: bool = False) -> None:
-        outputs, inputs = shape
+    def __init__(self, weight: Tensor, bits: int, group_size: int, *, symmetric: bool, search: bool = False) -> None:
         self.bits, self.symmetric, self.search = bits, symmetric, search
-        self.unit = group_size or inputs
-        self.codes = torch.empty(outputs, inputs, dtype=torch.uint8)
+        self.unit = group_size or weight.shape[1]
+        self.codes = torch.empty_like(weight, dtype=torch.uint8)
         self.grids: list[Grid] = []
 
     def begin(self, start: int, weight: Tensor, diagonal: Tensor) -> None:
@@ -103,14 +102,14 @@ class UniformRule:
     def round(self, column: int, values: Tensor) -> Tensor:
         grid = self.grids[-1]
         codes = code_of(values, grid, self.bits)
-        self.codes[:, column] = codes.to(self.codes)
+        self.codes[:, column] = codes.to(torch.uint8)
         return level_of(codes, grid)
 
     def result(self) -> Rounded:
         """Codes and grids of all columns."""
         scales = torch.stack([grid.scale for grid in self.grids], dim=1)
         zeros = None if self.symmetric else torch.stack([grid.zero for grid in self.grids], dim=1).to(torch.uint8)
-        return Rounded(self.codes.to(scales.device), scales, zeros)
+        return Rounded(self.codes, scales, zeros)
 
 
 def gptq(
@@ -125,6 +124,6 @@ def gptq(
     block: int = BLOCK,
 ) -> Rounded:
     """`weight` (O, I) in codes, rounded column by column for inputs with second moment `gram` (I, I), both float64."""
-    rule = UniformRule(weight.shape, bits, group_size, symmetric=symmetric, search=search)
+    rule = UniformRule(weight, bits, group_size, symmetric=symmetric, search=search)
     solve_columns(weight, inverse_root(gram, damping=damping), rule, block=block)
     return rule.result()

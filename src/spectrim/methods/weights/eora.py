@@ -54,8 +54,8 @@ class EoRA(PackedMethod):
     base: str = "gptq3"
     metric: Metric = "eora"
     group_size: int = 128
-    symmetric: bool = True
-    search: bool = False
+    symmetric: bool = False
+    search: bool = True
     pruner: Literal["sparsegpt", "wanda"] = "sparsegpt"
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spectrim.engines.learned import skeleton
 from spectrim.errors import NumericalError, UsageError
-from spectrim.linalg.bits import VALUE_BYTES, Account, Unit, bias_account, budget_in
+from spectrim.linalg.bits import VALUE_BYTES, Account, Unit, bias_account, budget_in, correction_account
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.quantise import BITS
 from spectrim.linalg.solver import SolverError
@@ -60,6 +60,13 @@ class PackedMethod(ModelMethod):
     def bases(self, walk: Walk) -> Account:
         """What bases and biases of all layers take."""
         return sum((self.account(la) + bias_account(la.outputs, bias=la.has_bias) for la in walk.layers), Account())
+
+    def stored(self, walk: Walk, budget: int) -> int:
+        """Bases, biases and corrections."""
+        bases = self.bases(walk).total
+        ranks = self.ranks(walk.layers, budget - bases)
+        pairs = zip(walk.layers, ranks, strict=True)
+        return bases + sum(correction_account(layer.outputs, layer.inputs, rank).total for layer, rank in pairs)
 
     def bytes_left(self, walk: Walk, budget: int, keep: float) -> int:
         """What bases and biases leave of the budget; UsageError when it is nothing."""

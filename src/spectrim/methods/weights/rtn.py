@@ -36,8 +36,8 @@ class RTN(PackedMethod):
 
     bits: int = 4
     group_size: int = 128
-    symmetric: bool = True
-    search: bool = False
+    symmetric: bool = False
+    search: bool = True
     """Whether grids that clip are tried for each group."""
 
     def __post_init__(self) -> None:
