@@ -49,12 +49,12 @@ class Account:
 
 
 def uniform_account(outputs: int, inputs: int, bits: int, group_size: int, *, symmetric: bool) -> Account:
-    """Codes, scales and zeros of `linalg/quantise.py`, packed row by row."""
+    """Codes and scales of `linalg/quantise.py`, codes packed row by row; zeros packed as one row."""
     groups = group_count(inputs, group_size)
     return Account(
         codes=outputs * packed_width(inputs, bits),
         scales=outputs * groups * VALUE_BYTES,
-        zeros=0 if symmetric else outputs * packed_width(groups, bits),
+        zeros=0 if symmetric else packed_width(outputs * groups, bits),
     )
 
 

@@ -142,9 +142,8 @@ def group_count(inputs: int, group_size: int) -> int:
 
 
 def packed_width(count: int, bits: int) -> int:
-    """Bytes that a row of `count` codes takes: whole units of the fewest codes that fill whole bytes."""
-    codes, size = _unit(bits)
-    return -(-count // codes) * size
+    """Bytes that a row of `count` codes takes: less than one byte is lost."""
+    return -(-count * bits // 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -153,7 +152,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     padded = torch.nn.functional.pad(codes.long(), (0, -codes.shape[-1] % count))
     units = padded.reshape(*codes.shape[:-1], -1, count)
     words = (units << _shifts(count, bits, codes.device)).sum(-1, keepdim=True)
-    return ((words >> _shifts(size, 8, codes.device)) & 255).to(torch.uint8).flatten(-2)
+    octets = ((words >> _shifts(size, 8, codes.device)) & 255).to(torch.uint8).flatten(-2)
+    return octets[..., : packed_width(codes.shape[-1], bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -162,7 +162,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed[..., :count]
     whole = torch.int32 if 8 * size < 32 else torch.int64
-    units = packed.to(whole).reshape(*packed.shape[:-1], -1, size)
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % size))
+    units = padded.to(whole).reshape(*packed.shape[:-1], -1, size)
     words = (units << _shifts(size, 8, packed.device, whole)).sum(-1, keepdim=True, dtype=whole)
     found = (words >> _shifts(codes, bits, packed.device, whole)) & (2**bits - 1)
     return found.flatten(-2)[..., :count].to(torch.uint8)

@@ -83,7 +83,7 @@ class PlainStore(Store):
 
 
 class UniformStore(Store):
-    """Stored: `codes` (O, bytes) uint8, `scales` (O, G), and without symmetry `zeros` (O, bytes) uint8."""
+    """Stored: `codes` (O, bytes) uint8, `scales` (O, G), and without symmetry `zeros` (bytes,) uint8."""
 
     kind = "uniform"
     codes: Tensor
@@ -118,7 +118,7 @@ class UniformStore(Store):
         store.codes = pack(rounded.codes, bits)
         store.scales = nn.Parameter(rounded.scales.to(dtype))
         if rounded.zeros is not None:
-            store.zeros = pack(rounded.zeros, bits)
+            store.zeros = pack(rounded.zeros.flatten(), bits)
         return store
 
     @classmethod
@@ -138,7 +138,7 @@ class UniformStore(Store):
         return {"kind": self.kind, "bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        zeros = {} if self.symmetric else {"zeros": (self.outputs, packed_width(self.groups, self.bits))}
+        zeros = {} if self.symmetric else {"zeros": (packed_width(self.outputs * self.groups, self.bits),)}
         return {
             "codes": (self.outputs, packed_width(self.inputs, self.bits)),
             "scales": (self.outputs, self.groups),
@@ -147,7 +147,9 @@ class UniformStore(Store):
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         codes = unpack(self.codes, self.bits, self.inputs)
-        zeros = None if self.zeros is None else unpack(self.zeros, self.bits, self.groups)
+        zeros = None
+        if self.zeros is not None:
+            zeros = unpack(self.zeros, self.bits, self.outputs * self.groups).reshape(self.outputs, self.groups)
         return dequantise(Rounded(codes, self.scales, zeros), self.bits, dtype)
 
 
