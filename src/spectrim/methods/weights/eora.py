@@ -10,7 +10,8 @@ No training. The last form of step 4 needs no inverse. R is the same in all laye
 `metric`, the same with another idea of which errors count:  svd  all alike (step 3 left out);  diagonal  inputs by
 mean |x|.
 
-The paper measures step 3 behind blocks that are already corrected; here it is the dense model, once.
+`sequential`, as in the paper's code: step 3 is measured behind the blocks that are already corrected. Without it, it is
+the dense model's, measured once.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,8 @@
     3. column by column: w'_j the nearest level of its group, fitted when the group is reached
        e = (w_j - w'_j) / U_jj,   W[:, j+1:] -= e U[j, j+1:]
 
-The paper's codes go through the model in order and measure H behind layers that are already rounded; here H is the
-dense model's, measured once.
+`sequential`, as in the paper's code: going through the model in order, H is measured behind the blocks that are already
+rounded. Without it H is the dense model's, measured once.
 """
 
 from dataclasses import dataclass

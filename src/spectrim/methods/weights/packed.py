@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from spectrim.engines.blockwise import block_by_block
 from spectrim.engines.learned import skeleton
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.bits import VALUE_BYTES, Account, Unit, bias_account, budget_in, correction_account
@@ -36,6 +37,9 @@ class PackedMethod(ModelMethod):
 
     codecs: ClassVar[tuple[str, ...]] = ("packed",)
     budget_unit: ClassVar[Unit] = "bytes"
+
+    sequential: bool = False
+    """Whether a block is calibrated behind the compressed blocks before it (engines/blockwise.py)."""
 
     @abstractmethod
     def account(self, layer: Layer) -> Account:
@@ -87,20 +91,28 @@ class PackedMethod(ModelMethod):
         return {}
 
     def compress(self, job: Job) -> "PreTrainedModel":
-        """Layer by layer; all that is measured is of the dense model."""
-        layers = job.walk.layers
-        ranks = self.ranks(layers, self.bytes_left(job.walk, job.budget, job.keep))
+        """Layer by layer, or block by block with what the blocks before now make."""
+        layers = {layer.name: layer for layer in job.walk.layers}
+        left = self.bytes_left(job.walk, job.budget, job.keep)
+        ranks = dict(zip(layers, self.ranks(job.walk.layers, left), strict=True))
         model = skeleton(job.dense)
-        for done, (layer, rank) in enumerate(zip(layers, ranks, strict=True)):
-            module = job.dense.get_submodule(layer.name)
-            model.set_submodule(layer.name, self._packed(module, layer, job.stats.get(layer.name), rank))
+
+        def place(stats: Mapping[str, Stats]) -> None:
+            for name, measured in stats.items():
+                module = job.dense.get_submodule(name)
+                model.set_submodule(name, self._packed(module, layers[name], measured, ranks[name]))
+
+        if self.sequential and self.needs:
+            block_by_block(model, job.walk, job.calibration, self.needs, place, progress=job.progress)
+            return model
+        for done, name in enumerate(layers):
+            place({name: job.stats.get(name, Stats(tokens=0))})
             if job.progress is not None:
                 job.progress("pack", done + 1, len(layers))
         return model
 
-    def _packed(self, module: nn.Module, layer: Layer, stats: Stats | None, rank: int) -> PackedLinear:
+    def _packed(self, module: nn.Module, layer: Layer, measured: Stats, rank: int) -> PackedLinear:
         weight = weight_of(module).detach()
-        measured = Stats(tokens=0) if stats is None else stats
         if not measured.is_finite():
             raise NumericalError(f"{layer.name}: its statistics hold NaN or Inf; measure again on other text")
         try:
