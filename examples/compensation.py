@@ -39,8 +39,8 @@ def share_of(method: EoRA, walk: Walk, rank: int) -> float:
 def job_at(dense: Any, walk: Walk, share: float, stats: Mapping[str, Stats], ids: Tensor) -> Job:
     """What `compress_model` would give the method, with statistics that are measured once for all rows."""
     return Job(
-        dense=dense, walk=walk, keep=share, budget=budget_in("bytes", walk.numbers, share), stats=stats, calibration=ids,
-        training=ids, gradient_windows=0, seed=0, warnings=[], timed=lambda _: nullcontext(),
+        dense=dense, walk=walk, keep=share, budget=budget_in("bytes", walk.numbers, share), stats=stats,
+        calibration=ids, training=ids, gradient_windows=0, seed=0, warnings=[], timed=lambda _: nullcontext(),
     )  # fmt: skip
 
 

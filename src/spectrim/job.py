@@ -265,6 +265,7 @@ def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
     return {
         "linear_numbers": sum(info.numel for info in linear),
         "linear_bytes": sum(info.nbytes for info in linear),
+        "linear_counted": after,
         "keep": after / before,
         "keep_unit": unit,
         "model_numbers": checkpoint.numel,
