@@ -30,6 +30,7 @@ from spectrim.data import calibration_windows, evaluation_windows, load_texts, l
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
+from spectrim.linalg.quantise import BITS
 from spectrim.models.load import load_dense, pick_device, pick_dtype, resolve
 from spectrim.registry import make_method
 from spectrim.report.facts import environment
@@ -80,6 +81,19 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="modegpt", method="modegpt"),
         Row(label="modegpt, uniform", method="modegpt", options={"allocation": "uniform"}),
         Row(label="modegpt, magnitude", method="modegpt", options={"allocation": "uniform", "rule": "magnitude"}),
+    ],
+    "bits": [  # keep is a share of bytes; the bits of rtn and gptq do not follow it
+        *(Row(label=f"{name} {b}", method=name, options={"bits": b}) for name in ("rtn", "gptq") for b in BITS),
+        *(
+            Row(label=f"{name} {bits}, plain", method=name, options={"bits": bits, "search": False, "symmetric": True})
+            for name in ("rtn", "gptq")
+            for bits in (2, 3, 4)
+        ),
+        *(
+            Row(label=f"eora on {base}, {metric}", method="eora", options={"base": base, "metric": metric})
+            for base in ("2:4", "2:4+rtn4", "rtn2", "rtn3", "rtn4", "gptq2", "gptq3", "gptq4")
+            for metric in ("svd", "diagonal", "eora")
+        ),
     ],
     "searched": [
         Row(label="svd-llm, global", method="svd-llm", options={"allocation": "global"}),

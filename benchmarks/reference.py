@@ -41,6 +41,8 @@ from spectrim.data import load_tasks, load_tokenizer, sample_windows
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import finalise, round_to, write_folder
+from spectrim.job import stored_in
+from spectrim.linalg.bits import PER_NUMBER
 from spectrim.models.load import load_dense, pick_device, resolve
 from spectrim.registry import make_method
 from spectrim.report.facts import environment
@@ -257,13 +259,14 @@ class Bench:
 
 
 def counted_keep(outcome: Outcome) -> tuple[float, int]:
-    """Share of stored numbers of the decoder linears and bytes of the whole model, from the written files."""
+    """What the decoder linears keep, in numbers or bytes as the method counts; bytes of the whole model. As written."""
     with tempfile.TemporaryDirectory() as scratch:
         write_folder(Path(scratch), finalise(outcome, torch.bfloat16, base_model=None), None)
         written = open_checkpoint(Path(scratch))
         prefixes = tuple(layer.name + "." for layer in outcome.walk.layers)
-        after = sum(info.numel for name, info in written.tensors.items() if name.startswith(prefixes))
-        return after / outcome.walk.numbers, written.nbytes
+        unit = outcome.method.budget_unit
+        after = sum(stored_in(info, unit) for name, info in written.tensors.items() if name.startswith(prefixes))
+        return after / (PER_NUMBER[unit] * outcome.walk.numbers), written.nbytes
 
 
 def claim(folder: Path, number: int) -> bool:

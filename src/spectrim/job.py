@@ -32,10 +32,12 @@ from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import COMPANIONS, finalise, round_to, write_folder
+from spectrim.linalg.bits import PER_NUMBER, Unit, stored_size
 from spectrim.linalg.fallback import Fallback, listening, summary
 from spectrim.method import Method
 from spectrim.model_method import ModelMethod
 from spectrim.models.load import (
+    STORED_DTYPES,
     Source,
     check_against_config,
     load_dense,
@@ -252,20 +254,28 @@ def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
     """Numbers and bytes of the decoder linears and of the whole model, counted from the written headers."""
     names = {layer.name for layer in compressed.outcome.walk.layers}
     linear = [info for name, info in checkpoint.tensors.items() if _is_inside(name, names)]
-    after = sum(info.numel for info in linear)
-    before = compressed.outcome.plan.numbers_before
+    unit = compressed.outcome.method.budget_unit
+    after = sum(stored_in(info, unit) for info in linear)
+    before = PER_NUMBER[unit] * compressed.outcome.plan.numbers_before
     if after > before * compressed.report["request"]["keep"] + 1e-6:
         raise NumericalError(
-            f"the written decoder linears hold {after:,} numbers, more than keep "
+            f"the written decoder linears hold {after:,} {unit}, more than keep "
             f"{compressed.report['request']['keep']} of {before:,} allows; this is a bug of spectrim, please report it"
         )
     return {
-        "linear_numbers": after,
+        "linear_numbers": sum(info.numel for info in linear),
         "linear_bytes": sum(info.nbytes for info in linear),
+        "linear_counted": after,
         "keep": after / before,
+        "keep_unit": unit,
         "model_numbers": checkpoint.numel,
         "model_bytes": checkpoint.nbytes,
     }
+
+
+def stored_in(info: TensorInfo, unit: Unit) -> int:
+    """What a tensor of the file counts."""
+    return stored_size(info.numel, info.nbytes, floating=info.dtype in STORED_DTYPES, unit=unit)
 
 
 def _is_inside(tensor: str, names: set[str]) -> bool:

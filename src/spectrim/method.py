@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import NumericalError, UsageError, did_you_mean
+from spectrim.linalg.bits import Unit
 from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode, with_mean_kept
 from spectrim.stats import Coupling, Stat, Stats
@@ -53,6 +54,8 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     """Named sets of field values for `--preset`."""
     default_preset: ClassVar[str | None] = None
+    budget_unit: ClassVar[Unit] = "numbers"
+    """What `keep` is a share of: the numbers of the dense layers, or their bytes in 16 bits (linalg/bits.py)."""
 
     @property
     def windows_trained(self) -> int:

@@ -33,7 +33,8 @@ class Job:
     walk: "Walk"
     keep: float
     budget: int
-    """Numbers that all target layers may store together, biases, masks and indices included."""
+    """Numbers (or bytes, by the method's `budget_unit`) that all target layers may store together, biases, masks and
+    indices included."""
     stats: Mapping[str, Stats]
     """By layer name: what `needs` names, measured on `calibration`; empty where it names nothing."""
     calibration: Tensor
@@ -59,6 +60,10 @@ class ModelMethod(Method):
 
     def check_model(self, config: "PretrainedConfig", walk: "Walk", keep: float) -> None:
         """Refuse, before any weight is loaded, what cannot be done: UsageError that names the architecture or size."""
+
+    def stored(self, walk: "Walk", budget: int) -> int:
+        """What the layers will store together, in the unit of the budget, as far as shapes tell: all of it."""
+        return budget
 
     @abstractmethod
     def compress(self, job: Job) -> "PreTrainedModel":

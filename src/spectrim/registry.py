@@ -32,6 +32,9 @@ MODEL_METHODS: dict[str, str] = {
     "dsformer": "spectrim.methods.weights.dsformer:DSFormer",
     "basis-sharing": "spectrim.methods.weights.basis_sharing:BasisSharing",
     "lpaf": "spectrim.methods.weights.lpaf:LPAF",
+    "rtn": "spectrim.methods.weights.rtn:RTN",
+    "gptq": "spectrim.methods.weights.gptq:GPTQ",
+    "eora": "spectrim.methods.weights.eora:EoRA",
 }
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.allocate import factor_cost, pivot_cost
+from spectrim.linalg.bits import Unit, size_of
 from spectrim.linalg.factor import Factors, balance
 from spectrim.linalg.pivot import Pivots, from_pivots, pack_mask, to_pivots, unpack_mask
 
@@ -41,6 +42,11 @@ class Replacement:
         """Stored numbers, everything counted."""
         bias = 0 if self.bias is None else self.bias.numel()
         return bias + sum(t.numel() for t in self.tensors.values())
+
+    def size(self, unit: Unit) -> int:
+        """What it stores, everything counted, in numbers or bytes."""
+        bias = () if self.bias is None else (self.bias,)
+        return size_of([*self.tensors.values(), *bias], unit)
 
     def dense(self) -> Tensor:
         """The weight (O, I) this layer now stands for."""

@@ -99,9 +99,15 @@ def test_methods_import_only_the_contract_linalg_nn_and_their_own_folder():
             "spectrim.errors",
         )
         own = (folder,) if path.parent != ROOT / "methods" else ()
-        if any(within(name, "spectrim.model_method") for name in imported(parse(path))):  # it makes the whole model
+        if makes_models(path):
             own += ("spectrim.model_method", "spectrim.engines", "spectrim.models", "transformers")
         assert foreign(path, allowed + own) == [], path
+
+
+def makes_models(path: Path) -> bool:
+    """Whether it holds methods that make the whole model, or their family's base."""
+    bases = ("spectrim.model_method", "spectrim.methods.weights.packed")
+    return any(within(name, base) for name in imported(parse(path)) for base in bases)
 
 
 def test_store_knows_no_modules_and_no_transformers():
@@ -116,10 +122,9 @@ def test_store_knows_no_modules_and_no_transformers():
 def test_lower_layers_do_not_import_engines():
     for folder in ("linalg", "nn", "methods", "models", "data", "store"):
         for path in files_in(folder):
-            names = list(imported(parse(path)))
-            whole = folder == "methods" and any(within(n, "spectrim.model_method") for n in names)
-            up = ("job", "api") if whole else ("engines", "job", "api")
-            assert not [n for n in names if any(within(n, f"spectrim.{u}") for u in up)], path
+            names = imported(parse(path))
+            above = ("job", "api") if makes_models(path) else ("engines", "job", "api")
+            assert not [n for n in names if any(within(n, f"spectrim.{up}") for up in above)], path
 
 
 @every_file

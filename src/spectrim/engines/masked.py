@@ -106,7 +106,7 @@ def budget_of(method: Method, walk: Walk, keep: float) -> int:
     if isinstance(method, MaskedMethod) and method.steps and keep < 1:
         return budget_beside_adapters(method, walk, keep)
     if isinstance(method, ModelMethod):
-        return whole_budget(walk, keep)
+        return whole_budget(walk, keep, method.budget_unit)
     assert isinstance(method, LayerMethod)
     return budget_under(method, walk, keep)
 

@@ -71,7 +71,7 @@ def measure(
 
         def on_input(name: str, x: Tensor) -> None:
             if leader[name] == name:
-                _add_input(sums[name], x, needs)
+                add_input(sums[name], x, needs)
 
         def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
             _add_gradient(sums[name], gradient, x, needs, windows)
@@ -95,7 +95,7 @@ def measure(
     layers = [la.name for la in walk.layers]
     if unreached == "leave out":
         layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not border)]
-    return {name: _finish(name, sums[name], sums[leader[name]], needs) for name in layers}
+    return {name: finish(name, sums[name], sums[leader[name]], needs) for name in layers}
 
 
 def _spans(windows: int, border: int, batch_size: int, done: int) -> list[tuple[int, int]]:
@@ -167,7 +167,7 @@ def hooks(
             handle.remove()
 
 
-def _add_input(sums: Sums, x: Tensor, needs: frozenset[Stat]) -> None:
+def add_input(sums: Sums, x: Tensor, needs: frozenset[Stat]) -> None:
     """Add the rows of x (..., I)."""
     rows = x.reshape(-1, x.shape[-1])
     sums.tokens += len(rows)
@@ -211,7 +211,7 @@ def in_sequences(rows: Tensor, windows: torch.Size) -> Tensor:
     return rows.reshape(batch, -1, width)
 
 
-def _finish(name: str, own: Sums, shared: Sums, needs: frozenset[Stat]) -> Stats:
+def finish(name: str, own: Sums, shared: Sums, needs: frozenset[Stat]) -> Stats:
     """What was asked for: input statistics from the layer that was measured for all that share it, the rest its own."""
     if shared.tokens == 0:
         raise InputError(f"{name}: no calibration token reached this layer (an expert never routed to?)")

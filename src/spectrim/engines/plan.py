@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from spectrim.engines.masked import budget_of
 from spectrim.engines.ranks import new_bias, plan_ranks
 from spectrim.engines.search import SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS, STAGES
+from spectrim.linalg.bits import PER_NUMBER
 from spectrim.linalg.curvature import coupling_operations
 from spectrim.method import LayerMethod, MaskedMethod, Method, TrainedMethod
 from spectrim.model_method import ModelMethod
@@ -41,7 +42,8 @@ def estimate(
     budget = budget_of(method, walk, keep)
     if isinstance(method, ModelMethod):
         method.check_model(source.config, walk, keep)
-        uniform, layers, after = False, _unplanned(walk, " or ".join(method.codecs) or "dense"), budget
+        uniform, layers = False, _unplanned(walk, " or ".join(method.codecs) or "dense")
+        after = method.stored(walk, budget) // PER_NUMBER[method.budget_unit]  # bytes as numbers of 16 bits
     else:
         assert isinstance(method, LayerMethod)
         uniform = method.allocation == "uniform" and not (isinstance(method, MaskedMethod) and method.steps)

@@ -12,6 +12,7 @@ from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.measure import Progress
 from spectrim.engines.ranks import Plan
 from spectrim.errors import NumericalError, UsageError
+from spectrim.linalg.bits import Unit, budget_in
 from spectrim.method import Method
 from spectrim.model_method import Job, ModelMethod
 from spectrim.models.walk import Walk
@@ -20,9 +21,9 @@ from spectrim.replacement import Replacement, Target, dense_replacement
 from spectrim.stats import Stats
 
 
-def whole_budget(walk: Walk, keep: float) -> int:
-    """Numbers that all target layers may store together, biases included."""
-    return int(keep * walk.numbers + 1e-9)
+def whole_budget(walk: Walk, keep: float, unit: Unit = "numbers") -> int:
+    """Numbers, or bytes, that all target layers may store together, biases included."""
+    return budget_in(unit, walk.numbers, keep)
 
 
 def refuse_skipped(method: Method, walk: Walk, found: Walk) -> None:
@@ -53,7 +54,7 @@ def make_whole(
     checkpoint: Checkpoint | None = None,
 ) -> tuple[PreTrainedModel, Plan, dict[str, Replacement]]:
     """The method's model, what each layer became, and its storage; NumericalError when it is not within the budget."""
-    budget = whole_budget(walk, keep)
+    budget = whole_budget(walk, keep, method.budget_unit)
     job = Job(
         dense=dense, walk=walk, keep=keep, budget=budget, stats=stats, calibration=calibration, training=training,
         gradient_windows=gradient_windows, seed=seed, warnings=warnings, timed=timed, progress=progress,
@@ -62,17 +63,21 @@ def make_whole(
     model = method.compress(job).eval()
     assert model is not dense, f"{method.info.name} must leave the dense model as it is"
     placed = {layer.name: stored_layer(model.get_submodule(layer.name)) for layer in walk.layers}
-    after = sum(replacement.numbers for replacement in placed.values())
-    if after > budget:
+    stored = sum(replacement.size(method.budget_unit) for replacement in placed.values())
+    if stored > budget:
         raise NumericalError(
-            f"{method.info.name} stores {after:,} numbers in {len(placed)} layers, keep {keep:g} allows {budget:,}; "
-            "this is a bug of spectrim, please report it"
+            f"{method.info.name} stores {stored:,} {method.budget_unit} in {len(placed)} layers, keep {keep:g} allows "
+            f"{budget:,}; this is a bug of spectrim, please report it"
         )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"{name}: {method.info.name} made NaN or Inf of it; use more calibration text")
     targets = {name: Target(rank=replacement.rank, codec=replacement.codec) for name, replacement in placed.items()}
-    return model, Plan(targets=targets, numbers_before=walk.numbers, numbers_after=after), placed
+    return (
+        model,
+        Plan(targets=targets, numbers_before=walk.numbers, numbers_after=sum(r.numbers for r in placed.values())),
+        placed,
+    )
 
 
 def stored_layer(module: nn.Module) -> Replacement:

@@ -23,6 +23,7 @@ CODECS = {
     "mpo": "spectrim.nn.mpo:MPOLinear",
     "semi-sparse": "spectrim.nn.semi_sparse:SemiSparseLinear",
     "shared": "spectrim.nn.shared:SharedLinear",
+    "packed": "spectrim.nn.packed:PackedLinear",
 }
 """Name in the file to module class, imported at first use."""
 

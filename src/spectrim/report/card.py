@@ -15,7 +15,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         f"# {source['name']} at keep {stored.get('keep', request['keep']):.4f}",
         "",
         f"Compressed by {report['tool']} with `{report['method']['method']}`: the linear layers of the decoder are "
-        "stored in low rank, everything else is unchanged.",
+        f"stored in {'few bits' if stored.get('keep_unit') == 'bytes' else 'low rank'}, everything else is unchanged.",
         "",
         "| | dense | compressed |",
         "|---|---|---|",
@@ -53,8 +53,11 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             ("same top token as dense", "1", f"{small['agreement']:.4f}"),
         ]
     if "linear_numbers" in stored:
+        dense_numbers = stored["linear_numbers_dense"]
         rows += [
-            ("numbers in decoder linears", f"{stored['linear_numbers_dense']:,}", f"{stored['linear_numbers']:,}"),
+            ("bytes in decoder linears, at 16 bits", f"{2 * dense_numbers:,}", f"{stored['linear_counted']:,}")
+            if stored.get("keep_unit") == "bytes"
+            else ("numbers in decoder linears", f"{dense_numbers:,}", f"{stored['linear_numbers']:,}"),
             ("numbers in all", f"{source['numbers']:,}", f"{stored['model_numbers']:,}"),
             ("bytes in all", f"{source['bytes']:,}", f"{stored['model_bytes']:,}"),
         ]

@@ -1,0 +1,91 @@
+"""What stored weights take, part by part, in bytes; everything that has to be in the file is counted.
+
+Numbers of 16 bits (scales, kept values, factors, biases) count two bytes whatever dtype a folder is written in: sizes
+are relative to the dense weight in bfloat16.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from spectrim.linalg.quantise import group_count, packed_width
+
+VALUE_BYTES = 2
+
+Unit = Literal["numbers", "bytes"]
+"""What a budget counts. A method of ranks counts numbers, one of bits must count bytes."""
+PER_NUMBER: dict[Unit, int] = {"numbers": 1, "bytes": VALUE_BYTES}
+"""What a number of the dense weight counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Bytes of one layer or of many."""
+
+    codes: int = 0
+    scales: int = 0
+    zeros: int = 0
+    codebooks: int = 0
+    indices: int = 0  # of sparse patterns and of entries kept apart
+    values: int = 0  # weights in 16 bits
+    factors: int = 0  # low-rank corrections
+    bias: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+    def __add__(self, other: "Account") -> "Account":
+        pairs = zip(dataclasses.fields(self), dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Account(**{field.name: mine + theirs for field, mine, theirs in pairs})
+
+    def bits_a_weight(self, weights: int) -> float:
+        """Of that many weights."""
+        return 8 * self.total / weights
+
+
+def uniform_account(outputs: int, inputs: int, bits: int, group_size: int, *, symmetric: bool) -> Account:
+    """Codes and scales of `linalg/quantise.py`, codes packed row by row; zeros packed as one row."""
+    groups = group_count(inputs, group_size)
+    return Account(
+        codes=outputs * packed_width(inputs, bits),
+        scales=outputs * groups * VALUE_BYTES,
+        zeros=0 if symmetric else packed_width(outputs * groups, bits),
+    )
+
+
+def sparse24_account(outputs: int, inputs: int) -> Account:
+    """Two of four values, and two bits for the place of each."""
+    kept = inputs // 2
+    return Account(values=outputs * kept * VALUE_BYTES, indices=outputs * packed_width(kept, 2))
+
+
+def correction_account(outputs: int, inputs: int, rank: int) -> Account:
+    """A low-rank correction U V."""
+    return Account(factors=rank * (outputs + inputs) * VALUE_BYTES)
+
+
+def bias_account(outputs: int, *, bias: bool) -> Account:
+    """A bias, if there is one."""
+    return Account(bias=outputs * VALUE_BYTES if bias else 0)
+
+
+def budget_in(unit: Unit, dense_numbers: int, keep: float) -> int:
+    """What a share of that many dense numbers allows."""
+    return int(keep * PER_NUMBER[unit] * dense_numbers + 1e-6)
+
+
+def stored_size(numel: int, nbytes: int, *, floating: bool, unit: Unit) -> int:
+    """What a stored tensor counts: its elements; or bytes, numbers two each and others what they take."""
+    if unit == "numbers":
+        return numel
+    return numel * VALUE_BYTES if floating else nbytes
+
+
+def size_of(tensors: Iterable[Tensor], unit: Unit) -> int:
+    """What they count together."""
+    return sum(stored_size(t.numel(), t.nbytes, floating=t.is_floating_point(), unit=unit) for t in tensors)

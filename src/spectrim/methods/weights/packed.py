@@ -1,0 +1,146 @@
+"""What methods that keep weights in few bits have in common: a budget in bytes, layers of a base and a correction.
+
+A method states the base of a layer (rounded, pruned, both) and what it takes; the rest, what `keep` allows and what is
+refused, is here. `keep` is the share of the bytes of all decoder linears in 16 bits: numbers count two bytes, bytes
+one, with scales, zeros, indices, corrections and biases (linalg/bits.py).
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.engines.blockwise import block_by_block
+from spectrim.engines.learned import skeleton
+from spectrim.errors import NumericalError, UsageError
+from spectrim.linalg.bits import VALUE_BYTES, Account, Unit, bias_account, budget_in, correction_account
+from spectrim.linalg.factor import Factors
+from spectrim.linalg.quantise import BITS
+from spectrim.linalg.solver import SolverError
+from spectrim.model_method import Job, ModelMethod
+from spectrim.models.walk import Layer, Walk, weight_of
+from spectrim.nn.packed import PackedLinear
+from spectrim.nn.stores import Store
+from spectrim.stats import Stats
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedMethod(ModelMethod):
+    """A method whose layers are `packed`: a base in few bits, perhaps with a low-rank correction."""
+
+    codecs: ClassVar[tuple[str, ...]] = ("packed",)
+    budget_unit: ClassVar[Unit] = "bytes"
+
+    sequential: bool = False
+    """Whether a block is calibrated behind the compressed blocks before it (engines/blockwise.py)."""
+
+    @abstractmethod
+    def account(self, layer: Layer) -> Account:
+        """What the base of a layer takes; UsageError where the layer does not fit it."""
+
+    @abstractmethod
+    def store_of(self, weight: Tensor, stats: Stats, dtype: torch.dtype) -> Store:
+        """The base of a weight (O, I), given in float64; its numbers in `dtype`."""
+
+    def ranks(self, layers: Sequence[Layer], left: int) -> list[int]:
+        """Rank of the correction of each layer, from the bytes that bases and biases leave."""
+        return [0] * len(layers)
+
+    def correction(self, missing: Tensor, stats: Stats, rank: int) -> Factors | None:
+        """A low-rank stand-in for what the base misses of the weight (O, I)."""
+        return None
+
+    def check_model(self, config: "PretrainedConfig", walk: Walk, keep: float) -> None:
+        """Refuse layers that do not fit, and a `keep` that even the bases alone do not meet."""
+        self.bytes_left(walk, budget_in(self.budget_unit, walk.numbers, keep), keep)
+
+    def bases(self, walk: Walk) -> Account:
+        """What bases and biases of all layers take."""
+        return sum((self.account(la) + bias_account(la.outputs, bias=la.has_bias) for la in walk.layers), Account())
+
+    def stored(self, walk: Walk, budget: int) -> int:
+        """Bases, biases and corrections."""
+        bases = self.bases(walk).total
+        ranks = self.ranks(walk.layers, budget - bases)
+        pairs = zip(walk.layers, ranks, strict=True)
+        return bases + sum(correction_account(layer.outputs, layer.inputs, rank).total for layer, rank in pairs)
+
+    def bytes_left(self, walk: Walk, budget: int, keep: float) -> int:
+        """What bases and biases leave of the budget; UsageError when it is nothing."""
+        bases = self.bases(walk)
+        if bases.total > budget:
+            dense = walk.numbers * VALUE_BYTES
+            settings = ", ".join(f"{name}={value}" for name, value in self.sizes.items())
+            raise UsageError(
+                f"method {self.info.name} with {settings} stores {bases.total:,} bytes in the decoder's linear layers, "
+                f"{bases.total / dense:.4f} of what they take in 16 bits; keep {keep:g} allows {budget:,}. Pass --keep "
+                f"{_rounded_up(bases.total / dense)} or more, or settings that take less"
+            )
+        return budget - bases.total
+
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        """The options that decide the size of the base, for messages."""
+        return {}
+
+    def compress(self, job: Job) -> "PreTrainedModel":
+        """Layer by layer, or block by block with what the blocks before now make."""
+        layers = {layer.name: layer for layer in job.walk.layers}
+        left = self.bytes_left(job.walk, job.budget, job.keep)
+        ranks = dict(zip(layers, self.ranks(job.walk.layers, left), strict=True))
+        model = skeleton(job.dense)
+
+        def place(stats: Mapping[str, Stats]) -> None:
+            for name, measured in stats.items():
+                module = job.dense.get_submodule(name)
+                model.set_submodule(name, self._packed(module, layers[name], measured, ranks[name]))
+
+        if self.sequential and self.needs:
+            block_by_block(model, job.walk, job.calibration, self.needs, place, progress=job.progress)
+            return model
+        for done, name in enumerate(layers):
+            place({name: job.stats.get(name, Stats(tokens=0))})
+            if job.progress is not None:
+                job.progress("pack", done + 1, len(layers))
+        return model
+
+    def _packed(self, module: nn.Module, layer: Layer, measured: Stats, rank: int) -> PackedLinear:
+        weight = weight_of(module).detach()
+        if not measured.is_finite():
+            raise NumericalError(f"{layer.name}: its statistics hold NaN or Inf; measure again on other text")
+        try:
+            base = self.store_of(weight.double(), measured, weight.dtype)
+            factors = None
+            if rank:
+                factors = self.correction(weight.double() - base.matrix(torch.float64).detach(), measured, rank)
+        except SolverError as error:
+            raise NumericalError(f"{layer.name}: {error}; use more calibration text") from error
+        bias = cast("Tensor | None", module.bias)
+        return PackedLinear.holding(base, factors, bias, dtype=weight.dtype)
+
+
+def check_bits(method: str, bits: int) -> None:
+    """Refuse a width that is not offered."""
+    if bits not in BITS:
+        raise UsageError(f"method {method}: bits must be one of {', '.join(map(str, BITS))}, got {bits}")
+
+
+def check_group(method: str, layer: Layer, group_size: int, inputs: int) -> None:
+    """Refuse a group size that does not divide the inputs of a layer, with those that do."""
+    if group_size and inputs % group_size:
+        fits = [2**k for k in range(2, 11) if gcd(inputs, 2**k) == 2**k]
+        raise UsageError(
+            f"method {method}: group_size {group_size} does not divide the {inputs} inputs of {layer.name}; "
+            f"{', '.join(map(str, fits)) or 'no power of two from 4 on'} would, and 0 is one group a row"
+        )
+
+
+def _rounded_up(share: float) -> str:
+    return f"{int(share * 10_000 + 1) / 10_000:g}"

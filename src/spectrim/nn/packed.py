@@ -1,0 +1,93 @@
+"""A linear layer whose weight is kept in few bits, with or without a low-rank correction beside it.
+
+    y = base x + U (V x) + bias          base: any of nn/stores.py          U (O, R), V (R, I), R = 0 for none
+
+What the base is and whether there is a correction are choices of their own: rounding, pruning and both together are
+corrected alike.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.linalg.bits import size_of
+from spectrim.linalg.factor import Factors
+from spectrim.nn.codecs import StoredLinear
+from spectrim.nn.stores import Store, store_from_entry
+
+
+class PackedLinear(StoredLinear):
+    """Stored: the base's tensors as `base.KEY`, `V.weight` (R, I) and `U.weight` (O, R) where R > 0, `bias` if any."""
+
+    codec: Literal["packed"] = "packed"
+
+    def __init__(self, base: Store, correction: int, *, bias: bool, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.inputs, base.outputs
+        self.rank = min(base.inputs, base.outputs)  # the weight is a full one
+        self.base, self.correction = base, correction
+        self.U = nn.Linear(correction, base.outputs, bias=False, device=device, dtype=dtype) if correction else None
+        self.V = nn.Linear(base.inputs, correction, bias=False, device=device, dtype=dtype) if correction else None
+        self.bias = nn.Parameter(torch.zeros(base.outputs, device=device, dtype=dtype)) if bias else None
+        self.add_guard(device, dtype)
+
+    @classmethod
+    def holding(cls, base: Store, factors: Factors | None, bias: Tensor | None, *, dtype: torch.dtype) -> Self:
+        """A full base, a correction (None or of rank 0: none) and a bias, in `dtype`."""
+        correction = 0 if factors is None else factors.left.shape[1]
+        layer = cls(base, correction, bias=bias is not None, device=bias.device if bias is not None else None)
+        if factors is not None and layer.U is not None and layer.V is not None:
+            layer.U.weight = nn.Parameter(factors.left.to(dtype).contiguous())
+            layer.V.weight = nn.Parameter(factors.right.to(dtype).contiguous())
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(dtype))
+        layer.weight = torch.empty(0, dtype=dtype, device=next(base.parameters()).device)
+        return layer
+
+    @classmethod
+    def from_entry(
+        cls, inputs: int, outputs: int, entry: Mapping[str, Any], *, device: Any = None, dtype: Any = None
+    ) -> Self:
+        full, correction = min(outputs, inputs), entry.get("correction")
+        if entry["rank"] != full:
+            raise ValueError(f"rank {entry['rank']}; a packed layer of {outputs} x {inputs} has rank {full}")
+        if type(correction) is not int or not 0 <= correction <= full:
+            raise ValueError(f"correction {correction!r}; it must be a rank from 0 to {full}")
+        base = store_from_entry(outputs, inputs, entry.get("base"), device=device, dtype=dtype)
+        return cls(base, correction, bias=entry["bias"], device=device, dtype=dtype)
+
+    def entry(self) -> dict[str, Any]:
+        return {**super().entry(), "base": self.base.entry(), "correction": self.correction}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {f"base.{key}": shape for key, shape in self.base.shapes().items()}
+        if self.correction:
+            shapes["V.weight"] = (self.correction, self.in_features)
+            shapes["U.weight"] = (self.out_features, self.correction)
+        return shapes | ({"bias": (self.out_features,)} if self.has_bias else {})
+
+    def after_load(self) -> None:
+        self.base.after_load()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., I) to (..., O)."""
+        y = nn.functional.linear(x, self.base.matrix(), self.bias)
+        return y if self.U is None or self.V is None else y + self.U(self.V(x))
+
+    def dense_weight(self) -> Tensor:
+        """The weight (O, I) that this layer stands for, in float32 or better."""
+        wide = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        weight = self.base.matrix(wide).detach()
+        if self.U is None or self.V is None:
+            return weight
+        return weight + self.U.weight.detach().to(wide) @ self.V.weight.detach().to(wide)
+
+    @property
+    def counted_bytes(self) -> int:
+        """Bytes that all its tensors count, numbers as 16 bits."""
+        return size_of(self.state_dict().values(), "bytes")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, base={self.base.entry()}, correction={self.correction}"

@@ -1,0 +1,82 @@
+"""Golden numbers of the methods of few bits: share of the outputs lost on one fixed synthetic layer, and bits a weight.
+
+After a wanted change:  python tests/golden/test_golden_packed.py --write
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_golden import INPUTS, OUTPUTS, layer
+
+from spectrim.linalg.bits import VALUE_BYTES
+from spectrim.methods.weights.eora import METRICS
+from spectrim.methods.weights.packed import PackedMethod
+from spectrim.models.walk import Layer
+from spectrim.registry import make_method
+
+FILE = Path(__file__).with_name("packed_methods.json")
+COMMAND = "python tests/golden/test_golden_packed.py --write"
+RANK = 4
+CASES = {
+    **{f"{name} {bits}": (name, {"bits": bits}) for name in ("rtn", "gptq") for bits in (2, 3, 4, 8)},
+    "rtn 3 plain": ("rtn", {"bits": 3, "symmetric": True, "search": False}),
+    "gptq 3 plain": ("gptq", {"bits": 3, "symmetric": True, "search": False}),
+    "eora 2:4, wanda": ("eora", {"base": "2:4", "pruner": "wanda"}),
+    **{
+        f"eora {base}, {metric}": ("eora", {"base": base, "metric": metric})
+        for base in ("2:4", "2:4+rtn4", "rtn2", "gptq3")
+        for metric in METRICS
+    },
+}
+
+
+def measured(label: str) -> dict[str, float]:
+    """Of the base, and with a correction of rank 4 where the method has one."""
+    name, options = CASES[label]
+    method = make_method(name, options={"group_size": 8, **options})
+    assert isinstance(method, PackedMethod)
+    weight, stats = layer()
+    assert stats.gram is not None
+    gram = stats.gram
+    base = method.store_of(weight, stats, weight.dtype).matrix().detach()
+    shape = Layer(name="golden", block=0, outputs=OUTPUTS, inputs=INPUTS, has_bias=False)
+    missing = {"base": weight - base}
+    factors = method.correction(missing["base"], stats, RANK)
+    if factors is not None:
+        missing["corrected"] = missing["base"] - factors.left @ factors.right
+    whole = (weight @ gram * weight).sum()
+    found = {key: float(f"{float((m @ gram * m).sum() / whole):.6g}") for key, m in missing.items()}
+    return found | {"bits": method.account(shape).bits_a_weight(OUTPUTS * INPUTS)}
+
+
+def golden() -> dict[str, dict[str, float]]:
+    return json.loads(FILE.read_text(encoding="utf-8"))["relative_error"]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("label", CASES)
+def test_errors_are_the_recorded_ones(label):
+    assert golden()[label] == pytest.approx(measured(label), rel=1e-5), f"if wanted: {COMMAND}"
+
+
+@pytest.mark.golden
+def test_recorded_errors_are_in_the_order_that_theory_demands():
+    table = golden()
+    assert set(table) == set(CASES)
+    for bits in (2, 3, 4, 8):
+        assert table[f"gptq {bits}"]["base"] < table[f"rtn {bits}"]["base"]
+    for base in ("2:4", "2:4+rtn4", "rtn2", "gptq3"):
+        eora, *others = (table[f"eora {base}, {metric}"]["corrected"] for metric in METRICS)
+        assert eora < min(others) < table[f"eora {base}, eora"]["base"]
+    assert table["eora 2:4, eora"]["base"] < table["eora 2:4, wanda"]["base"]
+    assert table["eora 2:4, eora"]["bits"] == 9 == 16 * 9 / (8 * VALUE_BYTES)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        raise SystemExit(f"usage: {COMMAND}")
+    about = f"Written by `{COMMAND}`. Layer {OUTPUTS} x {INPUTS}, groups of 8, corrections of rank {RANK}, float64."
+    content = {"about": about, "relative_error": {label: measured(label) for label in CASES}}
+    FILE.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
