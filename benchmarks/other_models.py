@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,14 @@ ROWS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "svd-llm": ("svd-llm", None, {}),
     "two-sided, uniform factors": ("two-sided", None, UNIFORM_FACTORS),
     "soco fast": ("soco", "fast", {}),
-    "soco balanced, {steps} steps": ("soco", "balanced", {"batch_size": 8}),
+    "soco balanced": ("soco", "balanced", {"batch_size": 8}),
 }
+ABLATION: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "balanced, factor storage": ("soco", "balanced", {"batch_size": 8, "storage": "factor"}),
+    "balanced, basis svd": ("soco", "balanced", {"batch_size": 8, "basis": "svd"}),
+    "balanced, basis svd, factor storage": ("soco", "balanced", {"batch_size": 8, "basis": "svd", "storage": "factor"}),
+}
+"""Rows that only `--rows` names."""
 NAMES = ("stories-260k", "babyllama-0.9m", "gpt2 shape, random", "opt shape, random", "tiny-llama-8m")
 TRAINED = {"tiny-llama-8m": torch.bfloat16, "babyllama-0.9m": torch.float32, "stories-260k": torch.float32}
 
@@ -62,15 +69,15 @@ def models(shared: Path) -> Iterator[tuple[str, PreTrainedModel, torch.dtype]]:
 
 def row(
     name: str, dense: PreTrainedModel, dtype: torch.dtype, label: str, keep: float, ids: dict[str, torch.Tensor],
-    args: argparse.Namespace,
+    seed: int, args: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress, count what is written, judge."""
-    kind, preset, options = ROWS[label]
+    kind, preset, options = {**ROWS, **ABLATION}[label]
     if preset == "balanced":
         options = {**options, "steps": args.steps}
     method = make_method(kind, preset, options)
     clock = time.perf_counter()
-    outcome = compress_model(dense, method, keep, ids["calibration"], ids["training"], seed=args.seed)
+    outcome = compress_model(dense, method, keep, ids["calibration"], ids["training"], seed=seed)
     seconds = time.perf_counter() - clock
     round_to(outcome.model, dtype)
     quality = evaluate(outcome.model, ids["evaluation"], dense=dense)
@@ -80,7 +87,8 @@ def row(
         tensors = open_checkpoint(Path(scratch)).tensors
         counted = sum(info.numel for tensor, info in tensors.items() if tensor.startswith(layers))
     return {
-        **facts(name, label.format(steps=args.steps), keep, quality),
+        **facts(name, f"{label}, {args.steps} steps" if preset == "balanced" else label, keep, quality),
+        "seed": seed,
         "counted": counted / outcome.walk.numbers,
         "seconds": seconds,
         "settings": method.to_config(),
@@ -126,7 +134,9 @@ def main() -> None:
     parser.add_argument("--train-windows", type=int, default=128)
     parser.add_argument("--eval-windows", type=int, default=64)
     parser.add_argument("--steps", type=int, default=60, help="of balanced")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is sampled")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs, which order the windows")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *ABLATION], default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this long")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -140,12 +150,11 @@ def main() -> None:
         judging = held_out_samples(dense, length=args.length, count=args.eval_windows, seed=args.seed).ids
         ids = {"calibration": training[: args.calib_windows], "training": training, "evaluation": judging}
         found["rows"].append(facts(name, "dense", 1.0, evaluate(dense, judging)))
-        for label in ROWS:
-            for keep in args.keeps:
-                if time.time() < until:
-                    found["rows"].append(row(name, dense, dtype, label, keep, ids, args))
-                    print(name, label, keep, cell(found["rows"][-1]), flush=True)
-                    (args.out / "other-models.json").write_text(json.dumps(found, indent=1) + "\n")
+        for label, seed, keep in product(args.rows, args.seeds, args.keeps):
+            if time.time() < until:
+                found["rows"].append(row(name, dense, dtype, label, keep, ids, seed, args))
+                print(name, label, f"seed {seed}", keep, cell(found["rows"][-1]), flush=True)
+                (args.out / "other-models.json").write_text(json.dumps(found, indent=1) + "\n")
     print(markdown(found))
 
 

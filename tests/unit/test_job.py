@@ -243,9 +243,7 @@ def test_windows_are_no_longer_than_the_context(tmp_path: Path, quick_reload: No
     assert report["text"]["calibration"]["source"] == "self"
 
 
-def test_text_of_the_models_own_is_twice_as_long_unless_told(
-    tmp_path: Path, quick_reload: None
-) -> None:
+def test_text_of_the_models_own_is_twice_as_long_unless_told(tmp_path: Path, quick_reload: None) -> None:
     model = small_model(tmp_path / "model")
     asked = request(model, calib="self", calib_length=4, calib_windows=None)
     assert run(asked, tmp_path / "out").report["text"]["calibration"]["windows"] == 512
