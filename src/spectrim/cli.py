@@ -225,8 +225,11 @@ def inspect(
         at = f", size {facts['size_ratio']:g}" if all_sizes else ""
         print_table(f"{folder}: {facts['format']}, {facts['dtype']}{at}", header, rows)
         share = facts["linear_numbers"] / facts["linear_numbers_dense"]
+        packed = any(r["codec"] == "packed" for r in facts["layers"])  # numbers of few bits: bytes are what counts
+        of_bytes = facts["linear_bytes"] / facts["linear_bytes_dense"]
+        keep = f"keep {of_bytes:.4f} of {facts['linear_bytes_dense']:,} bytes" if packed else f"keep {share:.4f}"
         stdout.print(
-            f"decoder linears {facts['linear_numbers']:,} numbers (keep {share:.4f}); "
+            f"decoder linears {facts['linear_numbers']:,} numbers ({keep}); "
             f"{'folder' if all_sizes else 'whole model'} {facts['numbers']:,} numbers, {facts['bytes']:,} bytes",
             markup=False,
         )

@@ -92,13 +92,14 @@ def say_written(out: Path, report: Mapping[str, Any], options: str = "") -> None
     for warning in report["warnings"]:
         stderr.print(f"warning: {warning}")
     stdout.print(f"\nwritten to {out} in {report['seconds']['total']:.0f} s. Load it with\n", soft_wrap=True)
-    stdout.print(load_lines(out, options), soft_wrap=True)
+    stdout.print(load_lines(out, options, plain=report["stored"].get("format") == "plain"), soft_wrap=True)
 
 
-def load_lines(folder: Path, options: str = "") -> str:
-    """The three lines of Python that load a folder."""
-    return (
-        "    import spectrim\n"
-        "    from transformers import AutoModelForCausalLM\n"
-        f"    model = AutoModelForCausalLM.from_pretrained({json.dumps(str(folder))}{options})\n"
-    )
+def load_lines(folder: Path, options: str = "", *, plain: bool = False) -> str:
+    """The lines of Python that load a folder; a `plain` one needs nothing of ours."""
+    lines = [
+        *([] if plain else ["import spectrim"]),
+        "from transformers import AutoModelForCausalLM",
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(str(folder))}{options})",
+    ]
+    return "".join(f"    {line}\n" for line in lines)

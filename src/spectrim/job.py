@@ -204,6 +204,7 @@ def _compress_source(
     if resume is not None:
         report["resumed"] = resume.resumed
     model = finalise(outcome, dtype, base_model=request.model)
+    report["stored"]["format"] = "spectrim" if hasattr(model.config, "quantization_config") else "plain"
     return Compressed(model=model, outcome=outcome, report=report, source=source, extra=extra)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from command_line import TINY, call, change_weights, hashes, small_model, small_text
 from spectrim import any_size_job, job
+from spectrim.cli_options import load_lines
 from spectrim.data import evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.learned import skeleton
 from spectrim.errors import InputError, NumericalError, SpectrimError, UsageError
@@ -241,6 +242,18 @@ def test_windows_are_no_longer_than_the_context(tmp_path: Path, quick_reload: No
     report = run(request(model, calib="self", calib_length=512), tmp_path / "out").report
     assert report["text"]["calibration"]["length"] == 16
     assert report["text"]["calibration"]["source"] == "self"
+
+
+@pytest.mark.parametrize(("method", "plain"), [("slicegpt", True), ("modegpt", False)])
+def test_the_card_says_whether_spectrim_is_needed(
+    model: Path, tmp_path: Path, quick_reload: None, method: str, plain: bool
+) -> None:
+    report = run(request(model, method=method, keep=0.75), tmp_path / "out").report
+    assert report["stored"]["format"] == ("plain" if plain else "spectrim")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("import spectrim" not in card) == plain
+    assert ("narrower layers" if plain else "in the form `narrow`") in card
+    assert load_lines(tmp_path, plain=plain).count("import spectrim\n") == (not plain)
 
 
 def test_text_of_the_models_own_is_twice_as_long_unless_told(tmp_path: Path, quick_reload: None) -> None:

@@ -10,12 +10,11 @@ def model_card(report: Mapping[str, Any]) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        f"tags: [spectrim, low-rank, {report['method']['method']}]",
+        f"tags: [spectrim, {report['method']['method']}]",
         "---",
         f"# {source['name']} at keep {stored.get('keep', request['keep']):.4f}",
         "",
-        f"Compressed by {report['tool']} with `{report['method']['method']}`: the linear layers of the decoder are "
-        f"stored in {'few bits' if stored.get('keep_unit') == 'bytes' else 'low rank'}, everything else is unchanged.",
+        f"Compressed by {report['tool']} with `{report['method']['method']}`: {stored_as(report)}.",
         "",
         "| | dense | compressed |",
         "|---|---|---|",
@@ -24,13 +23,15 @@ def model_card(report: Mapping[str, Any]) -> str:
         "## Load",
         "",
         "```python",
-        "import spectrim  # registers the format",
+        *([] if is_plain(report) else ["import spectrim  # registers the format"]),
         "from transformers import AutoModelForCausalLM",
         "",
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
         "```",
         "",
-        "Without `import spectrim` the load stops with a shape error (it never loads random weights).",
+        "spectrim is not needed for that."
+        if is_plain(report)
+        else "Without `import spectrim` the load stops with a shape error (it never loads random weights).",
         "",
         "## Measured on",
         "",
@@ -39,6 +40,20 @@ def model_card(report: Mapping[str, Any]) -> str:
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {w}" for w in report["warnings"])]
     return "\n".join(lines) + "\n"
+
+
+def is_plain(report: Mapping[str, Any]) -> bool:
+    """Whether the folder is one that any program loads, with nothing of ours in it."""
+    return report["stored"].get("format") == "plain"
+
+
+def stored_as(report: Mapping[str, Any]) -> str:
+    """What became of the layers, in words."""
+    codecs = sorted({layer["codec"] for layer in report.get("layers", [])} - {"dense"})
+    if is_plain(report):
+        return "an ordinary model of narrower layers"
+    form = f"in the form `{'`, `'.join(codecs)}`" if codecs else "as they were"
+    return f"the linear layers of the decoder are stored {form}, everything else is unchanged"
 
 
 def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

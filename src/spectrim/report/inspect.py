@@ -14,6 +14,7 @@ def inspect_folder(source: Source, *, spectrum: bool = True, size: float | None 
     """Facts about a dense or compressed folder; of one with all sizes, the layers are those at `size`."""
     model = load_model(source, torch.device("cpu"), torch.float32, size=size)
     layers = find_layers(meta_model(source.config)).layers  # of the dense architecture, whatever is stored now
+    names = tuple(f"{layer.name}." for layer in layers)
     rows = [describe_layer(layer.name, model.get_submodule(layer.name), spectrum) for layer in layers]
     format_ = quantization_of(source.config)
     return {
@@ -29,6 +30,8 @@ def inspect_folder(source: Source, *, spectrum: bool = True, size: float | None 
         "bytes": source.checkpoint.nbytes,
         "linear_numbers": sum(r["numbers"] for r in rows),
         "linear_numbers_dense": sum(layer.numbers for layer in layers),
+        "linear_bytes": sum(info.nbytes for name, info in source.checkpoint.tensors.items() if name.startswith(names)),
+        "linear_bytes_dense": sum(layer.numbers for layer in layers) * source.dtype.itemsize,
         "layers": rows,
     }
 
