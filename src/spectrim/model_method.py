@@ -58,6 +58,11 @@ class ModelMethod(Method):
     trains_factors: ClassVar[bool] = False
     """True when its layers are low-rank ones, which recovery steps can train."""
 
+    @property
+    def reads_dense_stats(self) -> bool:
+        """Whether `Job.stats` are wanted; False where it measures by itself what it needs."""
+        return bool(self.needs)
+
     def check_model(self, config: "PretrainedConfig", walk: "Walk", keep: float) -> None:
         """Refuse, before any weight is loaded, what cannot be done: UsageError that names the architecture or size."""
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from memory_checkpoint import Killed, MemoryCheckpoint, kill_at
+from spectrim.engines import mixed
 from spectrim.engines.learned import skeleton
 from spectrim.engines.mixed import Choices, low_share, train_mixed
 from spectrim.engines.outcome import Outcome
@@ -16,6 +17,7 @@ from spectrim.engines.pipeline import compress_model
 from spectrim.engines.prune import prune, scheduled
 from spectrim.engines.ranks import plan_ranks, uniform_plan
 from spectrim.errors import NumericalError, UsageError
+from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import truncate
 from spectrim.linalg.movement import sparse_spectrum
 from spectrim.models.walk import find_layers
@@ -276,6 +278,28 @@ def test_killed_and_gone_on_with_is_bit_for_bit_the_whole(whole, stage, step):
         compressed(checkpoint=checkpoint, progress=kill_at(stage, step))
     mine, theirs = whole.model.state_dict(), compressed(checkpoint=checkpoint).model.state_dict()
     assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def test_after_a_loss_that_was_not_finite_the_same_step_has_the_same_choices(whole, monkeypatch):
+    drawn: list[int] = []
+    choose, at = Choices.choose, {"nan": True}
+
+    def noted(self: Choices, turn: int) -> None:
+        choose(self, turn)
+        drawn.append(int(self.full[turn].sum()))
+
+    def once(*given: Any) -> torch.Tensor:
+        loss = distillation_loss(*given)
+        return loss * (torch.nan if at["nan"] and len(drawn) >= 5 else 1)
+
+    monkeypatch.setattr(Choices, "choose", noted)
+    monkeypatch.setattr(mixed, "distillation_loss", once)
+    checkpoint = MemoryCheckpoint(every=1)
+    with pytest.raises(NumericalError, match="mixed-rank"):
+        compressed(checkpoint=checkpoint)
+    at["nan"] = False
+    mine, theirs = whole.model.state_dict(), compressed(checkpoint=checkpoint).model.state_dict()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 

@@ -258,7 +258,7 @@ def test_a_run_counts_bytes_and_its_folder_stays_packed(tmp_path):
     stored = done.report["stored"]
     assert stored["keep_unit"] == "bytes"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "stored in few bits" in card
+    assert "stored in the form `packed`" in card
     sizes = f"{2 * stored['linear_numbers_dense']:,} | {stored['linear_counted']:,}"
     assert f"| bytes in decoder linears, at 16 bits | {sizes} |" in card
     assert 0.45 < stored["keep"] <= 0.5

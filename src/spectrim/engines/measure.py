@@ -263,7 +263,7 @@ def _check_finite(sums: dict[str, Sums], start: int) -> None:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No weight collects gradients and dropout is off; both are put back afterwards, module by module."""
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    wanted = [(p, p.requires_grad) for p in model.parameters()]  # those replaced meanwhile too: others may share them
     training = {name: module.training for name, module in model.named_modules()}
     model.eval().requires_grad_(False)
     try:
@@ -271,8 +271,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in model.named_modules():
             module.training = training.get(name, training[""])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted.get(name, False))
+        for parameter, own in wanted:
+            parameter.requires_grad_(own)
 
 
 def autocast(device: torch.device):

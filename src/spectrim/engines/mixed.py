@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.distil import GRADIENT_NORM, METRIC_WINDOWS, from_spectral, metric_or_saved, roots_of, to_spectral
-from spectrim.engines.loop import Group, Training, train
+from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.stream import low_rank_layers
 from spectrim.linalg.divergence import distillation_loss, mean_kl
@@ -91,6 +91,8 @@ def train_mixed(
         clip=GRADIENT_NORM,
         before_step=now.draw,
         phase=lambda: now.step,
+        state=lambda: Buffers({}, {"step": now.step}),
+        restore=lambda saved: now.draw(saved.facts["step"]),
         recorded=False,  # which layers run is decided on the host
     )
     trained: Mapping[str, torch.nn.Module] = layers
@@ -126,7 +128,7 @@ class Choices:
     def draw(self, step: int) -> None:
         """The choices of a step: they depend on it and the seed alone, so that a batch in parts has the same."""
         share, self.step = low_share(step, self.steps), step
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
         drawn = torch.rand(2, len(self.layers), generator=generator) >= share
         self.full = drawn if share < 1 else drawn[:1]
 

@@ -61,6 +61,9 @@ CPU_BATCH, GPU_BATCH = 4, 32
 """Windows in one calibration batch."""
 
 
+@torch.random.fork_rng(
+    devices=[]
+)  # empty layers start from torch's own random numbers: the caller's stay where they were
 def compress_model(
     dense: PreTrainedModel,
     method: Method,
@@ -143,7 +146,7 @@ def as_a_whole(run: "_Run", calibration: Tensor, training: Tensor) -> Made:
     """Step 2, and then what the method makes of the model."""
     method = run.method
     assert isinstance(method, ModelMethod)
-    stats = run.statistics(run.dense, calibration, 0) if method.needs else {}
+    stats = run.statistics(run.dense, calibration, 0) if method.reads_dense_stats else {}
     with timed(run.clock, "compress"):
         student, plan, placed = make_whole(
             method, run.dense, run.walk, run.keep, stats, calibration, training, gradient_windows=run.gradient_windows,

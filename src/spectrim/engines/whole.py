@@ -69,8 +69,9 @@ def make_whole(
             f"{method.info.name} stores {stored:,} {method.budget_unit} in {len(placed)} layers, keep {keep:g} allows "
             f"{budget:,}; this is a bug of spectrim, please report it"
         )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    own = {id(tensor) for tensor in (*dense.parameters(), *dense.buffers())}  # may hold what check_weights let through
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in own and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"{name}: {method.info.name} made NaN or Inf of it; use more calibration text")
     targets = {name: Target(rank=replacement.rank, codec=replacement.codec) for name, replacement in placed.items()}
     return (

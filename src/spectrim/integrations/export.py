@@ -42,7 +42,7 @@ def export_dense(source: Source, out: Path, *, size: float | None = None, overwr
 
 def refuse_new_biases(source: Source) -> None:
     """An ordinary folder has no place for a bias that the architecture lacks; loading would drop it without a word."""
-    modules = quantization_of(source.config)["modules"]
+    modules = quantization_of(source.config).get("modules") or {}
     new = [
         layer.name
         for layer in find_layers(meta_model(source.config)).layers

@@ -41,6 +41,7 @@ class SpectrimConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # a key of this name in the file is information like any other
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         any_size: dict[str, Any] | None = None,
@@ -170,6 +171,7 @@ def install_modules(model: PreTrainedModel, config: SpectrimConfig, files: Itera
             raise InputError(f"config.json gives {path} {error}") from error
         if stored:
             check_stored(path, entry, replacement, stored.get(path, {}))
+        replacement.made_as = {key: tensor.dtype for key, tensor in replacement.state_dict().items()}
         model.set_submodule(name, replacement)
         found += 1
     if config.modules and not found:
@@ -223,6 +225,14 @@ def check_installed(model: nn.Module) -> None:
     stored = {name: module for name, module in model.named_modules() if isinstance(module, StoredLinear)}
     for name, module in stored.items():
         found = module.state_dict()
+        for key, made in module.made_as.items():
+            read = found[key].dtype
+            if read != made and not (read.is_floating_point and made.is_floating_point):
+                raise InputError(
+                    f"{name}.{key}: the file holds {str(read).removeprefix('torch.')}, expected "
+                    f"{str(made).removeprefix('torch.')}; the folder is damaged or was edited"
+                )
+        module.made_as = {}
         for key, shape in module.shapes().items():
             holds = tuple(found[key].shape)
             if holds != shape:

@@ -7,8 +7,9 @@ A row of a weight (O, I) is cut into groups of neighbouring inputs; each group h
     symmetric    zero = 2^(bits-1), not stored         scale = 2 max|w| / (2^bits - 1)
     asymmetric   zero a code of its own, stored        scale = (max(w, 0) - min(w, 0)) / (2^bits - 1)
 
-Scales are rounded to bfloat16 before any code is chosen: codes then belong to the scale that the file holds, whatever
-dtype it is stored in. Codes are packed without gaps: 3 bits take 3 bits (8 codes in 3 bytes), not 4.
+Scales are rounded to bfloat16 before any code is chosen: codes then belong to the scale that the file holds:
+float32, bfloat16, float16 from 2^-17 up (smaller ones lose digits). Codes are packed without gaps: 3 bits take
+3 bits (8 codes in 3 bytes), not 4.
 """
 
 from math import gcd

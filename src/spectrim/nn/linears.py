@@ -51,6 +51,11 @@ class LowRankLinear(StoredLinear):
         return self.U.bias
 
 
+def _after_loading(layer: "PivotLinear", _keys: object) -> None:
+    """Not a lambda: layers can be pickled."""
+    layer.refresh_order()
+
+
 class PivotLinear(StoredLinear):
     """A rank-R weight as R of its rows and the coefficients of the others.
 
@@ -72,7 +77,7 @@ class PivotLinear(StoredLinear):
         self.add_guard(device, dtype)
         # Position of each output in [pivots, rest]; follows from the mask, so it is not stored.
         self.register_buffer("order", torch.zeros(outputs, dtype=torch.int64, device=device), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh_order())
+        self.register_load_state_dict_post_hook(_after_loading)
 
     @classmethod
     def from_entry(
@@ -110,7 +115,7 @@ class PivotLinear(StoredLinear):
         """x (..., I) to (..., O)."""
         pivots = self.pivot(x)
         y = torch.cat([pivots, self.rest(pivots)], dim=-1).index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self) -> Tensor:
         """The weight (O, I) that this layer stands for, multiplied in float32 or better."""

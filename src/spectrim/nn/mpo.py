@@ -69,7 +69,7 @@ class MPOLinear(StoredLinear):
         flat = x.reshape(-1, self.in_features)
         y = contract(flat, list(self.cores), cheapest_order(self.sites, self.rank, len(flat)))
         y = y.reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self) -> Tensor:
         """The weight (O, I) that this layer stands for, multiplied in float32 or better."""

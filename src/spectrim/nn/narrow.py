@@ -10,6 +10,11 @@ from spectrim.linalg.pivot import pack_mask, unpack_mask
 from spectrim.nn.codecs import StoredLinear
 
 
+def _after_loading(layer: "NarrowLinear", _keys: object) -> None:
+    """Not a lambda: layers can be pickled."""
+    layer.refresh()
+
+
 class NarrowLinear(StoredLinear):
     """Reads some of its inputs, computes some of its outputs; the others are 0.
 
@@ -40,7 +45,7 @@ class NarrowLinear(StoredLinear):
         self.register_buffer("places", torch.arange(outputs, device=device).clamp(max=kept[0]), persistent=False)
         self.register_buffer("reads", torch.arange(self.kept_columns, device=device), persistent=False)
         self.add_guard(device, dtype)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.register_load_state_dict_post_hook(_after_loading)
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor) -> Self:

@@ -37,7 +37,7 @@ class PackedLinear(StoredLinear):
     def holding(cls, base: Store, factors: Factors | None, bias: Tensor | None, *, dtype: torch.dtype) -> Self:
         """A full base, a correction (None or of rank 0: none) and a bias, in `dtype`."""
         correction = 0 if factors is None else factors.left.shape[1]
-        layer = cls(base, correction, bias=bias is not None, device=bias.device if bias is not None else None)
+        layer = cls(base, correction, bias=bias is not None, device="meta")  # all of it is replaced below
         if factors is not None and layer.U is not None and layer.V is not None:
             layer.U.weight = nn.Parameter(factors.left.to(dtype).contiguous())
             layer.V.weight = nn.Parameter(factors.right.to(dtype).contiguous())

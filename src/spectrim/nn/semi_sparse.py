@@ -14,6 +14,11 @@ from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.unit import ZERO_BIAS, Unit
 
 
+def _after_loading(layer: "SemiSparseLinear", _keys: object) -> None:
+    """Not a lambda: layers can be pickled."""
+    layer.refresh_mask()
+
+
 class SemiSparseLinear(StoredLinear):
     """`y = S (D x) + bias`, S (O, k) with s nonzeros in every row. `rank` is k, the number of atoms.
 
@@ -40,7 +45,7 @@ class SemiSparseLinear(StoredLinear):
         # Where the values go in S, a byte an entry; follows from the support, so it is not stored.
         mask = torch.zeros(outputs, self.rank, dtype=torch.bool, device=device)
         self.register_buffer("mask", mask, persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh_mask())
+        self.register_load_state_dict_post_hook(_after_loading)
 
     @classmethod
     def from_factors(cls, found: SemiSparse, size: Size, bias: Tensor | None, like: Tensor) -> Self:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.errors import NumericalError
 from spectrim.models.load import Source, load_model, meta_model, quantization_of
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.nn.codecs import StoredLinear
@@ -17,12 +18,13 @@ def inspect_folder(source: Source, *, spectrum: bool = True, size: float | None 
     names = tuple(f"{layer.name}." for layer in layers)
     rows = [describe_layer(layer.name, model.get_submodule(layer.name), spectrum) for layer in layers]
     format_ = quantization_of(source.config)
+    method = format_.get("method")
     return {
         "folder": str(source.folder),
         "format": format_.get("quant_method", "dense"),
         "format_version": format_.get("format_version"),
         "base_model": format_.get("base_model"),
-        "method": (format_.get("method") or {}).get("method"),
+        "method": method.get("method") if isinstance(method, dict) else None,
         "any_size": source.any_size,
         "size_ratio": quantization_of(model.config).get("size_ratio") if source.any_size else None,
         "dtype": str(source.dtype).removeprefix("torch."),
@@ -57,6 +59,8 @@ def describe_layer(name: str, module: nn.Module, spectrum: bool) -> dict[str, An
             "numbers": sum(p.numel() for p in module.parameters()),
         }
     if spectrum:
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericalError(f"{name}: its weight holds NaN or Inf and has no spectrum; pass --no-spectrum")
         row["spectrum"] = summarise(torch.linalg.svdvals(weight.float()), row["rank"])
     return row
 

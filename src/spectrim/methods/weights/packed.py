@@ -57,6 +57,11 @@ class PackedMethod(ModelMethod):
         """A low-rank stand-in for what the base misses of the weight (O, I)."""
         return None
 
+    @property
+    def reads_dense_stats(self) -> bool:
+        """Not where statistics are measured behind compressed blocks."""
+        return bool(self.needs) and not self.sequential
+
     def check_model(self, config: "PretrainedConfig", walk: Walk, keep: float) -> None:
         """Refuse layers that do not fit, and a `keep` that even the bases alone do not meet."""
         self.bytes_left(walk, budget_in(self.budget_unit, walk.numbers, keep), keep)
@@ -77,11 +82,13 @@ class PackedMethod(ModelMethod):
         bases = self.bases(walk)
         if bases.total > budget:
             dense = walk.numbers * VALUE_BYTES
+            share = bases.total / dense
+            way = f"Pass --keep {_rounded_up(share)} or more, or" if share < 1 else "No --keep is enough: pass"
             settings = ", ".join(f"{name}={value}" for name, value in self.sizes.items())
             raise UsageError(
                 f"method {self.info.name} with {settings} stores {bases.total:,} bytes in the decoder's linear layers, "
-                f"{bases.total / dense:.4f} of what they take in 16 bits; keep {keep:g} allows {budget:,}. Pass --keep "
-                f"{_rounded_up(bases.total / dense)} or more, or settings that take less"
+                f"{share:.4f} of what they take in 16 bits; keep {keep:g} allows {budget:,}. {way} "
+                "settings that take less"
             )
         return budget - bases.total
 
