@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,14 @@ def test_compressing_a_local_folder_opens_nothing_else(options: tuple[str, ...],
     names = {Path(p).name for p in seen["read"] if p.startswith(str(model))}
     assert "config.json" in names
     assert "modeling_evil.py" not in names
+
+
+def test_actions_are_pinned_to_commits_and_may_only_read():
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert workflows
+    for path in workflows:
+        text = path.read_text()
+        used = re.findall(r"uses:\s*(\S+)", text)
+        assert used, path
+        assert [action for action in used if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", action)] == []
+        assert re.search(r"^permissions:\n  contents: read$", text, re.MULTILINE), f"{path}: the token may only read"
