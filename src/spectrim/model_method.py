@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from spectrim.method import Method
+from spectrim.method import Method, require_range
 from spectrim.stats import Stats
 
 if TYPE_CHECKING:
@@ -76,3 +76,21 @@ class ModelMethod(Method):
 
         The engine checks the budget, the numbers and that all weights are finite.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModelMethod(ModelMethod):
+    """One that can train what it has put in place, in its own storage, on the training windows."""
+
+    steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_range(self.info.name, "steps", self.steps, 0, 1_000_000)
+        require_range(self.info.name, "batch_size", self.batch_size, 1, 65_536)
+        require_range(self.info.name, "learning_rate", self.learning_rate, 1e-9, 10.0)
+
+    @property
+    def windows_trained(self) -> int:
+        return self.steps * self.batch_size

@@ -3,6 +3,7 @@
 A method of the tests' own, which keeps the largest rows of each weight in a codec of its own, goes through the same.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from spectrim.engines.learned import skeleton
-from spectrim.engines.pipeline import Outcome, compress_model
+from spectrim.engines.pipeline import Outcome, compress_model, timed
 from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.integrations.folder import finalise, write_folder
 from spectrim.integrations.transformers import make_dense
@@ -247,6 +248,14 @@ def test_codecs_are_those_that_are_named(name):
     found = {m.codec for m in made(name)[1].model.modules() if isinstance(m, StoredLinear)}
     assert found <= set(method.codecs)
     assert all(codec_class(codec).codec == codec for codec in method.codecs)
+
+
+def test_seconds_of_a_stage_do_not_count_those_inside_it():
+    clock: dict[str, float] = {}
+    with timed(clock, "outer"), timed(clock, "inner"):
+        time.sleep(0.05)
+    assert clock["inner"] >= 0.05
+    assert 0 <= clock["outer"] < 0.04
 
 
 # ---------- what the engine refuses

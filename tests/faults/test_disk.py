@@ -329,7 +329,7 @@ def test_short_reads_are_read_on(tmp_path: Path) -> None:
         def readinto(self, into: memoryview) -> int:
             return self.file.readinto(into[:7])
 
-    with mock.patch.object(tensors_module, "read_fully", lambda file, into: real(Short(file), into)):  # type: ignore[arg-type]
+    with mock.patch.object(tensors_module, "read_fully", lambda file, into: real(Short(file), into)):
         step, tensors, _ = read_state(path)
     assert step == 3
     assert torch.equal(tensors["x"], torch.arange(1000))

@@ -500,11 +500,11 @@ def test_a_file_that_shrinks_while_being_read(source: Path, monkeypatch: pytest.
     real, real_stat = os.open, os.fstat
 
     def cut_after_open(path: object, *rest: int) -> int:
-        descriptor = real(path, *rest)  # type: ignore[arg-type]
-        size = os.stat(path).st_size  # type: ignore[arg-type]
+        descriptor = real(path, *rest)
+        size = os.stat(path).st_size
         monkeypatch.setattr(files_module.os, "fstat", lambda fd: before.get(fd) or real_stat(fd))
-        before[descriptor] = os.stat(path)  # type: ignore[arg-type]
-        os.truncate(path, size // 4)  # type: ignore[arg-type]
+        before[descriptor] = os.stat(path)
+        os.truncate(path, size // 4)
         return descriptor
 
     before: dict[int, os.stat_result] = {}

@@ -50,7 +50,7 @@ def test_feature_projection_equals_whitened_svd(shape):
         afm = make_method("afm").compress(weight, stats_of(centred), Target(rank=rank, codec="factor"))
         expected = feature_projection(weight, centred, rank)
         assert float((afm.dense() - expected).norm() / expected.norm()) < 1e-6
-        assert float(afm.bias.abs().max()) < 1e-9  # type: ignore[union-attr]
+        assert float(afm.bias.abs().max()) < 1e-9
 
 
 def test_a_mean_far_from_zero_costs_no_rank():
@@ -87,7 +87,7 @@ def test_new_biases_are_counted_stored_and_loaded(architecture, storage, tmp_pat
         if placed.codec != "dense":
             module = dense.get_submodule(layer.name)
             before = module.bias.detach() if layer.has_bias else torch.zeros(layer.outputs)
-            assert not torch.allclose(placed.bias, before, atol=1e-4)  # type: ignore[arg-type]
+            assert not torch.allclose(placed.bias, before, atol=1e-4)
 
 
 def test_the_bias_keeps_the_mean_output_of_the_dense_models_inputs():
@@ -122,7 +122,7 @@ def test_a_run_goes_on_with_the_means_of_its_checkpoint():
     first = compress_model(model, method, 0.6, IDS, recovery=("kl:2",), checkpoint=checkpoint)
     again = compress_model(model, method, 0.6, IDS, recovery=("kl:2",), checkpoint=checkpoint)
     for name, placed in first.placed.items():
-        assert torch.equal(placed.bias, again.placed[name].bias)  # type: ignore[arg-type]
+        assert torch.equal(placed.bias, again.placed[name].bias)
 
 
 def test_what_cannot_be_done_with_moved_biases_is_refused(tmp_path: Path):

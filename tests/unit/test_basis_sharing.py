@@ -54,7 +54,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 
 def gram_error(dense: PreTrainedModel, small: nn.Module, stats: Any, name: str) -> float:
-    lost = weight_of(linear_at(dense, name)).double() - small.get_submodule(name).dense_weight().double()  # type: ignore[operator]
+    lost = weight_of(linear_at(dense, name)).double() - small.get_submodule(name).dense_weight().double()
     return float((lost @ stats[name].gram * lost).sum().detach())
 
 
@@ -103,7 +103,7 @@ def test_drifted_coefficients_are_fitted_on_the_inputs_of_the_compressed_model()
     after = compress_model(dense, make_method("basis-sharing", options={"fit": "drifted"}), 0.6, IDS).model
     for name in (OWNER, BORROWER, "model.layers.1.mlp.down_proj"):
         module = before.get_submodule(name)
-        basis = (module.owner if isinstance(module, SharedLinear) else module).V.weight.detach().double()  # type: ignore[union-attr]
+        basis = (module.owner if isinstance(module, SharedLinear) else module).V.weight.detach().double()
         weight = weight_of(linear_at(dense, name)).detach().double()
         expected = fitted(weight, basis, stats[name].get(Stat.GRAM)) @ basis
         assert torch.allclose(after.get_submodule(name).dense_weight().double(), expected, atol=1e-4), name
@@ -198,11 +198,11 @@ def test_borrowers_follow_casts_moves_copies_and_pickles():
     x = torch.randn(2, 6)
     expected = borrower(x)
     twin = copy.deepcopy(model)
-    assert twin["second"].owner is twin["first"]  # type: ignore[index]
+    assert twin["second"].owner is twin["first"]
     with torch.no_grad():
-        twin["first"].V.weight.zero_()  # type: ignore[index]
+        twin["first"].V.weight.zero_()
     assert torch.equal(borrower(x), expected)
-    assert not bool(twin["second"](x).any())  # type: ignore[index,operator]
+    assert not bool(twin["second"](x).any())
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again["second"](x), expected)
     model.half()
@@ -217,7 +217,7 @@ def test_whatever_wraps_the_basis_holds_for_the_group():
     _, owner, borrower = pair()
     x = torch.randn(2, 6)
     before, inner = borrower(x), owner.V
-    owner.V = nn.Sequential(inner, nn.Softplus())  # type: ignore[assignment]
+    owner.V = nn.Sequential(inner, nn.Softplus())
     assert torch.allclose(borrower(x), borrower.U(nn.functional.softplus(inner(x))))
     assert not torch.allclose(borrower(x), before)
 

@@ -135,7 +135,7 @@ def test_calibration_stops_early_and_spreads_over_a_long_text(tokenizer):
         return tokenizer(pieces, **options)
 
     text = numbered(40_000)
-    windows = calibration_windows(texts_of(text), counting, length=64, count=64, seed=0)  # type: ignore[arg-type]
+    windows = calibration_windows(texts_of(text), counting, length=64, count=64, seed=0)
     assert windows.ids.shape == (64, 64)
     num_seen = sum(map(len, seen))
     assert 4 * 64 * 64 < num_seen < len(text) / 5

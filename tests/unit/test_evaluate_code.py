@@ -80,9 +80,9 @@ def test_what_is_accepted(completion, accepted):
 def test_the_share_is_over_all_prompts(monkeypatch):
     answers = iter(["    return a\n", "    return (\n", "    pass\n", ""])
     monkeypatch.setattr(code, "complete", lambda *_a, **_k: next(answers))
-    assert parse_share(None, None, [PROMPT] * 4) == 0.5  # type: ignore[arg-type]
+    assert parse_share(None, None, [PROMPT] * 4) == 0.5
     with pytest.raises(ValueError, match="at least one prompt"):
-        parse_share(None, None, [])  # type: ignore[arg-type]
+        parse_share(None, None, [])
 
 
 def test_a_real_model_completes_the_same_way_twice():

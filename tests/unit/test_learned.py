@@ -284,7 +284,7 @@ def test_relaxation_carries_the_bias_over():
     student = nn.Sequential(linear)
     layer = Layer(name="0", block=0, outputs=2, inputs=3, has_bias=True)
     spectrum = diagonal_spectrum([2.0, 1.0], inputs=3)
-    scored = relax(student, Walk(layers=(layer,), block_names=("0",), untouched=()), {"0": spectrum})  # type: ignore[arg-type]
+    scored = relax(student, Walk(layers=(layer,), block_names=("0",), untouched=()), {"0": spectrum})
     assert torch.equal(scored["0"].bias, linear.bias)
 
 

@@ -90,7 +90,7 @@ def test_pruned_entries_are_zero_in_the_product_and_keep_their_value_and_their_s
     assert layer.weight.grad.tolist() == [[0.0, 1.0]]
     assert layer.weight.tolist() == [[1.0, 2.0]]
     assert layer.pruned().tolist() == [[0.0, 2.0]]
-    layer.prune(0.5, by_size=True)
+    layer.prune(0.5, "size")
     assert layer.mask.tolist() == [[False, True]]
 
 
@@ -106,12 +106,12 @@ def test_the_schedule_collects_scores_first_and_settles_at_the_end():
 # The stages
 
 
-@pytest.mark.parametrize("by_size", [False, True])
-def test_pruning_reaches_the_sparsity_in_every_layer_and_leaves_the_teacher_alone(by_size):
+@pytest.mark.parametrize("scores", ["movement", "size"])
+def test_pruning_reaches_the_sparsity_in_every_layer_and_leaves_the_teacher_alone(scores):
     dense = tiny("llama-gqa-bias")
     before = state_of(dense)
     student = skeleton(dense)
-    layers = prune(student, dense, find_layers(dense), IDS, by_size=by_size, **PRUNE)
+    layers = prune(student, dense, find_layers(dense), IDS, scores=scores, **PRUNE)
     assert_same_state(before, state_of(dense))
     assert len(layers) == 14
     for name, layer in layers.items():
@@ -220,8 +220,8 @@ def test_without_fine_tuning_layers_are_cuts_of_the_pruned_weights(storage):
         assert isinstance(module, LowRankLinear if storage == "factor" else PivotLinear)
         cut = truncate(sparse_spectrum(layer.weight.detach().double(), layer.mask), module.rank)
         assert torch.allclose(module.dense_weight().double(), cut.left @ cut.right, atol=1e-4), name
-        assert torch.allclose(module.bias, layer.bias), name  # type: ignore[arg-type]
-        assert not torch.allclose(module.bias, dense.get_submodule(name).bias)  # type: ignore[arg-type]
+        assert torch.allclose(module.bias, layer.bias), name
+        assert not torch.allclose(module.bias, dense.get_submodule(name).bias)
 
 
 @pytest.mark.parametrize("keep", [0.97, 0.6, 0.3])

@@ -40,7 +40,7 @@ def test_slope_is_the_gradient_of_the_texts_own_loss(architecture):
     next_token_loss(wide, IDS).backward()
     for layer in find_layers(model).layers:
         module = wide.get_submodule(layer.name)
-        expected = module.weight.grad  # type: ignore[union-attr]
+        expected = module.weight.grad
         expected = expected if weight_of(module).shape == expected.shape and architecture != "gpt2" else expected.mT
         found = stats[layer.name].slope
         assert found is not None
@@ -53,7 +53,7 @@ def test_a_price_is_the_first_order_change_of_the_loss():
     module = model.get_submodule("model.layers.1.mlp.up_proj")
     weight = weight_of(module).detach().clone()
     spectrum = method.decompose(weight, stats)
-    prices = method.prices(weight, spectrum, stats)  # type: ignore[attr-defined]
+    prices = method.prices(weight, spectrum, stats)
     share = 1e-4
     with torch.no_grad():
         before = next_token_loss(model, IDS)
@@ -79,7 +79,7 @@ def slow_zero_sum(prices: list[list[float]]) -> list[int]:
 def test_zero_sum_equals_the_slow_oracle_and_stays_near_zero(seed):
     generator = torch.Generator().manual_seed(seed)
     prices = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (7, 12, 1, 9)]
-    order = make_method("zero-sum").removal_order(prices)  # type: ignore[attr-defined]
+    order = make_method("zero-sum").removal_order(prices)
     assert order == slow_zero_sum([p.tolist() for p in prices])
     left, total, sums = [p.tolist() for p in prices], 0.0, []
     for layer in order:
@@ -102,8 +102,8 @@ def test_welore_is_one_threshold_on_normalised_singular_values():
         singular = torch.linalg.svdvals(weight)
         expected = (singular - singular.min()) / (singular.max() - singular.min())
         assert torch.allclose(price, expected, atol=1e-9)
-    order = method.removal_order(prices(1.0))  # type: ignore[attr-defined]
-    assert order == method.removal_order(prices(1e3))  # type: ignore[attr-defined]
+    order = method.removal_order(prices(1.0))
+    assert order == method.removal_order(prices(1e3))
     for count in (3, 9, 15):
         kept = [len(p) - order[:count].count(layer) for layer, p in enumerate(prices(1.0))]
         lowest = min(float(p[n - 1]) for p, n in zip(prices(1.0), kept, strict=True) if n)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectrim.engines import distil as distil_engine
+from spectrim.engines import measure as measure_engine
 from spectrim.engines import refit as refit_engine
 from spectrim.engines.distil import distil
 from spectrim.engines.pipeline import compress_model
@@ -26,7 +26,7 @@ RIDGE = 1e-3  # of linalg/factor.refit_left
 
 @pytest.fixture(autouse=True)
 def float32_throughout(monkeypatch):
-    for engine in (refit_engine, distil_engine):
+    for engine in (refit_engine, measure_engine):
         monkeypatch.setattr(engine, "autocast", lambda _device: nullcontext())
 
 
@@ -173,13 +173,13 @@ def test_reconstruct_solves_for_both_factors_of_the_first_group():
     dense, student, walk = compressed("llama", storage="factor")
     name = "model.layers.0.self_attn.q_proj"
     before = student.get_submodule(name)
-    right = before.V.weight.detach().double()  # type: ignore[union-attr]
+    right = before.V.weight.detach().double()
     x = seen_at(dense, [name], inputs=True)[name]
     weight = weight_of(dense.get_submodule(name)).detach().double()
     left = torch.linalg.lstsq(x @ right.mT, x @ weight.mT).solution.mT
     expected = left @ torch.linalg.lstsq(left, weight).solution
     reconstruct(student, dense, walk, IDS)
-    found = student.get_submodule(name).dense_weight().double()  # type: ignore[operator]
+    found = student.get_submodule(name).dense_weight().double()
     error = ((x @ (found - weight).mT).square().sum() / (x @ weight.mT).square().sum()) ** 0.5
     best = ((x @ (expected - weight).mT).square().sum() / (x @ weight.mT).square().sum()) ** 0.5
     assert float(error) == pytest.approx(float(best), rel=0.02)

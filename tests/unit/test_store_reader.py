@@ -62,7 +62,7 @@ def write_shards(folder: Path, shards: dict[str, dict[str, tuple[int, ...]]], we
 
 def refusal(action: object, *arguments: object, **options: object) -> str:
     with pytest.raises(InputError) as caught:
-        action(*arguments, **options)  # type: ignore[operator]
+        action(*arguments, **options)
     return str(caught.value)
 
 
@@ -402,7 +402,7 @@ def test_single_file_model_and_counts(tmp_path: Path) -> None:
 
 def test_path_with_space_and_umlaut_given_as_text(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "mein Modell ü", {"a": (1,)})
-    assert list(open_checkpoint(str(folder)).tensors) == ["a"]  # type: ignore[arg-type]
+    assert list(open_checkpoint(str(folder)).tensors) == ["a"]
 
 
 @pytest.mark.fault(14)
@@ -472,7 +472,7 @@ def record_opens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def open_and_note(path: object, *rest: int) -> int:
         opened.append(os.path.basename(str(path)))
-        return real(path, *rest)  # type: ignore[arg-type]
+        return real(path, *rest)
 
     monkeypatch.setattr(files_module.os, "open", open_and_note)
     return opened

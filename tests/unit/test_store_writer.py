@@ -260,7 +260,7 @@ def umask() -> Iterator[object]:
 def test_permissions_follow_the_umask(
     tmp_path: Path, umask: object, mask: int, file_mode: int, folder_mode: int
 ) -> None:
-    umask(mask)  # type: ignore[operator]
+    umask(mask)
     with staged(tmp_path / "out") as folder:
         save_file({"a": np.ones(3)}, folder / "model.safetensors")  # safetensors 0.8 leaves 0600
         (folder / "sub").mkdir(mode=0o700)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memory_checkpoint import Killed, MemoryCheckpoint, kill_at
 from spectrim.engines import distil as distil_engine
+from spectrim.engines import measure as measure_engine
 from spectrim.engines import search as search_engine
 from spectrim.engines.measure import measure
 from spectrim.engines.outcome import Outcome
@@ -33,7 +34,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 @pytest.fixture(autouse=True)
 def float32_throughout(monkeypatch):
-    for engine in (distil_engine, search_engine):
+    for engine in (measure_engine, search_engine):
         monkeypatch.setattr(engine, "autocast", lambda _device: nullcontext())
 
 

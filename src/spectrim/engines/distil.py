@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.layerwise import build_linear
 from spectrim.engines.loop import Group, Training, train
-from spectrim.engines.measure import Progress, autocast, frozen, measure
+from spectrim.engines.measure import Progress, both_logits, frozen, measure
 from spectrim.engines.parts import SavedFirst, digest_of
 from spectrim.engines.stream import low_rank_layers
 from spectrim.linalg.divergence import distillation_loss
@@ -105,10 +105,7 @@ def train_in_place(
     parameters = {f"{name}.{p}": t for name, layer in trained.items() for p, t in layer.named_parameters()}
 
     def loss(batch: Tensor) -> Tensor:
-        with autocast(batch.device):
-            with torch.no_grad():
-                teacher_logits = teacher(input_ids=batch, use_cache=False).logits
-            student_logits = student(input_ids=batch, use_cache=False).logits
+        student_logits, teacher_logits = both_logits(student, teacher, batch)
         # The last position has no label; the same positions count for both parts.
         return distillation_loss(student_logits[:, :-1], teacher_logits[:, :-1], batch[:, 1:], label_share)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.loop import Buffers, Group, Training, train
-from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.measure import Progress, both_logits, frozen
 from spectrim.engines.pack import fill, with_prefix
 from spectrim.engines.ranks import Plan, plan_from_facts, plan_ranks, plan_to_facts
 from spectrim.linalg.factor import Factors, Spectrum
@@ -221,10 +221,7 @@ def project(
 
 def step_loss(method: LearnedMethod, student: PreTrainedModel, teacher: PreTrainedModel, batch: Tensor) -> Tensor:
     """The method's loss on one batch (B, S), both models in the same precision."""
-    with autocast(batch.device):
-        with torch.no_grad():
-            teacher_logits = teacher(input_ids=batch, use_cache=False).logits
-        student_logits = student(input_ids=batch, use_cache=False).logits
+    student_logits, teacher_logits = both_logits(student, teacher, batch)
     return method.loss(student_logits, batch, teacher_logits)
 
 

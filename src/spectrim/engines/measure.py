@@ -275,6 +275,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(own)
 
 
+def both_logits(student: PreTrainedModel, teacher: PreTrainedModel, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, S, V) of both on tokens (B, S), in the same precision; gradients through the student alone."""
+    with autocast(batch.device):
+        with torch.no_grad():
+            wanted = teacher(input_ids=batch, use_cache=False).logits
+        return student(input_ids=batch, use_cache=False).logits, wanted
+
+
 def autocast(device: torch.device):
     """bf16 products where the hardware has them (GPU; CPU with AVX512-BF16 or AMX), else float32 throughout."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported():

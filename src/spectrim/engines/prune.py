@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.loop import Buffers, Group, Training, train
-from spectrim.engines.measure import Progress, autocast, frozen
+from spectrim.engines.measure import Progress, both_logits, frozen
 from spectrim.engines.pack import fill
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.movement import sparsity_at
 from spectrim.models.walk import Walk, linear_at, weight_of
-from spectrim.nn.pruned import PrunedLinear
+from spectrim.nn.pruned import PrunedLinear, Scores
 
 STAGE = "prune"
 WARM_UP_SHARE, SETTLE_SHARE = 0.1, 0.2
@@ -46,28 +46,25 @@ def prune(
     batch_size: int,
     learning_rate: float,
     label_share: float,
-    by_size: bool = False,
+    scores: Scores = "movement",
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Mapping[str, PrunedLinear]:
     """Prune the target layers of `student` to `sparsity` in `steps` over `ids` (windows, length); `teacher` is dense.
 
-    `learning_rate` is relative to the root mean square of each weight. `by_size` scores by |W| (magnitude pruning).
+    `learning_rate` is relative to the root mean square of each weight. `scores` by "size" are |W| (magnitude pruning).
     """
     layers = to_pruned(student, walk)
 
     def loss(batch: Tensor) -> Tensor:
-        with autocast(batch.device):
-            with torch.no_grad():
-                teacher_logits = teacher(input_ids=batch, use_cache=False).logits
-            logits = student(input_ids=batch, use_cache=False).logits
+        logits, teacher_logits = both_logits(student, teacher, batch)
         return distillation_loss(logits[:, :-1], teacher_logits[:, :-1], batch[:, 1:], label_share)
 
     def before_step(step: int) -> None:
         if (begun := scheduled(step, steps)) is not None:
             for layer in layers.values():
-                layer.prune(sparsity_at(begun, sparsity), by_size=by_size)
+                layer.prune(sparsity_at(begun, sparsity), scores)
 
     def after_backward(_step: int) -> None:
         for layer in layers.values():
@@ -96,7 +93,7 @@ def prune(
     with frozen(student), frozen(teacher):
         train(training, ids, progress=progress, checkpoint=checkpoint)
     for layer in layers.values():  # the last gradient counts too
-        layer.prune(sparsity, by_size=by_size)
+        layer.prune(sparsity, scores)
     return layers
 
 

@@ -171,7 +171,6 @@ def install_modules(model: PreTrainedModel, config: SpectrimConfig, files: Itera
             raise InputError(f"config.json gives {path} {error}") from error
         if stored:
             check_stored(path, entry, replacement, stored.get(path, {}))
-        replacement.made_as = {key: tensor.dtype for key, tensor in replacement.state_dict().items()}
         model.set_submodule(name, replacement)
         found += 1
     if config.modules and not found:
@@ -218,21 +217,23 @@ def check_stored(path: str, entry: dict[str, Any], module: nn.Module, found: dic
 
 
 def check_installed(model: nn.Module) -> None:
-    """Shapes of what was loaded against what the modules say; then each works out what follows from its tensors.
+    """What was loaded against what the modules say; then each works out what follows from its tensors.
+
+    Integers (codes, masks, places) of another width would be read as other numbers.
 
     Old versions of transformers skip shape checks for models with a quantizer and would load a wrong rank silently.
     """
     stored = {name: module for name, module in model.named_modules() if isinstance(module, StoredLinear)}
     for name, module in stored.items():
         found = module.state_dict()
-        for key, made in module.made_as.items():
-            read = found[key].dtype
+        like = type(module).from_entry(module.in_features, module.out_features, module.entry(), device="meta")
+        for key, tensor in like.state_dict().items():
+            read, made = found[key].dtype, tensor.dtype
             if read != made and not (read.is_floating_point and made.is_floating_point):
                 raise InputError(
                     f"{name}.{key}: the file holds {str(read).removeprefix('torch.')}, expected "
                     f"{str(made).removeprefix('torch.')}; the folder is damaged or was edited"
                 )
-        module.made_as = {}
         for key, shape in module.shapes().items():
             holds = tuple(found[key].shape)
             if holds != shape:

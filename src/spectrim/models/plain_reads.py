@@ -5,6 +5,7 @@ message and no chance to tidy up. Read tensor by tensor, as transformers asks fo
 file; memory is that of the tensor at hand, as with mapped files.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from transformers import modeling_utils
 from spectrim.store import Checkpoint, TensorInfo
 from spectrim.store.tensors import read_tensor
 
+_log = logging.getLogger(__name__)
 OPENS = "safe_open"
 """The name under which transformers' loader knows safetensors' reader, in 5.0 as in 5.23."""
 
@@ -74,7 +76,8 @@ def plain_reads(checkpoint: Checkpoint) -> Iterator[None]:
     for name, info in checkpoint.tensors.items():
         files.setdefault(os.path.realpath(info.file), {})[name] = info
     mapped = getattr(modeling_utils, OPENS, None)
-    if mapped is None:  # a version that loads in another way
+    if mapped is None:
+        _log.warning("this version of transformers maps files: one that is cut while it is read ends the process")
         yield
         return
 

@@ -37,13 +37,10 @@ class StoredLinear(nn.Module):
     rank: int
     """A number that says how much is kept: the rank where there is one."""
     weight: Tensor
-    made_as: dict[str, torch.dtype]
-    """Dtypes of all tensors before anything is read into them, while a folder is loaded; else empty."""
 
     def add_guard(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """The zero-element `weight`; every constructor ends with it."""
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
-        self.made_as = {}
 
     def entry(self) -> dict[str, Any]:
         """The layer's line in config.json, JSON-ready; codecs that need more than a rank add to it."""

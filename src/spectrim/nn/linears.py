@@ -13,17 +13,12 @@ from spectrim.linalg.pivot import unpack_mask
 from spectrim.nn.codecs import StoredLinear, check_rank
 
 
-class LowRankLinear(StoredLinear):
-    """`y = U (V x) + bias`. Stored: `V.weight` (R, I), `U.weight` (O, R), `U.bias` (O,) if any."""
-
-    codec: Literal["factor"] = "factor"
+class RankLinear(StoredLinear):
+    """What its rank alone describes."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool, device=None, dtype=None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = inputs, outputs, rank
-        self.V = nn.Linear(inputs, rank, bias=False, device=device, dtype=dtype)
-        self.U = nn.Linear(rank, outputs, bias=bias, device=device, dtype=dtype)
-        self.add_guard(device, dtype)
 
     @classmethod
     def from_entry(
@@ -31,6 +26,18 @@ class LowRankLinear(StoredLinear):
     ) -> Self:
         rank = check_rank(entry, inputs, outputs)
         return cls(inputs, outputs, rank, bias=entry["bias"], device=device, dtype=dtype)
+
+
+class LowRankLinear(RankLinear):
+    """`y = U (V x) + bias`. Stored: `V.weight` (R, I), `U.weight` (O, R), `U.bias` (O,) if any."""
+
+    codec: Literal["factor"] = "factor"
+
+    def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool, device=None, dtype=None) -> None:
+        super().__init__(inputs, outputs, rank, bias=bias)
+        self.V = nn.Linear(inputs, rank, bias=False, device=device, dtype=dtype)
+        self.U = nn.Linear(rank, outputs, bias=bias, device=device, dtype=dtype)
+        self.add_guard(device, dtype)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         bias = {"U.bias": (self.out_features,)} if self.has_bias else {}
@@ -56,7 +63,7 @@ def _after_loading(layer: "PivotLinear", _keys: object) -> None:
     layer.refresh_order()
 
 
-class PivotLinear(StoredLinear):
+class PivotLinear(RankLinear):
     """A rank-R weight as R of its rows and the coefficients of the others.
 
     `p = pivot(x)`, the other outputs are `rest(p)`, both put in place by `mask`. Stored: `pivot.weight` (R, I),
@@ -68,8 +75,7 @@ class PivotLinear(StoredLinear):
     order: Tensor
 
     def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool, device=None, dtype=None) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = inputs, outputs, rank
+        super().__init__(inputs, outputs, rank, bias=bias)
         self.pivot = nn.Linear(inputs, rank, bias=False, device=device, dtype=dtype)
         self.rest = nn.Linear(rank, outputs - rank, bias=False, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
@@ -78,13 +84,6 @@ class PivotLinear(StoredLinear):
         # Position of each output in [pivots, rest]; follows from the mask, so it is not stored.
         self.register_buffer("order", torch.zeros(outputs, dtype=torch.int64, device=device), persistent=False)
         self.register_load_state_dict_post_hook(_after_loading)
-
-    @classmethod
-    def from_entry(
-        cls, inputs: int, outputs: int, entry: Mapping[str, Any], *, device: Any = None, dtype: Any = None
-    ) -> Self:
-        rank = check_rank(entry, inputs, outputs)
-        return cls(inputs, outputs, rank, bias=entry["bias"], device=device, dtype=dtype)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         bias = {"bias": (self.out_features,)} if self.has_bias else {}

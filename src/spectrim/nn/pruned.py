@@ -4,11 +4,15 @@ Values of pruned entries are 0 in the product but not in the gradient (straight-
 while it is pruned, and it returns with the value it had once its score is among the largest again.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.linalg.movement import add_movement, strongest
+
+Scores = Literal["movement", "size"]
 
 
 class PrunedLinear(nn.Module):
@@ -43,9 +47,9 @@ class PrunedLinear(nn.Module):
         gradient *= self.mask
 
     @torch.no_grad()
-    def prune(self, sparsity: float, *, by_size: bool = False) -> None:
-        """Keep the largest `1 - sparsity` by score, or `by_size` of the weight."""
-        self.mask.copy_(strongest(self.weight.abs() if by_size else self.scores, sparsity))
+    def prune(self, sparsity: float, scores: Scores = "movement") -> None:
+        """Keep the largest `1 - sparsity` by their movement so far, or by the size of the weight."""
+        self.mask.copy_(strongest(self.scores if scores == "movement" else self.weight.abs(), sparsity))
 
     @torch.no_grad()
     def pruned(self) -> Tensor:

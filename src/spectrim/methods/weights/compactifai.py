@@ -21,7 +21,7 @@ from spectrim.engines.shares import levels_around, profile, shares_by, weight_nu
 from spectrim.linalg.allocate import fill_uniform
 from spectrim.linalg.mpo import full_bond, largest_bond, mpo_numbers, sites_of, to_mpo
 from spectrim.method import MethodInfo, require_choice, require_range
-from spectrim.model_method import Job, ModelMethod
+from spectrim.model_method import Job, TrainedModelMethod
 from spectrim.models.walk import Layer, linear_at, weight_of
 from spectrim.nn.mpo import ChainLinear, MPOLinear
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompactifAI(ModelMethod):
+class CompactifAI(TrainedModelMethod):
     """Tensor networks; of use only with healing, see docs/compactifai.md."""
 
     info: ClassVar = MethodInfo(
@@ -45,20 +45,11 @@ class CompactifAI(ModelMethod):
 
     sites: int = 2
     allocation: Literal["profile", "uniform"] = "profile"
-    steps: int = 0
-    batch_size: int = 32
-    learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_range(self.info.name, "sites", self.sites, 2, 8)
         require_choice(self.info.name, "allocation", self.allocation, ("profile", "uniform"))
-        require_range(self.info.name, "steps", self.steps, 0, 1_000_000)
-        require_range(self.info.name, "batch_size", self.batch_size, 1, 65_536)
-        require_range(self.info.name, "learning_rate", self.learning_rate, 1e-9, 10.0)
-
-    @property
-    def windows_trained(self) -> int:
-        return self.steps * self.batch_size
 
     def compress(self, job: Job) -> "PreTrainedModel":
         model = skeleton(job.dense)

@@ -35,7 +35,7 @@ from spectrim.linalg.semi_sparse import (
     straight_through,
 )
 from spectrim.method import MethodInfo, require_choice, require_range
-from spectrim.model_method import Job, ModelMethod
+from spectrim.model_method import Job, TrainedModelMethod
 from spectrim.models.walk import Layer, linear_at, weight_of
 from spectrim.nn.semi_sparse import LatentLinear, SemiSparseLinear
 from spectrim.stats import Stat
@@ -48,7 +48,7 @@ SHRINKAGE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSFormer(ModelMethod):
+class DSFormer(TrainedModelMethod):
     """A union of subspaces in the place of one: lower error than truncated SVD at equal numbers."""
 
     info: ClassVar = MethodInfo(
@@ -66,23 +66,14 @@ class DSFormer(ModelMethod):
     solver: Literal["alternate", "straight-through"] = "alternate"
     rounds: int = 30
     """Of the alternating solver; the other one takes ten steps a round."""
-    steps: int = 0
     reselect_every: int = 20
-    batch_size: int = 32
-    learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_range(self.info.name, "density", self.density, 0.01, 1.0)
         require_choice(self.info.name, "solver", self.solver, ("alternate", "straight-through"))
         require_range(self.info.name, "rounds", self.rounds, 1, 10_000)
-        require_range(self.info.name, "steps", self.steps, 0, 1_000_000)
         require_range(self.info.name, "reselect_every", self.reselect_every, 1, 1_000_000)
-        require_range(self.info.name, "batch_size", self.batch_size, 1, 65_536)
-        require_range(self.info.name, "learning_rate", self.learning_rate, 1e-9, 10.0)
-
-    @property
-    def windows_trained(self) -> int:
-        return self.steps * self.batch_size
 
     def compress(self, job: Job) -> "PreTrainedModel":
         model = skeleton(job.dense)

@@ -14,7 +14,7 @@ the weight of the consistency term are ours: the paper's regime is thousands of 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ from spectrim.linalg.factor import Spectrum, truncate
 from spectrim.linalg.movement import sparse_spectrum
 from spectrim.method import MethodInfo, require_choice, require_range
 from spectrim.model_method import Job, ModelMethod
-from spectrim.nn.pruned import PrunedLinear
+from spectrim.nn.pruned import PrunedLinear, Scores
 from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode
 
 
@@ -46,7 +46,7 @@ class LPAF(ModelMethod):
 
     storage: Storage = "factor"
     sparsity: float = 0.7
-    scores: Literal["movement", "size"] = "movement"
+    scores: Scores = "movement"
     weigh: bool = True
     prune_steps: int = 300
     mixed_steps: int = 300
@@ -83,7 +83,7 @@ class LPAF(ModelMethod):
         with job.timed("prune"):
             layers = prune(
                 skeleton(job.dense), *given, job.training, sparsity=self.sparsity, steps=self.prune_steps,
-                by_size=self.scores == "size", **told,
+                scores=self.scores, **told,
             )  # fmt: skip
         with job.timed("decompose"):
             spectra = {name: self.spectrum(name, layer) for name, layer in layers.items()}
