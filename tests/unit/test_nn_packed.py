@@ -12,7 +12,9 @@ from spectrim.linalg.factor import Factors
 from spectrim.linalg.quantise import BITS, dequantise, round_to_nearest
 from spectrim.linalg.sparse24 import from_half, to_half, two_of_four
 from spectrim.nn.packed import PackedLinear
-from spectrim.nn.stores import HalfStore, PlainStore, Store, UniformStore
+from spectrim.nn.stores import PlainStore, Store
+from spectrim.nn.stores_half import HalfStore
+from spectrim.nn.stores_uniform import UniformStore
 
 OUTPUTS, INPUTS, RANK = 12, 16, 3
 

@@ -32,7 +32,9 @@ from spectrim.linalg.sparse24 import sparsegpt, wanda
 from spectrim.method import MethodInfo, require_choice, require_range
 from spectrim.methods.weights.packed import PackedMethod, check_group
 from spectrim.models.walk import Layer
-from spectrim.nn.stores import HalfStore, PlainStore, Store, UniformStore
+from spectrim.nn.stores import PlainStore, Store
+from spectrim.nn.stores_half import HalfStore
+from spectrim.nn.stores_uniform import UniformStore
 from spectrim.stats import Stat, Stats
 
 BASES = ("rtn2", "rtn3", "rtn4", "gptq2", "gptq3", "gptq4", "2:4", "2:4+rtn3", "2:4+rtn4")

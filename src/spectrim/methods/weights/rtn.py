@@ -19,7 +19,8 @@ from spectrim.linalg.quantise import Rounded, round_to_nearest
 from spectrim.method import MethodInfo, require_range
 from spectrim.methods.weights.packed import PackedMethod, check_bits, check_group
 from spectrim.models.walk import Layer
-from spectrim.nn.stores import Store, UniformStore
+from spectrim.nn.stores import Store
+from spectrim.nn.stores_uniform import UniformStore
 from spectrim.stats import Stats
 
 
