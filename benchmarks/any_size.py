@@ -21,7 +21,7 @@ from reference_data import CALIBRATION_WINDOWS, TEXTS, held_out, training_window
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.any_size import compress_any_size
+from spectrim.engines.any_size import MIDDLES, compress_any_size
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.8, 0.6, 0.5, 0.4])
     parser.add_argument("--anchors", type=float, nargs="+", default=list(ANCHORS))
     parser.add_argument("--steps", type=int, default=ANY_SIZE_STEPS, help="training steps of all anchors together")
+    parser.add_argument("--middles", type=float, nargs="+", default=list(MIDDLES), help="sizes to measure again at")
     parser.add_argument("--single-steps", type=int, help="training steps of a run for one size (default: the preset's)")
     parser.add_argument("--calibration-windows", type=int, default=CALIBRATION_WINDOWS)
     parser.add_argument("--evaluation-windows", type=int, default=300)
@@ -106,7 +107,7 @@ def main() -> None:
         clock = time.perf_counter()
         sizes = compress_any_size(
             dense, make_method("soco", preset), calibration, training, anchors=tuple(args.anchors), steps=args.steps,
-            dtype=torch.bfloat16, **common,
+            dtype=torch.bfloat16, middles=tuple(args.middles), **common,
         )  # fmt: skip
         seconds = time.perf_counter() - clock
         for size in sorted({*args.anchors, *args.sizes}, reverse=True):

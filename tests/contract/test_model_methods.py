@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from spectrim.engines.clock import timed
 from spectrim.engines.learned import skeleton
-from spectrim.engines.pipeline import Outcome, compress_model, timed
+from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.integrations.folder import finalise, write_folder
 from spectrim.integrations.transformers import make_dense

@@ -1,6 +1,6 @@
 """One run for all sizes: a basis that serves them all, one order of all components, scores at a few anchor sizes.
 
-1. measure, decompose; measure again in the model compressed to a middle size, average (as any run does, at its size)
+1. measure, decompose; measure again in the model compressed to middle sizes, average (as any run does, at its size)
 2. closed form: order the steps of all layers by what they save a number                    engines/order.py
    learned methods: by the order in which components go while the model shrinks            engines/descent.py
 3. round the factors once; any size is then a slice                                        engines/nested.py
@@ -14,20 +14,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
+from spectrim.engines.clock import timed
 from spectrim.engines.descent import learn_order
 from spectrim.engines.layerwise import check_weights, refuse_large_sides, swap
 from spectrim.engines.learned import skeleton
-from spectrim.engines.measure import Progress
+from spectrim.engines.measure import Progress, default_gradient_windows
 from spectrim.engines.nested import Nested, nest, plan_at, slice_at
 from spectrim.engines.order import Order, closed_order
-from spectrim.engines.pipeline import closed_form, default_gradient_windows, timed
+from spectrim.engines.pipeline import closed_form
 from spectrim.engines.ranks import Plan, weight_budget
 from spectrim.method import LayerMethod, LearnedMethod
 from spectrim.models.walk import Walk, device_of, find_layers, linear_at
 from spectrim.options import ANCHORS, ANY_SIZE_STEPS, Nonfinite, check_anchors, check_serves_all_sizes
 
-MIDDLE = 0.6
-"""The size at which statistics are measured for the second time, where the anchors allow it."""
+MIDDLES = (0.7, 0.45)
+"""Sizes at which statistics are measured for the second time, where the anchors allow it."""
 
 
 @dataclass(kw_only=True)
@@ -73,11 +74,13 @@ def compress_any_size(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    middles: tuple[float, ...] = MIDDLES,
 ) -> AnySize:
     """All sizes of `dense` (weights in float32) from the last of the `anchors` up to 1, stored in `dtype`.
 
-    `calibration` and `training` as in `compress_model`. `steps` are those of all anchors together, for methods that
-    train; a method whose own `steps` are 0 does not. `checkpoint` as in `compress_model`.
+    `calibration`, `training` and `checkpoint` as in `compress_model`. `steps` are those of all anchors together, for
+    methods that train; a method whose own `steps` are 0 does not. `middles` are the sizes at which statistics are
+    measured again; the mean serves all.
     """
     check_anchors(anchors)
     check_serves_all_sizes(method)
@@ -87,10 +90,10 @@ def compress_any_size(
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
-    middle = min(max(MIDDLE, anchors[-1]), anchors[0])
+    reached = tuple(min(max(middle, anchors[-1]), anchors[0]) for middle in middles)
     spectra, checkpoint, told = closed_form(
-        dense, method, walk, middle, calibration, gradient_windows=gradient_windows, seed=seed, clock=clock,
-        progress=progress, checkpoint=checkpoint,
+        dense, method, walk, reached[0], calibration, gradient_windows=gradient_windows, seed=seed, clock=clock,
+        progress=progress, checkpoint=checkpoint, again_at=reached,
     )  # fmt: skip
     if isinstance(method, LearnedMethod) and method.steps > 0:
         with timed(clock, "learn"):

@@ -302,3 +302,8 @@ def cpu_has_bf16() -> bool:
     """True when bf16 products run in hardware; emulated ones are slower than float32."""
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe and probe())
+
+
+def default_gradient_windows(windows: int, device: torch.device) -> int:
+    """All on a GPU; a quarter on a CPU, where gradients are most of the time and the rest of them gains little."""
+    return max(1, windows // 4) if device.type == "cpu" else windows

@@ -16,9 +16,7 @@
 8. recovery: refit, block refinement, distillation                                       engines/recovery.py
 """
 
-import time
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint, Saved
+from spectrim.engines.clock import timed
 from spectrim.engines.closed_form import LEADS_TO_IT, identity, pack_closed_form, unpack_closed_form
 from spectrim.engines.closed_form import STAGE as CLOSED_FORM
 from spectrim.engines.couple import couple
@@ -39,7 +38,7 @@ from spectrim.engines.layerwise import (
 )
 from spectrim.engines.learned import skeleton, train_scores
 from spectrim.engines.masked import train_masks
-from spectrim.engines.measure import Progress, dead_inputs, measure
+from spectrim.engines.measure import Progress, dead_inputs, default_gradient_windows, measure
 from spectrim.engines.newton import newton_scores
 from spectrim.engines.ordered import ordered_plan
 from spectrim.engines.outcome import Made, Outcome
@@ -168,12 +167,17 @@ def closed_form(
     clock: dict[str, float],
     progress: Progress | None,
     checkpoint: Checkpoint | None = None,
+    again_at: tuple[float, ...] = (),
 ) -> tuple[dict[str, Spectrum], Checkpoint | None, list[str]]:
     """Steps 2 to 4 alone, for a result that serves more sizes than `keep`; `clock` collects their seconds.
 
-    The checkpoint that comes back keeps the spectra before it saves anything else; the last are warnings.
+    Rounds of step 4 measure at each size of `again_at` (none: at `keep`) and take the mean of all. The checkpoint that
+    comes back keeps the spectra before it saves anything else; the last are warnings.
     """
-    run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint, one_size=False)
+    run = _Run(
+        dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint, one_size=False,
+        again_at=again_at,
+    )  # fmt: skip
     spectra, _, keeper = run.closed_form_or_saved(calibration, learned=False)
     return spectra, keeper, run.warnings
 
@@ -192,6 +196,7 @@ class _Run:
     gradient_windows: int
     checkpoint: Checkpoint | None = None
     one_size: bool = True
+    again_at: tuple[float, ...] = ()
     warnings: list[str] = field(default_factory=list)
     means: dict[str, Tensor] = field(default_factory=dict)
     """Of the inputs of every layer, where biases make up for them."""
@@ -249,10 +254,7 @@ class _Run:
         self.warnings += dead_inputs(first)
         spectra, plan = self.decide(stats, 0)
         for again in range(1, 1 + (self.by_layer.rounds if self.keep < 1 else 0)):
-            student = skeleton(self.dense)
-            apply_plan(student, self.walk, plan, spectra, means=self.means)
-            after = "" if self.checkpoint is None else energies_of(spectra)
-            second = self.statistics(student, self.round_windows(ids), again, after)
+            second = self.measured_again(spectra, plan, ids, again)
             stats = {name: first[name].blend(second[name]) for name in first}
             spectra, plan = self.decide(stats, again)
         if self.one_size and self.keep < 1 and self.by_layer.allocation in SEARCHED:
@@ -269,22 +271,40 @@ class _Run:
                 self.batch.run("newton", lambda size: newton_scores(*given, batch_size=size, **told))
         return spectra, plan
 
+    def measured_again(self, spectra: Mapping[str, Spectrum], plan: Plan, ids: Tensor, again: int) -> dict[str, Stats]:
+        """Statistics of the compressed model; of all sizes it is to serve, their mean."""
+        after = "" if self.checkpoint is None else energies_of(spectra)
+        mean: dict[str, Stats] = {}
+        for position, size in enumerate(self.again_at or (self.keep,)):
+            energies = {name: s.energy for name, s in spectra.items()}
+            at_size = plan if size == self.keep else plan_ranks(self.by_layer, self.walk, energies, size)
+            student = skeleton(self.dense)
+            apply_plan(student, self.walk, at_size, spectra, means=self.means)
+            stage = f"{again} {position}" if position else again
+            found = self.statistics(student, self.round_windows(ids), again, after, stage=stage)
+            share = 1 / (position + 1)
+            mean = {name: mean[name].blend(own, share) for name, own in found.items()} if mean else found
+        return mean
+
     def round_windows(self, ids: Tensor) -> Tensor:
         """The windows of a later round: those that give gradients."""
         return ids[: self.gradient_windows]
 
-    def statistics(self, model: PreTrainedModel, ids: Tensor, again: int, after: str = "") -> dict[str, Stats]:
-        """Those of round `again`; `after` says by a hash what `model` is."""
+    def statistics(
+        self, model: PreTrainedModel, ids: Tensor, again: int, after: str = "", stage: int | str | None = None
+    ) -> dict[str, Stats]:
+        """Those of round `again`, kept as `stage`; `after` says by a hash what `model` is."""
+        kept_as = again if stage is None else stage
         told = {"seed": self.seed + again, "progress": self.progress, "checkpoint": self.checkpoint}
         with timed(self.clock, "calibrate"):
             asked = (model, self.walk, ids, self.method.needs)
-            more = {"gradient_windows": self.gradient_windows, "stage": f"statistics {again}", "after": after}
+            more = {"gradient_windows": self.gradient_windows, "stage": f"statistics {kept_as}", "after": after}
             stats = self.batch.run("calibrate", lambda size: measure(*asked, batch_size=size, **more, **told))
         if self.method.refinement is None:
             return stats
         with timed(self.clock, "couple"):
             given = (model, self.walk, ids[: self.gradient_windows], stats, self.method.refinement)
-            stage = f"coupling {again}"
+            stage = f"coupling {kept_as}"
             return self.batch.run("couple", lambda size: couple(*given, batch_size=size, stage=stage, **told))
 
     def search(self, spectra: Mapping[str, Spectrum], ids: Tensor) -> Plan:
@@ -324,21 +344,3 @@ class _Run:
         with timed(self.clock, "allocate"):
             energies = {name: s.energy for name, s in spectra.items()}
             return spectra, plan_ranks(self.by_layer, self.walk, energies, self.keep)
-
-
-def default_gradient_windows(windows: int, device: torch.device) -> int:
-    """All on a GPU; a quarter on a CPU, where gradients are most of the time and the rest of them gains little."""
-    return max(1, windows // 4) if device.type == "cpu" else windows
-
-
-@contextmanager
-def timed(clock: dict[str, float], stage: str):
-    """Add the wall time of the block to `clock[stage]`, waiting for the GPU at its end; stages inside keep theirs."""
-    start, others = time.perf_counter(), sum(clock.values())
-    try:
-        yield
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        inside = sum(clock.values()) - others
-        clock[stage] = clock.get(stage, 0.0) + time.perf_counter() - start - inside
