@@ -4,6 +4,8 @@
     python benchmarks/compare.py --data .carry --out results --device cuda --groups closed-form searched trained
     python benchmarks/compare.py --model FOLDER --text calibration.txt --judge test.txt --out results  # any other model
 
+    python benchmarks/compare.py --merge run/compare.json ... --out results
+
 On a CPU take few, short windows: `--calib-windows 32 --length 256 --eval-windows 40 --gradient-windows 8`.
 
 Every result is written as a folder, its numbers are counted from the files' headers, and the figures are of the
@@ -83,6 +85,10 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="modegpt, magnitude", method="modegpt", options={"allocation": "uniform", "rule": "magnitude"}),
     ],
     "bits": [  # keep is a share of bytes; the bits of rtn and gptq do not follow it
+        Row(label="trellis", method="trellis"),
+        Row(label="trellis, no drift", method="trellis", options={"propagate": 0.0}),
+        Row(label="trellis, all the drift", method="trellis", options={"propagate": 1.0}),
+        Row(label="trellis, rows alike", method="trellis", options={"output_shrinkage": 1.0}),
         *(Row(label=f"{name} {b}", method=name, options={"bits": b}) for name in ("rtn", "gptq") for b in BITS),
         *(
             Row(label=f"{name} {bits}, plain", method=name, options={"bits": bits, "search": False, "symmetric": True})
@@ -229,6 +235,7 @@ def pareto(rows: Sequence[dict[str, Any]], text: str, up_to: float) -> str | Non
 def write(args: argparse.Namespace, rows: list[dict[str, Any]], failed: list[dict[str, Any]], texts: list[str]) -> None:
     """All files anew."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    del settings["merge"]
     facts = {"environment": environment(), "command": sys.argv, "settings": settings, "rows": rows, "failed": failed}
     (args.out / "compare.json").write_text(json.dumps(facts, indent=1))
     (args.out / "compare.md").write_text(table(rows, texts) + "\n")
@@ -244,6 +251,16 @@ def say(row: dict[str, Any], texts: Sequence[str]) -> None:
     kl = row.get(f"{texts[-1]}.kl") or 0.0
     print(f"{row['keep']:<5} {row['label']:36} {figures:28} KL {kl:.4f} counted {row['counted']:.5f} "
           f"{row['seconds']:8.1f} s", flush=True)  # fmt: skip
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Table and plots of several runs of the same setting; of a row that was run twice the last counts."""
+    runs = [json.loads(path.read_text()) for path in args.merge]
+    found = {(r["label"], r["keep"]): r for run in runs for r in run["rows"]}
+    missing = {(f["label"], f["keep"]): f for run in runs for f in run["failed"]}
+    texts = [name for name in found["dense", 1.0] if f"{name}.kl" in runs[-1]["rows"][-1]]
+    write(args, list(found.values()), [f for key, f in missing.items() if key not in found], texts)
+    print(table(list(found.values()), texts))
 
 
 def main() -> None:
@@ -266,7 +283,12 @@ def main() -> None:
     parser.add_argument("--plot-up-to", type=float, default=4.0, help="times the dense perplexity")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--merge", type=Path, nargs="+", help="files of earlier runs, to be written as one")
     args = parser.parse_args()
+    if args.merge:
+        args.out.mkdir(parents=True, exist_ok=True)
+        merge(args)
+        return
     rows_asked = [r for g in args.groups for r in GROUPS[g] if not args.rows or r.label in args.rows]
     until, failed = time.time() + args.seconds, []
     args.out.mkdir(parents=True, exist_ok=True)

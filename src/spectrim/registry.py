@@ -33,6 +33,7 @@ MODEL_METHODS: dict[str, str] = {
     "basis-sharing": "spectrim.methods.weights.basis_sharing:BasisSharing",
     "lpaf": "spectrim.methods.weights.lpaf:LPAF",
     "rtn": "spectrim.methods.weights.rtn:RTN",
+    "trellis": "spectrim.methods.weights.trellis:Trellis",
     "gptq": "spectrim.methods.weights.gptq:GPTQ",
     "eora": "spectrim.methods.weights.eora:EoRA",
 }

@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lpaf": {"prune_steps": 4, "mixed_steps": 4, "batch_size": 4},
     "rtn": {"bits": 8, "group_size": 8},
     "gptq": {"bits": 8, "group_size": 8, "search": False},
+    "trellis": {"window": 8},
     "eora": {"base": "gptq4", "group_size": 8, "search": False},
 }
 """Options for the tiny model, of methods whose defaults are for larger ones."""

@@ -20,6 +20,7 @@ STORES = {
     "plain": "spectrim.nn.stores:PlainStore",
     "uniform": "spectrim.nn.stores_uniform:UniformStore",
     "half": "spectrim.nn.stores_half:HalfStore",
+    "trellis": "spectrim.nn.stores_trellis:TrellisStore",
 }
 """Kind in the file to class, imported at first use."""
 

@@ -1,0 +1,116 @@
+"""A weight in trellis codes, later columns making up for the error of earlier ones.
+
+A weight (O, I) is cut into strips of 16 rows. The stream of a strip runs down its first column, then its second, and so
+on: one stream of 16 I weights, which starts in state 0 and needs no other bits. Each row has a scale of its own.
+
+    for each few columns b, in order, all strips at once
+        path of least   sum_ij c_i (w_ij - s_i v_ij)^2 / U_jj^2    through b and a little beyond, where the strip stands
+        e = (w_b - w'_b) U_bb^-1,     W[:, b+] -= e U[b, b+]       U^T U = H^-1, as in linalg/columns.py
+
+A path is looked for beyond the columns that it decides (`AHEAD` steps): else each piece would end where it pleases
+and leave the next one a bad start (squared error at 2 bits: .088 in pieces of 64 weights, .077 so, .073 in one piece).
+
+Source: block feedback of QuIP# and QTIP (arXiv 2402.04396, 2406.11235); streams that go on across pieces are ours.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from spectrim.linalg.bits import VALUE_BYTES, Account
+from spectrim.linalg.quantise import as_stored, packed_width
+from spectrim.linalg.trellis import Rate, code_table, decode, viterbi
+
+STRIP = 16
+BLOCK = 8
+"""Columns that are decided at once: errors inside a block are not made up for, and the ends of blocks cost something.
+On a weight of the reference model the error is .0716, .0655, .0623, .0616, .0619 of 1, 2, 4, 8, 16 at 2 bits."""
+AHEAD = 8
+
+
+class Coded(NamedTuple):
+    """A weight (O, I) in codes."""
+
+    codes: Tensor  # (strips, steps) uint8
+    scales: Tensor  # (O,) exact in bfloat16
+
+
+def strips_of(outputs: int) -> int:
+    """Strips of a weight; the last is filled up with rows that are not there."""
+    return -(-outputs // STRIP)
+
+
+def steps_of(inputs: int, rate: Rate) -> int:
+    """Codes in the stream of a strip."""
+    return inputs * STRIP // rate.width
+
+
+def trellis_account(outputs: int, inputs: int, rate: Rate) -> Account:
+    """Codes and scales."""
+    return Account(
+        codes=strips_of(outputs) * packed_width(steps_of(inputs, rate), rate.step_bits), scales=outputs * VALUE_BYTES
+    )
+
+
+def decode_weight(coded: Coded, rate: Rate, inputs: int, table: Tensor) -> Tensor:
+    """The weight (O, I), in the dtype of `table`."""
+    unscaled = decode(coded.codes, rate, table).view(len(coded.codes), inputs, STRIP)
+    return unscaled.mT.flatten(0, 1)[: len(coded.scales)] * coded.scales.to(table.dtype)[:, None]
+
+
+def trellis_columns(
+    weight: Tensor, upper: Tensor, rate: Rate, *, importance: Tensor | None = None, block: int = BLOCK
+) -> Coded:
+    """`weight` (O, I) in codes for `upper` (I, I) of `columns.inverse_root`, float64.
+
+    `importance` (O,) says what an error of each row counts (default: all the same). Codes are chosen for the rows'
+    root mean squares as scales; the scales that are kept are the best for these codes (least squares in the metric).
+    """
+    scales = as_stored(weight.square().mean(1).sqrt())
+    coded = _path(weight, upper, rate, scales, importance, block)
+    table = code_table(rate).to(weight.device).double()
+    unscaled = decode_weight(coded._replace(scales=torch.ones_like(scales)), rate, weight.shape[1], table)
+    better = as_stored(best_scales(weight, unscaled, upper))
+    return coded._replace(scales=torch.where(better > 0, better, scales))
+
+
+def best_scales(weight: Tensor, unscaled: Tensor, upper: Tensor) -> Tensor:
+    """For each row the s of least (w - s v) H (w - s v)^T, H^-1 = U^T U; 0 where v is 0."""
+    whitened = torch.linalg.solve_triangular(upper, torch.stack([weight, unscaled]), upper=True, left=False)
+    # w H w^T = |w U^-1|^2, since H = U^-1 U^-T
+    cross, own = (whitened[0] * whitened[1]).sum(1), whitened[1].square().sum(1)
+    return torch.where(own > 0, cross / own.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
+
+
+def _path(weight: Tensor, upper: Tensor, rate: Rate, scales: Tensor, importance: Tensor | None, block: int) -> Coded:
+    outputs, inputs = weight.shape
+    strips, device = strips_of(outputs), weight.device
+    table = code_table(rate).to(device)
+    missing = strips * STRIP - outputs
+    now = pad(weight, (0, 0, 0, missing))
+    divisors = pad(torch.where(scales > 0, scales, torch.ones_like(scales)), (0, missing), value=1.0)
+    rows = pad(scales.square() * (1 if importance is None else importance), (0, missing))
+    rows = rows / rows.mean().clamp(min=1e-300)
+    columns = upper.diagonal().square().reciprocal()
+    columns = columns / columns.mean()
+    state = torch.zeros(strips, dtype=torch.int64, device=device)
+    codes = torch.empty(strips, steps_of(inputs, rate), dtype=torch.uint8, device=device)
+    for start in range(0, inputs, block):
+        stop = min(start + block, inputs)
+        beyond = min(stop + 1, inputs)
+        targets = (now[:, start:beyond] / divisors[:, None]).view(strips, STRIP, -1).mT.reshape(strips, -1, rate.width)
+        costs = torch.outer(rows, columns[start:beyond]).view(strips, STRIP, -1).mT.reshape(strips, -1, rate.width)
+        here = (stop - start) * STRIP // rate.width
+        seen = slice(0, here + AHEAD)
+        path = viterbi(targets[:, seen].float(), costs[:, seen].float(), state, rate)
+        states = path.states[:, :here]
+        state = states[:, -1]
+        first = start * STRIP // rate.width
+        codes[:, first : first + here] = (states & ((1 << rate.step_bits) - 1)).to(torch.uint8)
+        values = table[states].double().view(strips, stop - start, STRIP).mT.reshape(-1, stop - start)
+        error = now[:, start:stop] - values * divisors[:, None]
+        spread = torch.linalg.solve_triangular(upper[start:stop, start:stop], error, upper=True, left=False)
+        now[:, stop:] -= spread @ upper[start:stop, stop:]
+    return Coded(codes, scales)

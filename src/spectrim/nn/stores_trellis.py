@@ -1,0 +1,61 @@
+"""A stream of bits of which every window is a weight, and a scale for each row: linalg/trellis.py."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.linalg.quantise import pack, packed_width, unpack
+from spectrim.linalg.trellis import RATES, WINDOWS, Rate, code_table, rate_of
+from spectrim.linalg.trellis_columns import Coded, decode_weight, steps_of, strips_of
+from spectrim.nn.stores import Store
+
+
+class TrellisStore(Store):
+    """Stored: `codes` (strips, bytes) uint8, `scales` (O,)."""
+
+    kind = "trellis"
+    codes: Tensor
+
+    def __init__(self, outputs: int, inputs: int, rate: Rate, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.outputs, self.inputs, self.rate = outputs, inputs, rate
+        shapes = self.shapes()
+        self.register_buffer("codes", torch.zeros(shapes["codes"], dtype=torch.uint8, device=device))
+        self.scales = nn.Parameter(torch.zeros(shapes["scales"], device=device, dtype=dtype))
+
+    @classmethod
+    def holding(cls, coded: Coded, inputs: int, rate: Rate, *, dtype: torch.dtype) -> Self:
+        """Codes packed, scales in `dtype`."""
+        store = cls(len(coded.scales), inputs, rate, device="meta")
+        store.codes = pack(coded.codes, rate.step_bits)
+        store.scales = nn.Parameter(coded.scales.to(dtype))
+        return store
+
+    @classmethod
+    def from_entry(
+        cls, outputs: int, inputs: int, entry: Mapping[str, Any], *, device: Any = None, dtype: Any = None
+    ) -> Self:
+        bits, window = entry.get("bits"), entry.get("window")
+        if type(bits) not in (int, float) or bits not in {rate.bits for rate in RATES}:
+            allowed = ", ".join(f"{rate.bits:g}" for rate in RATES)
+            raise ValueError(f"bits {bits!r}; of a trellis it must be one of {allowed}")
+        if type(window) is not int or window not in WINDOWS:
+            raise ValueError(f"window {window!r}; of a trellis it must be one of {', '.join(map(str, WINDOWS))}")
+        return cls(outputs, inputs, rate_of(bits, window), device=device, dtype=dtype)
+
+    def entry(self) -> dict[str, Any]:
+        return {"kind": self.kind, "bits": self.rate.bits, "window": self.rate.window}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        steps = steps_of(self.inputs, self.rate)
+        return {
+            "codes": (strips_of(self.outputs), packed_width(steps, self.rate.step_bits)),
+            "scales": (self.outputs,),
+        }
+
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        codes = unpack(self.codes, self.rate.step_bits, steps_of(self.inputs, self.rate))
+        table = code_table(self.rate).to(self.codes.device, dtype or self.scales.dtype)
+        return decode_weight(Coded(codes, self.scales), self.rate, self.inputs, table)
