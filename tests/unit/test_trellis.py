@@ -1,4 +1,4 @@
-"""Trellis codes: the best path, streams that decode to what was encoded, feedback, the choice of bits under a budget."""
+"""Trellis codes: the best path, streams that decode to what was encoded, feedback, bits under a budget."""
 
 from itertools import product
 
