@@ -16,7 +16,6 @@ Source: block feedback of QuIP# and QTIP (arXiv 2402.04396, 2406.11235); streams
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spectrim.linalg.bits import VALUE_BYTES, Account
@@ -89,9 +88,11 @@ def _path(weight: Tensor, upper: Tensor, rate: Rate, scales: Tensor, importance:
     strips, device = strips_of(outputs), weight.device
     table = code_table(rate).to(device)
     missing = strips * STRIP - outputs
-    now = F.pad(weight, (0, 0, 0, missing))
-    divisors = F.pad(torch.where(scales > 0, scales, torch.ones_like(scales)), (0, missing), value=1.0)
-    rows = F.pad(scales.square() * (1 if importance is None else importance), (0, missing))
+    now = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+    divisors = torch.nn.functional.pad(
+        torch.where(scales > 0, scales, torch.ones_like(scales)), (0, missing), value=1.0
+    )
+    rows = torch.nn.functional.pad(scales.square() * (1 if importance is None else importance), (0, missing))
     rows = rows / rows.mean().clamp(min=1e-300)
     columns = upper.diagonal().square().reciprocal()
     columns = columns / columns.mean()
