@@ -26,6 +26,7 @@ from spectrim.engines.learned import skeleton
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.linalg.curvature import add_gram
+from spectrim.linalg.factor import wide_product
 from spectrim.linalg.slicing import principal_basis
 from spectrim.methods.weights.slicegpt import SliceGPT, hidden_size, sliced_numbers
 from spectrim.models.load import load_dense, pick_device, resolve
@@ -65,8 +66,8 @@ class Rotations:
             gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
             add_gram(gram, rows * rows.square().mean(-1, keepdim=True).rsqrt())
             self.bases[norm] = principal_basis(gram, self.width)
-        basis = self.bases[norm].to(hidden)
-        return hidden @ basis @ basis.mT
+        basis = self.bases[norm].float()
+        return wide_product(wide_product(hidden.float(), basis), basis.mT).to(hidden.dtype)
 
 
 def width_of_one_a_norm(walk: Walk, before: int, budget: int) -> int:
