@@ -18,7 +18,7 @@ from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import copy_in, round_to, write_nested
 from spectrim.job import LOGIT_TOLERANCE, foresee, peak_memory, reload_difference
 from spectrim.linalg.fallback import Fallback, listening, summary
-from spectrim.method import LayerMethod, Method
+from spectrim.method import LayerMethod, MaskedMethod, Method
 from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
 from spectrim.models.walk import Walk, find_layers
 from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
@@ -56,7 +56,7 @@ def _run(
     source = resolve(request.model)
     foresee(dataclasses.replace(request, keep=request.anchors[-1]), method, source)
     device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
-    needed = bytes_of_all_sizes(source, dtype)
+    needed = bytes_of_all_sizes(source, dtype, method)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
     with kept as resume:
@@ -126,10 +126,11 @@ def compress_sizes(
     return sizes, report
 
 
-def bytes_of_all_sizes(source: Source, dtype: torch.dtype) -> int:
-    """About what the folder will take: all components of all layers beside what is not touched."""
+def bytes_of_all_sizes(source: Source, dtype: torch.dtype, method: Method) -> int:
+    """About what the folder will take: all components and adapters of all layers beside what is not touched."""
     walk: Walk = find_layers(meta_model(source.config))
-    components = sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in walk.layers)
+    adapter = method.adapter_rank if isinstance(method, MaskedMethod) and method.steps else 0
+    components = sum((min(la.outputs, la.inputs) + adapter) * (la.outputs + la.inputs) for la in walk.layers)
     return (source.checkpoint.numel - walk.numbers + components) * dtype.itemsize
 
 

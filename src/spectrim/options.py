@@ -119,13 +119,8 @@ def check_anchors(anchors: tuple[float, ...]) -> None:
 
 def check_serves_all_sizes(method: "Method", recovery: tuple[str, ...] = ()) -> None:
     """Steps that change factors for one size only cannot serve all sizes."""
-    from spectrim.method import SEARCHED, LayerMethod, MaskedMethod
+    from spectrim.method import SEARCHED, LayerMethod
 
-    if isinstance(method, MaskedMethod):
-        raise UsageError(
-            f"method {method.info.name} trains masks and adapters for one size; for --any-size take a method that "
-            "learns scores (soco) or none (two-sided, svd-llm, ...)"
-        )
     if not isinstance(method, LayerMethod):
         raise UsageError(
             f"method {method.info.name} makes a model of one size; --any-size needs a method whose components serve "

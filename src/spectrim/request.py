@@ -121,13 +121,15 @@ class Request:
             )
 
     def _check_any_size(self, method: "Method") -> None:
-        from spectrim.method import LearnedMethod
+        from spectrim.method import LearnedMethod, TrainedMethod
 
         check_serves_all_sizes(method, self.recover)
         if isinstance(method, LearnedMethod) and method.steps > 0 and self.any_size_steps < len(self.anchors):
             raise UsageError(
                 f"any_size_steps must be at least the number of anchors, {len(self.anchors)}, got {self.any_size_steps}"
             )
+        if isinstance(method, TrainedMethod) and method.steps > 0:
+            check_least("any_size_steps", self.any_size_steps, 1)
 
 
 @contextmanager

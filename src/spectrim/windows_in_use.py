@@ -18,7 +18,7 @@ from spectrim.data import (
 from spectrim.data.repeats import text_warnings
 from spectrim.engines.measure import Progress
 from spectrim.errors import InputError
-from spectrim.method import LearnedMethod, Method
+from spectrim.method import Method, TrainedMethod
 from spectrim.models.load import Source, check_vocabulary, context_length
 from spectrim.models.walk import find_layers
 from spectrim.options import RECOVERY_BATCH, recovery_of
@@ -69,7 +69,7 @@ def training_windows(request: Request, method: Method) -> int:
     if request.train_windows is not None:
         return request.train_windows
     own = method.windows_trained
-    if own and request.any_size and isinstance(method, LearnedMethod):
+    if own and request.any_size and isinstance(method, TrainedMethod):
         own = request.any_size_steps * method.batch_size
     most = max([own, *((step.steps or 0) * RECOVERY_BATCH for step in recovery_of(method, request.recover))])
     return min(most, MOST_SAMPLED) if request.calib == "self" else most

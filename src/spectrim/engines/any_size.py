@@ -3,11 +3,13 @@
 1. measure, decompose; measure again in the model compressed to middle sizes, average (as any run does, at its size)
 2. closed form: order the steps of all layers by what they save a number                    engines/order.py
    learned methods: by the order in which components go while the model shrinks            engines/descent.py
+   masked methods: by when the masks went out, adapters before all                         engines/masked_order.py
 3. round the factors once; any size is then a slice                                        engines/nested.py
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +20,14 @@ from spectrim.engines.clock import timed
 from spectrim.engines.descent import learn_order
 from spectrim.engines.layerwise import check_weights, refuse_large_sides, swap
 from spectrim.engines.learned import skeleton
+from spectrim.engines.masked import budget_of
+from spectrim.engines.masked_order import learn_masked_order
 from spectrim.engines.measure import Progress, default_gradient_windows
 from spectrim.engines.nested import Nested, nest, plan_at, slice_at
 from spectrim.engines.order import Order, closed_order
 from spectrim.engines.pipeline import closed_form
-from spectrim.engines.ranks import Plan, weight_budget
-from spectrim.method import LayerMethod, LearnedMethod
+from spectrim.engines.ranks import Plan
+from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, TrainedMethod
 from spectrim.models.walk import Walk, device_of, find_layers, linear_at
 from spectrim.options import ANCHORS, ANY_SIZE_STEPS, Nonfinite, check_anchors, check_serves_all_sizes
 
@@ -40,14 +44,16 @@ class AnySize:
     walk: Walk
     layers: Mapping[str, Nested]
     anchors: tuple[float, ...]  # of the rows of the scores, descending from 1
+    adapter_rank: int = 0
     losses: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def plan(self, size: float) -> Plan:
         """What each layer is at `size`."""
         levels = {name: nested.levels for name, nested in self.layers.items()}
-        return plan_at(self.walk, levels, self.method.storage, size)
+        return plan_at(self.walk, levels, self.method.storage, size, adapter_rank=self.adapter_rank)
 
     def at(self, size: float) -> PreTrainedModel:
         """The model at `size`, its layers as they will be loaded, held in the dtype of the dense one."""
@@ -86,7 +92,7 @@ def compress_any_size(
     check_serves_all_sizes(method)
     walk, warnings = check_weights(dense, find_layers(dense), nonfinite)
     refuse_large_sides(method, walk)
-    weight_budget(walk, anchors[-1], method.storage)
+    budget_of(method, walk, anchors[-1])
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
@@ -95,13 +101,15 @@ def compress_any_size(
         dense, method, walk, reached[0], calibration, gradient_windows=gradient_windows, seed=seed, clock=clock,
         progress=progress, checkpoint=checkpoint, again_at=reached,
     )  # fmt: skip
-    if isinstance(method, LearnedMethod) and method.steps > 0:
+    if isinstance(method, TrainedMethod) and method.steps > 0:
         with timed(clock, "learn"):
             ids = calibration if training is None else training
-            order = learn_order(
-                method, dense, walk, spectra, anchors, ids, steps=steps, seed=seed, progress=progress,
-                checkpoint=checkpoint,
-            )  # fmt: skip
+            given: Any = {"steps": steps, "seed": seed, "progress": progress, "checkpoint": checkpoint}
+            if isinstance(method, MaskedMethod):
+                order = learn_masked_order(method, dense, walk, spectra, anchors, ids, **given)
+            else:
+                assert isinstance(method, LearnedMethod)
+                order = learn_order(method, dense, walk, spectra, anchors, ids, **given)
     else:
         with timed(clock, "allocate"):
             order = closed_order(method, walk, spectra, anchors)
@@ -130,7 +138,9 @@ def build(
         walk=walk,
         layers=layers,
         anchors=order.anchors,
+        adapter_rank=order.adapter_rank,
         losses=order.losses,
         warnings=order.warnings,
+        details=order.details,
         seconds={} if seconds is None else seconds,
     )

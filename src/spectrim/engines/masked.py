@@ -21,7 +21,7 @@ from spectrim.engines.learned import Learned, skeleton
 from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.pack import fill, with_prefix
-from spectrim.engines.ranks import Plan, budget_under, plan_from_facts, plan_to_facts, weight_budget
+from spectrim.engines.ranks import Plan, budget_under, plan_from_facts, plan_to_facts, smallest_keep, weight_budget
 from spectrim.engines.whole import whole_budget
 from spectrim.errors import UsageError
 from spectrim.linalg.extinction import cost_table, counts_within, numbers_of, order_of
@@ -52,7 +52,34 @@ def train_masks(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Learned:
-    """Train masks and adapters on `ids` (windows, length) to `keep`; the teacher is not changed.
+    """Train masks and adapters on `ids` (windows, length) to `keep`; the teacher stays. Raises as `press_to`."""
+    pressing, losses = press_to(
+        method, teacher, walk, spectra, keep, ids, seed=seed, progress=progress, checkpoint=checkpoint
+    )
+    return Learned(
+        factors={name: layer.folded() for name, layer in pressing.masked.items()},
+        plan=pressing.finish(),
+        losses=losses,
+        keeps=tuple(pressing.keeps),
+        returned=pressing.facts["returned"],
+        warnings=pressing.warnings(),
+        details=pressing.facts,
+    )
+
+
+def press_to(
+    method: MaskedMethod,
+    teacher: PreTrainedModel,
+    walk: Walk,
+    spectra: Mapping[str, Spectrum],
+    keep: float,
+    ids: Tensor,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> tuple["Pressing", tuple[float, ...]]:
+    """The masks of all layers, fixed at `keep`, with trained adapters; and the loss of every step.
 
     Raises UsageError when the adapters alone take more than `keep`, NumericalError as `train` does.
     """
@@ -83,16 +110,8 @@ def train_masks(
     )
     with frozen(student), frozen(teacher):
         losses = train(training, ids, progress=progress, checkpoint=checkpoint)
-    plan = pressing.finish()
-    return Learned(
-        factors={name: layer.folded() for name, layer in layers.items()},
-        plan=plan,
-        losses=tuple(losses),
-        keeps=tuple(pressing.keeps),
-        returned=pressing.facts["returned"],
-        warnings=(*pressing.late(), *empty(layers, method.adapter_rank), *idle(layers, method.steps)),
-        details=pressing.facts,
-    )
+    pressing.finish()
+    return pressing, tuple(losses)
 
 
 def tables_of(method: MaskedMethod, walk: Walk) -> list[Tensor]:
@@ -119,7 +138,8 @@ def budget_beside_adapters(method: MaskedMethod, walk: Walk, keep: float) -> int
         raise UsageError(
             f"keep {keep:g} leaves {budget:,} numbers for {len(walk.layers)} weights; {method.info.name}'s adapters of "
             f"rank {method.adapter_rank} alone take {least:,} (they are counted). Take a smaller rank "
-            f"(--set adapter_rank={max(1, method.adapter_rank * budget // (2 * least))}) or a larger keep"
+            f"(--set adapter_rank={max(1, method.adapter_rank * budget // (2 * least))}) or a larger keep; beside "
+            f"these adapters the smallest reachable is {smallest_keep(walk, least):.4f}"
         )
     return budget
 
@@ -262,6 +282,11 @@ class Pressing:
                 layer.bury(self.method.steps)
             self.plan = self.fix(self.method.steps, self.numbers())
         return self.plan
+
+    def warnings(self) -> tuple[str, ...]:
+        """What there is to say of the run as a whole, once it is over."""
+        rank, steps = self.method.adapter_rank, self.method.steps
+        return (*self.late(), *empty(self.masked, rank), *idle(self.masked, steps))
 
     def late(self) -> list[str]:
         """A size that the pressure did not reach, said."""

@@ -1,7 +1,8 @@
 """What an any-size run finds: components in order, when each layer grows, how strongly each component counts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,12 @@ class Order:
     anchors: tuple[float, ...]  # sizes of the rows of the scores, descending from 1
     scores: Mapping[str, Tensor]  # (A, K)
     levels: Mapping[str, Tensor]  # (S,)
+    adapter_rank: int = 0
+    """The first so many components of every layer are an adapter, which is there at every size."""
     losses: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Further facts of one engine, JSON-ready."""
 
 
 def closed_order(method: LayerMethod, walk: Walk, spectra: Mapping[str, Spectrum], anchors: tuple[float, ...]) -> Order:

@@ -60,12 +60,17 @@ def weight_budget(walk: Walk, keep: float, storage: Storage, new_biases: int = 0
     least = sum(min(int(cost(la.outputs, la.inputs, rank_one)), la.weight_numbers) for la in walk.layers)
     least += new_biases
     if budget < least:
-        smallest = math.ceil(10_000 * (least + biases) / walk.numbers) / 10_000
         raise UsageError(
             f"keep {keep:g} leaves {max(budget, 0):,} numbers for {len(walk.layers)} weights; rank 1 everywhere takes "
-            f"{least:,}. The smallest reachable keep is {smallest:.4f}"
+            f"{least:,}. The smallest reachable keep is {smallest_keep(walk, least):.4f}"
         )
     return budget
+
+
+def smallest_keep(walk: Walk, least: int) -> float:
+    """The smallest keep, in steps of 1e-4, at which `least` numbers for all weights fit."""
+    biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
+    return math.ceil(10_000 * (least + biases) / walk.numbers) / 10_000
 
 
 def options_of(layer: Layer, storage: Codec, energy: Tensor, extra: int = 0) -> tuple[Options, list[Target]]:

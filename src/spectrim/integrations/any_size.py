@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectrim.engines.nested import Nested, plan_at, slice_at
+from spectrim.engines.nested import Nested, first_rank, plan_at, slice_at
 from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.linalg.ladder import are_levels, ladder_costs
 from spectrim.models.walk import Layer, Walk, is_linear, path_in, weight_of
@@ -30,6 +30,8 @@ from spectrim.store.tensors import read_tensor
 
 NESTED = "nested"
 """The codec of a layer that holds all of its components."""
+MOST_ADAPTER_RANK = 65_536
+"""As in the method's options (method.py)."""
 FLOATS = ("F32", "BF16", "F16")
 DTYPES = {"levels": ("I32",), "scores": ("F32",)}
 """What tensors may be that are not in the model's dtype."""
@@ -39,10 +41,11 @@ IGNORED = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpecte
 
 @dataclass(frozen=True, kw_only=True)
 class AnySizeFormat:
-    """`quantization_config.any_size`: how a slice is stored, and the sizes of the rows of the scores."""
+    """`quantization_config.any_size`: how a slice is stored, the sizes of the scores' rows, the adapters' rank."""
 
     storage: Storage
     anchors: tuple[float, ...]  # descending from 1; the last is the smallest size there is
+    adapter_rank: int = 0  # so many components of every layer come first and stay at every size
 
     @classmethod
     def from_json(cls, found: Any) -> Self:
@@ -55,17 +58,21 @@ class AnySizeFormat:
             and all(type(a) in (int, float) and 0 < a <= 1 for a in anchors)
             and anchors[:1] == [1.0]
             and all(a > b for a, b in pairwise(anchors))
+            and type(found.get("adapter_rank", 0)) is int
+            and 0 <= found.get("adapter_rank", 0) <= MOST_ADAPTER_RANK
         )
         if not ok:
             raise InputError(
-                f"config.json: quantization_config.any_size is {found!r}; expected storage factor or pivot and anchors "
-                "that descend from 1.0 towards 0"
+                f"config.json: quantization_config.any_size is {found!r}; expected storage factor or pivot, anchors "
+                f"that descend from 1.0 towards 0, and an adapter_rank from 0 to {MOST_ADAPTER_RANK:,} if any"
             )
-        return cls(storage=found["storage"], anchors=tuple(float(a) for a in cast(list[float], anchors)))
+        sizes = tuple(float(a) for a in cast(list[float], anchors))
+        return cls(storage=found["storage"], anchors=sizes, adapter_rank=found.get("adapter_rank", 0))
 
     def to_json(self) -> dict[str, Any]:
         """As in config.json."""
-        return {"storage": self.storage, "anchors": list(self.anchors)}
+        adapters = {"adapter_rank": self.adapter_rank} if self.adapter_rank else {}
+        return {"storage": self.storage, "anchors": list(self.anchors), **adapters}
 
     def check_size(self, size: Any) -> float:
         """Refuse a size that the folder does not hold."""
@@ -119,7 +126,7 @@ class Slices:
                 "the steps of all layers (`levels`) do not make one order, each place once: the files are damaged"
             )
         walk = Walk(layers=layers, block_names=(), untouched=())
-        return plan_at(walk, self.levels, self.stored.storage, self.size).targets
+        return plan_at(walk, self.levels, self.stored.storage, self.size, adapter_rank=self.stored.adapter_rank).targets
 
     def _name(self, path: str, present: Mapping[str, nn.Module]) -> str:
         name = path_in(present, path, self.model.base_model_prefix)
@@ -135,12 +142,13 @@ class Slices:
     def _layer(self, path: str, module: nn.Module) -> Layer:
         """What the layer looks like, after the shapes in the files are found to be those of it."""
         (outputs, inputs), entry = weight_of(module).shape, self.modules[path]
-        rank, anchors = min(outputs, inputs), len(self.stored.anchors)
+        adapter_rank, storage = self.stored.adapter_rank, self.stored.storage
+        rank, anchors = min(outputs, inputs) + adapter_rank, len(self.stored.anchors)
         expected = {
             "left": (rank, outputs),
             "right": (rank, inputs),
             "scores": (anchors, rank),
-            "levels": (len(ladder_costs(outputs, inputs, self.stored.storage)) - 1,),
+            "levels": (len(ladder_costs(outputs, inputs, storage, first_rank(adapter_rank))) - 1,),
             "weight": (0,),
             **({"bias": (outputs,)} if entry["bias"] else {}),
         }
@@ -201,7 +209,7 @@ class Slices:
 
     def slice_of(self, path: str, target: Target, device: torch.device) -> Replacement:
         """One layer at the asked size, worked out on `device`."""
-        rank = target.rank
+        rank = self.shapes[path]["left"].shape[0] if target.codec == "dense" else target.rank
         nested = Nested(
             left=self._read(path, "left", rank).to(device),
             right=self._read(path, "right", rank).to(device),

@@ -13,7 +13,7 @@ from spectrim.engines.any_size import AnySize
 from spectrim.engines.learned import skeleton
 from spectrim.engines.pipeline import Outcome
 from spectrim.errors import NumericalError
-from spectrim.integrations.any_size import NESTED
+from spectrim.integrations.any_size import NESTED, AnySizeFormat
 from spectrim.integrations.transformers import FORMAT_VERSION, SpectrimConfig, attach
 from spectrim.model_method import ModelMethod
 from spectrim.models.load import Source, no_progress_bars, require_unchanged
@@ -142,7 +142,9 @@ def write_nested(
             name: {"codec": NESTED, "rank": len(nested.left), "bias": nested.bias is not None}
             for name, nested in sizes.layers.items()
         },
-        any_size={"storage": sizes.method.storage, "anchors": list(sizes.anchors)},
+        any_size=AnySizeFormat(
+            storage=sizes.method.storage, anchors=sizes.anchors, adapter_rank=sizes.adapter_rank
+        ).to_json(),
         tool_version=version.__version__,
         base_model=base_model,
         method=sizes.method.to_config(),

@@ -52,6 +52,14 @@ def counts_within(layer: Tensor, tables: list[Tensor], budget: int) -> Tensor:
     return counts(low)
 
 
+def first_of_each(layer: Tensor, counts: list[int]) -> Tensor:
+    """The order `layer` (N,) without what comes after the first `counts[l]` components of each layer l."""
+    kept = torch.zeros(len(layer), dtype=torch.bool)
+    for index, count in enumerate(counts):
+        kept[(layer == index).nonzero().flatten()[:count]] = True
+    return layer[kept]
+
+
 def numbers_of(counts: Tensor, tables: list[Tensor]) -> int:
     """Stored numbers of all layers at `counts` (L,)."""
     return sum(int(table[k]) for table, k in zip(tables, counts.tolist(), strict=True))

@@ -1,9 +1,9 @@
 """One order in which all layers grow: every size is a prefix of it, so ranks are monotone in the size.
 
-A layer climbs a ladder of options, cheapest first: rank 1, 2, ... as long as the rank costs less than the dense layer,
-then dense. A step is one option to the next. All steps of all layers stand in one global order; the ranks under a
-budget are those after as many steps, from the start, as the budget pays. Nothing is solved when a size is asked for:
-integers are added up, so every machine finds the same ranks.
+A layer climbs a ladder of options, cheapest first: rank 1, 2, ... (beside an adapter: its rank, and on from there) as
+long as the rank costs less than the dense layer, then dense. A step is one option to the next. All steps of all layers
+stand in one global order; the ranks under a budget are those after as many steps, from the start, as the budget pays.
+Nothing is solved when a size is asked for: integers are added up, so every machine finds the same ranks.
 
     levels[l] (S_l,)   place in the global order of layer l's steps, ascending
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from spectrim.linalg.allocate import factor_cost, pivot_cost
 
 
-def ladder_costs(outputs: int, inputs: int, storage: Literal["factor", "pivot"]) -> Tensor:
-    """Stored numbers (S+1,) int64, ascending: of ranks 1, 2, ... that cost less than dense, then of dense."""
-    ranks = torch.arange(1, min(outputs, inputs) + 1)
+def ladder_costs(outputs: int, inputs: int, storage: Literal["factor", "pivot"], first: int = 1) -> Tensor:
+    """Stored numbers (S+1,) int64, ascending: of ranks `first`, ... that cost less than dense, then of dense."""
+    ranks = torch.arange(first, max(first, min(outputs, inputs) + 1))
     cost = (factor_cost if storage == "factor" else pivot_cost)(outputs, inputs, ranks)
     return torch.cat([cost[cost < outputs * inputs], torch.tensor([outputs * inputs])])
 

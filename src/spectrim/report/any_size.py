@@ -57,7 +57,7 @@ def build_any_size_report(
             for layer in sizes.walk.layers
         ],
         "untouched": [{"name": n, "numbers": k, "why": why} for n, k, why in sizes.walk.untouched],
-        "learning": {"losses": list(sizes.losses)} if sizes.losses else None,
+        "learning": {"losses": list(sizes.losses), "details": dict(sizes.details)} if sizes.losses else None,
         "seconds": dict(sizes.seconds),
         "warnings": list(sizes.warnings),
         "environment": environment(),
