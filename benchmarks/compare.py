@@ -32,6 +32,7 @@ from spectrim.data import calibration_windows, evaluation_windows, load_texts, l
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
+from spectrim.linalg.codebook import CODEBOOK_BITS
 from spectrim.linalg.quantise import BITS
 from spectrim.models.load import load_dense, pick_device, pick_dtype, resolve
 from spectrim.registry import make_method
@@ -99,6 +100,21 @@ GROUPS: dict[str, list[Row]] = {
             Row(label=f"eora on {base}, {metric}", method="eora", options={"base": base, "metric": metric})
             for base in ("2:4", "2:4+rtn4", "rtn2", "rtn3", "rtn4", "gptq2", "gptq3", "gptq4")
             for metric in ("svd", "diagonal", "eora")
+        ),
+        *(Row(label=f"squeezellm {bits}", method="squeezellm", options={"bits": bits}) for bits in CODEBOOK_BITS),
+        *(
+            Row(label=f"squeezellm {bits}, {label}", method="squeezellm", options={"bits": bits, **options})
+            for bits in CODEBOOK_BITS
+            for label, options in (
+                ("dense", {"sensitive": 0.0, "outliers": 0.0}),
+                ("dense, k-means", {"sensitive": 0.0, "outliers": 0.0, "weigh": "none"}),
+            )
+        ),
+        *(Row(label=f"spqr {bits}", method="spqr", options={"bits": bits}) for bits in (2, 3, 4)),
+        *(
+            Row(label=f"spqr {bits}, {label}", method="spqr", options={"bits": bits, **options})
+            for bits in (2, 3, 4)
+            for label, options in (("no outliers", {"outliers": 0.0}), ("searched", {"search": True}))
         ),
     ],
     "searched": [

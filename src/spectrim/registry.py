@@ -36,6 +36,8 @@ MODEL_METHODS: dict[str, str] = {
     "trellis": "spectrim.methods.weights.trellis:Trellis",
     "gptq": "spectrim.methods.weights.gptq:GPTQ",
     "eora": "spectrim.methods.weights.eora:EoRA",
+    "squeezellm": "spectrim.methods.weights.squeezellm:SqueezeLLM",
+    "spqr": "spectrim.methods.weights.spqr:SpQR",
 }
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 

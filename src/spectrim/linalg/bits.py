@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from spectrim.linalg.bilevel import row_blocks
+from spectrim.linalg.outliers import most_gap_bytes
 from spectrim.linalg.quantise import group_count, packed_width
 
 VALUE_BYTES = 2
@@ -56,6 +58,25 @@ def uniform_account(outputs: int, inputs: int, bits: int, group_size: int, *, sy
         scales=outputs * groups * VALUE_BYTES,
         zeros=0 if symmetric else packed_width(outputs * groups, bits),
     )
+
+
+def bilevel_account(
+    outputs: int, inputs: int, bits: int, group_size: int, *, statistic_bits: int, rows: int
+) -> Account:
+    """Codes of `linalg/bilevel.py`; scales and zeros each as one stream of codes, and a step and a low a block."""
+    groups = group_count(inputs, group_size)
+    statistics = packed_width(outputs * groups, statistic_bits) + 2 * row_blocks(outputs, rows) * groups * VALUE_BYTES
+    return Account(codes=outputs * packed_width(inputs, bits), scales=statistics, zeros=statistics)
+
+
+def codebook_account(outputs: int, inputs: int, bits: int) -> Account:
+    """Codes and a table for each row (`linalg/codebook.py`)."""
+    return Account(codes=outputs * packed_width(inputs, bits), codebooks=outputs * 2**bits * VALUE_BYTES)
+
+
+def outliers_account(outputs: int, inputs: int, entries: int) -> Account:
+    """At most: entries in 16 bits, and as many bytes for where they stand as the worst places take."""
+    return Account(values=entries * VALUE_BYTES, indices=most_gap_bytes(outputs * inputs, entries))
 
 
 def sparse24_account(outputs: int, inputs: int) -> Account:

@@ -2,7 +2,10 @@
 
     plain      16-bit numbers
     uniform    codes of 2, 3, 4 or 8 bits with a scale (and a zero) for each group      linalg/quantise.py
+    bilevel    such codes in small groups, their scales and zeros in codes too          linalg/bilevel.py
+    codebook   codes of 2, 3 or 4 bits with a table of levels for each row              linalg/codebook.py
     half       two of every four, and where they stand; the values are a store again    linalg/sparse24.py
+    outliers   any of these, with a few entries kept apart in 16 bits                   linalg/outliers.py
 
 A store stays packed in memory: `matrix` makes the weight for one product and it is let go afterwards. Codes are
 buffers; scales and plain numbers are parameters. A new form is a file `stores_NAME.py` and a line in `STORES`.
@@ -19,8 +22,11 @@ from torch import Tensor, nn
 STORES = {
     "plain": "spectrim.nn.stores:PlainStore",
     "uniform": "spectrim.nn.stores_uniform:UniformStore",
+    "bilevel": "spectrim.nn.stores_bilevel:BilevelStore",
+    "codebook": "spectrim.nn.stores_codebook:CodebookStore",
     "half": "spectrim.nn.stores_half:HalfStore",
     "trellis": "spectrim.nn.stores_trellis:TrellisStore",
+    "outliers": "spectrim.nn.stores_outliers:OutlierStore",
 }
 """Kind in the file to class, imported at first use."""
 

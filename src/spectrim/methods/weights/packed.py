@@ -133,10 +133,10 @@ class PackedMethod(ModelMethod):
         return PackedLinear.holding(base, factors, bias, dtype=weight.dtype)
 
 
-def check_bits(method: str, bits: int) -> None:
+def check_bits(method: str, bits: int, allowed: Sequence[int] = BITS, *, name: str = "bits") -> None:
     """Refuse a width that is not offered."""
-    if bits not in BITS:
-        raise UsageError(f"method {method}: bits must be one of {', '.join(map(str, BITS))}, got {bits}")
+    if bits not in allowed:
+        raise UsageError(f"method {method}: {name} must be one of {', '.join(map(str, allowed))}, got {bits}")
 
 
 def check_group(method: str, layer: Layer, group_size: int, inputs: int) -> None:

@@ -1,0 +1,108 @@
+"""Codes of 2, 3, 4 or 8 bits in small groups whose scales and zeros are codes too: linalg/bilevel.py."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.linalg.bilevel import Bilevel, Levels, dequantise_bilevel, row_blocks
+from spectrim.linalg.quantise import BITS, group_count, pack, packed_width, unpack
+from spectrim.nn.stores import Store
+
+
+class BilevelStore(Store):
+    """Stored: `codes` (O, bytes) uint8; of scales and zeros alike `scale_codes` (bytes,) uint8, one stream row after
+    row, and `scale_steps`, `scale_lows` (ceil(O / rows), G).
+    """
+
+    kind = "bilevel"
+    codes: Tensor
+    scale_codes: Tensor
+    zero_codes: Tensor
+
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        *,
+        bits: int,
+        group_size: int,
+        statistic_bits: int,
+        rows: int,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.outputs, self.inputs = outputs, inputs
+        self.bits, self.group_size, self.statistic_bits, self.rows = bits, group_size, statistic_bits, rows
+        self.groups = group_count(inputs, group_size)
+        shapes = self.shapes()
+        for key in ("codes", "scale_codes", "zero_codes"):
+            self.register_buffer(key, torch.zeros(shapes[key], dtype=torch.uint8, device=device))
+        grids = {key: torch.zeros(shapes[key], device=device, dtype=dtype) for key in shapes if "codes" not in key}
+        self.scale_steps, self.scale_lows = (nn.Parameter(grids[f"scale_{part}"]) for part in ("steps", "lows"))
+        self.zero_steps, self.zero_lows = (nn.Parameter(grids[f"zero_{part}"]) for part in ("steps", "lows"))
+
+    @classmethod
+    def holding(
+        cls, rounded: Bilevel, *, bits: int, group_size: int, statistic_bits: int, rows: int, dtype: torch.dtype
+    ) -> Self:
+        """Codes packed, second grids in `dtype`."""
+        store = cls(
+            *rounded.codes.shape, bits=bits, group_size=group_size, statistic_bits=statistic_bits, rows=rows,
+            device="meta",
+        )  # fmt: skip
+        store.codes = pack(rounded.codes, bits)
+        scales, zeros = rounded.scales, rounded.zeros
+        store.scale_codes, store.zero_codes = (pack(part.codes.flatten(), statistic_bits) for part in (scales, zeros))
+        store.scale_steps, store.scale_lows = (nn.Parameter(part.to(dtype)) for part in scales[1:])
+        store.zero_steps, store.zero_lows = (nn.Parameter(part.to(dtype)) for part in zeros[1:])
+        return store
+
+    @classmethod
+    def from_entry(
+        cls, outputs: int, inputs: int, entry: Mapping[str, Any], *, device: Any = None, dtype: Any = None
+    ) -> Self:
+        for name in ("bits", "statistic_bits"):
+            if type(entry.get(name)) is not int or entry[name] not in BITS:
+                raise ValueError(f"{name} {entry.get(name)!r}; it must be one of {', '.join(map(str, BITS))}")
+        group_size, rows = entry.get("group_size"), entry.get("rows")
+        if type(group_size) is not int or group_size < 0 or (group_size and inputs % group_size):
+            raise ValueError(f"group_size {group_size!r}; it must divide the {inputs} inputs, or be 0 for whole rows")
+        if type(rows) is not int or not 1 <= rows <= outputs:
+            raise ValueError(f"rows {rows!r}; 1 to {outputs} rows may share a grid of scales")
+        return cls(
+            outputs, inputs, bits=entry["bits"], group_size=group_size, statistic_bits=entry["statistic_bits"],
+            rows=rows, device=device, dtype=dtype,
+        )  # fmt: skip
+
+    def entry(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "statistic_bits": self.statistic_bits,
+            "rows": self.rows,
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        codes = (packed_width(self.outputs * self.groups, self.statistic_bits),)
+        grid = (row_blocks(self.outputs, self.rows), self.groups)
+        return {
+            "codes": (self.outputs, packed_width(self.inputs, self.bits)),
+            **{f"{name}_codes": codes for name in ("scale", "zero")},
+            **{f"{name}_{part}": grid for name in ("scale", "zero") for part in ("steps", "lows")},
+        }
+
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Worked out in float32 or better: zeros are no whole numbers, and bfloat16 would round code - zero."""
+        scales = self._levels(self.scale_codes, self.scale_steps, self.scale_lows)
+        zeros = self._levels(self.zero_codes, self.zero_steps, self.zero_lows)
+        wanted = dtype or self.scale_steps.dtype
+        rounded = Bilevel(unpack(self.codes, self.bits, self.inputs), scales, zeros)
+        return dequantise_bilevel(rounded, self.rows, torch.promote_types(wanted, torch.float32)).to(wanted)
+
+    def _levels(self, codes: Tensor, steps: Tensor, lows: Tensor) -> Levels:
+        whole = unpack(codes, self.statistic_bits, self.outputs * self.groups).reshape(self.outputs, self.groups)
+        return Levels(whole, steps, lows)
