@@ -101,6 +101,11 @@ GROUPS: dict[str, list[Row]] = {
             for base in ("2:4", "2:4+rtn4", "rtn2", "rtn3", "rtn4", "gptq2", "gptq3", "gptq4")
             for metric in ("svd", "diagonal", "eora")
         ),
+        *(
+            Row(label=f"gptq {bits}, groups of {size}", method="gptq", options={"bits": bits, "group_size": size})
+            for bits in (2, 3, 4)
+            for size in (16, 32)
+        ),
         *(Row(label=f"squeezellm {bits}", method="squeezellm", options={"bits": bits}) for bits in CODEBOOK_BITS),
         *(
             Row(label=f"squeezellm {bits}, {label}", method="squeezellm", options={"bits": bits, **options})

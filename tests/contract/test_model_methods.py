@@ -39,6 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gptq": {"bits": 8, "group_size": 8, "search": False},
     "trellis": {"window": 8},
     "eora": {"base": "gptq4", "group_size": 8, "search": False},
+    "squeezellm": {"bits": 3, "outliers": 0.02, "sensitive": 0.01},
+    "spqr": {"bits": 8, "group_size": 8, "statistic_bits": 4, "outliers": 0.09, "threshold": 3e-5},
 }
 """Options for the tiny model, of methods whose defaults are for larger ones."""
 ARCHITECTURE: dict[str, str] = {}

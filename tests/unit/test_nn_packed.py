@@ -8,12 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectrim.linalg.bilevel import BilevelRule
+from spectrim.linalg.codebook import fit_codebook, from_codebook
+from spectrim.linalg.columns import solve_columns
 from spectrim.linalg.factor import Factors
+from spectrim.linalg.outliers import entries_at, to_gaps, with_entries
 from spectrim.linalg.quantise import BITS, dequantise, round_to_nearest
 from spectrim.linalg.sparse24 import from_half, to_half, two_of_four
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.stores import PlainStore, Store
+from spectrim.nn.stores_bilevel import BilevelStore
+from spectrim.nn.stores_codebook import CodebookStore
 from spectrim.nn.stores_half import HalfStore
+from spectrim.nn.stores_outliers import OutlierStore
 from spectrim.nn.stores_uniform import UniformStore
 
 OUTPUTS, INPUTS, RANK = 12, 16, 3
@@ -28,11 +35,35 @@ def uniform(matrix: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> t
     return UniformStore.holding(rounded, bits=bits, group_size=4, dtype=dtype), dequantise(rounded, bits)
 
 
+def codebook(matrix: Tensor, bits: int, dtype: torch.dtype) -> tuple[Store, Tensor]:
+    book = fit_codebook(matrix, torch.ones_like(matrix), bits)
+    return CodebookStore.holding(book, bits=bits, dtype=dtype), from_codebook(book)
+
+
+def bilevel(matrix: Tensor, rows: int, dtype: torch.dtype) -> tuple[Store, Tensor]:
+    rule = BilevelRule(matrix, 3, 4, statistic_bits=2, rows=rows)
+    dense = solve_columns(matrix, torch.eye(INPUTS, dtype=matrix.dtype), rule)
+    made = BilevelStore.holding(rule.result(), bits=3, group_size=4, statistic_bits=2, rows=rows, dtype=dtype)
+    return made, dense
+
+
+def outliers(inner: str, dtype: torch.dtype) -> tuple[Store, Tensor]:
+    rest, dense = store(inner, dtype)
+    entries = entries_at(normal(6, OUTPUTS, INPUTS).to(torch.bfloat16).double(), normal(7, OUTPUTS, INPUTS) > 1.2)
+    return OutlierStore.holding(rest, entries, dtype=dtype), with_entries(dense, entries)
+
+
 def store(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Store, Tensor]:
     """A store, and the weight (float64) that it stands for."""
     weight = normal(1, OUTPUTS, INPUTS).to(torch.bfloat16).double()
     if kind == "plain":
         return PlainStore.holding(weight.to(dtype)), weight
+    if kind.startswith("outliers"):
+        return outliers(kind.removeprefix("outliers, "), dtype)
+    if kind.startswith("bilevel"):
+        return bilevel(weight, int(kind.split()[1]), dtype)
+    if kind.startswith("codebook"):
+        return codebook(weight, int(kind.split()[1]), dtype)
     if not kind.startswith("half"):
         return uniform(weight, int(kind[0]), kind.endswith("sym"), dtype)
     half = to_half(weight, two_of_four(weight.abs()))
@@ -42,7 +73,9 @@ def store(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Store, Tensor]
     return HalfStore.holding(values, half.places), from_half(half._replace(values=dense))
 
 
-KINDS = ["plain", "half", "half 4", *(f"{bits} {sign}" for bits, sign in product(BITS, ("sym", "zeros")))]
+SINGLE = ["plain", "half", "half 4", *(f"{bits} {sign}" for bits, sign in product(BITS, ("sym", "zeros")))]
+SINGLE += ["codebook 2", "codebook 3", "codebook 4", "bilevel 4", "bilevel 5"]
+KINDS = [*SINGLE, *(f"outliers, {kind}" for kind in SINGLE)]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 with_and_without = pytest.mark.parametrize("rank", [0, RANK])
 
@@ -95,7 +128,7 @@ def test_it_stays_packed_in_memory(kind):
     assert {key: t.shape for key, t in made.state_dict().items()} == before
     held = sum(t.nbytes for t in [*made.parameters(), *made.buffers()])
     assert held == sum(t.nbytes for t in made.state_dict().values())
-    if kind not in ("plain",):
+    if not kind.endswith(("plain", "half", "codebook 4", "bilevel 4", "bilevel 5")):  # a small layer of large tables
         assert held < OUTPUTS * INPUTS * 4
 
 
@@ -136,6 +169,8 @@ GOOD: dict[str, Any] = {
     "correction": 2,
     "base": {"kind": "uniform", "bits": 3, "group_size": 8, "symmetric": False},
 }
+BILEVEL = {"kind": "bilevel", "bits": 3, "group_size": 8, "statistic_bits": 3, "rows": 4}
+APART = {"kind": "outliers", "entries": 3, "gap_bytes": 3, "inner": BILEVEL}
 HALF = {"kind": "half", "values": {"kind": "plain"}}
 
 
@@ -147,7 +182,7 @@ HALF = {"kind": "half", "values": {"kind": "plain"}}
         ({"correction": 13}, "from 0 to 12"),
         ({"correction": True}, "correction True"),
         ({"correction": None}, "correction None"),
-        ({"base": None}, "its kind must be one of plain, uniform, half"),
+        ({"base": None}, "its kind must be one of plain, uniform"),
         ({"base": {"kind": "pickle"}}, "its kind must be one of"),
         ({"base": {"kind": ["uniform"]}}, "its kind must be one of"),
         ({"base": {**GOOD["base"], "bits": 5}}, "bits 5; it must be one of 2, 3, 4, 8"),
@@ -157,6 +192,21 @@ HALF = {"kind": "half", "values": {"kind": "plain"}}
         ({"base": {**GOOD["base"], "group_size": -8}}, "must divide the 16 inputs"),
         ({"base": {**GOOD["base"], "group_size": 10**12}}, "must divide the 16 inputs"),
         ({"base": {**GOOD["base"], "symmetric": 1}}, "symmetric 1"),
+        ({"base": {"kind": "codebook", "bits": 8}}, "bits 8; of a codebook it must be one of 2, 3, 4"),
+        ({"base": {"kind": "codebook"}}, "bits None"),
+        ({"base": {**BILEVEL, "bits": 7}}, "bits 7; it must be one of 2, 3, 4, 8"),
+        ({"base": {**BILEVEL, "statistic_bits": "3"}}, "statistic_bits '3'"),
+        ({"base": {**BILEVEL, "group_size": 5}}, "must divide the 16 inputs"),
+        ({"base": {**BILEVEL, "rows": 0}}, "rows 0; 1 to 12 rows may share"),
+        ({"base": {**BILEVEL, "rows": 10**12}}, "1 to 12 rows may share"),
+        ({"base": {**APART, "entries": 0}}, "entries 0; a matrix of 12 x 16 has 1 to 192"),
+        ({"base": {**APART, "entries": 193}}, "1 to 192"),
+        ({"base": {**APART, "entries": True}}, "entries True"),
+        ({"base": {**APART, "gap_bytes": 2}}, "gap_bytes 2; 3 entries of 12 x 16 take 3 to 3"),
+        ({"base": {**APART, "gap_bytes": 10**12}}, "gap_bytes 1000000000000"),
+        ({"base": {**APART, "gap_bytes": None}}, "gap_bytes None"),
+        ({"base": {**APART, "inner": None}}, "its kind must be one of"),
+        ({"base": {**APART, "inner": {"kind": "codebook", "bits": 5}}}, "bits 5"),
         ({"base": {"kind": "half"}}, "its kind must be one of"),
         ({"base": {"kind": "half", "values": {**GOOD["base"], "group_size": 16}}}, "must divide the 8 inputs"),
     ],
@@ -183,3 +233,37 @@ def test_places_that_no_pruning_makes_are_refused():
     made.state_dict()["base.places"][3, 0] = 0
     with pytest.raises(ValueError, match="at one place, or out of order"):
         made.after_load()
+
+
+def test_no_entries_apart_leave_the_inner_store():
+    rest, dense = store("codebook 3")
+    assert OutlierStore.holding(rest, entries_at(dense, dense > 1e9), dtype=torch.float32) is rest
+
+
+@pytest.mark.parametrize(
+    ("positions", "said"),
+    [([3, 9], "the gaps lead to 2 entries, 3 are kept apart"), ([3, 9, 192], "behind the last of 12 x 16")],
+)
+def test_places_that_the_matrix_does_not_have_are_refused(positions, said):
+    made = OutlierStore.from_entry(OUTPUTS, INPUTS, APART)
+    made.after_load()  # all in a row, at the beginning
+    made.gaps = to_gaps(torch.tensor(positions))
+    with pytest.raises(ValueError, match=said):
+        made.after_load()
+
+
+def test_a_stream_that_ends_in_a_jump_is_refused():
+    made = OutlierStore.from_entry(OUTPUTS, 64, {**APART, "gap_bytes": 5})
+    made.gaps = torch.tensor([1, 255, 0, 1, 255], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="damaged file"):
+        made.after_load()
+
+
+def test_gradients_reach_tables_second_grids_and_entries_apart():
+    for kind, names in {
+        "outliers, codebook 3": {"numbers", "inner.table"},
+        "outliers, bilevel 4": {"numbers", *(f"inner.{n}_{p}" for n in ("scale", "zero") for p in ("steps", "lows"))},
+    }.items():
+        made, _, _ = layer(kind, 0, bias=False)
+        made(torch.ones(1, INPUTS)).sum().backward()
+        assert {name for name, p in made.named_parameters() if p.grad is not None} == {f"base.{n}" for n in names}

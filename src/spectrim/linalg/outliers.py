@@ -9,7 +9,7 @@ At 1 % that is 1.1 bytes an entry, where a column index of two bytes and a count
 """
 
 from collections.abc import Callable
-from math import inf
+from math import inf, sqrt
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,6 +21,8 @@ from spectrim.linalg.quantise import Grid, as_stored, code_of, fit_grid, level_o
 R = TypeVar("R", bound=Rule)
 JUMP = 255
 """Entries passed over by the byte that keeps none."""
+RAISE = 4.0
+BISECTIONS = 3
 
 
 class Entries(NamedTuple):
@@ -83,19 +85,19 @@ def leave_one_out(groups: Tensor, bits: int, importance: Tensor, *, symmetric: b
 
     The grid is fitted to the others anew; losses are squared errors, weighted by `importance` (n,).
     """
-    whole = _loss(groups, bits, importance, symmetric=symmetric)
-    gains = torch.empty_like(groups)
-    for left_out in range(groups.shape[1]):
-        others = [i for i in range(groups.shape[1]) if i != left_out]
-        gains[:, left_out] = whole - _loss(groups[:, others], bits, importance[others], symmetric=symmetric)
+    whole = _costs(groups, bits, importance, symmetric=symmetric)
+    gains = whole.clone()  # the grid stays where neither the smallest nor the largest weight goes
+    for place in (groups.argmin(1, keepdim=True), groups.argmax(1, keepdim=True)):
+        neighbour = groups.gather(1, (place + 1) % groups.shape[1])  # moves no grid, and is not counted in this place
+        others = _costs(groups.scatter(1, place, neighbour), bits, importance, symmetric=symmetric)
+        lost = others.scatter(1, place, 0).sum(1, keepdim=True)
+        gains.scatter_(1, place, whole.sum(1, keepdim=True) - lost)
     return gains
 
 
-def _loss(groups: Tensor, bits: int, importance: Tensor, *, symmetric: bool) -> Tensor:
-    if not groups.shape[1]:
-        return groups.new_zeros(len(groups))
+def _costs(groups: Tensor, bits: int, importance: Tensor, *, symmetric: bool) -> Tensor:
     grid = Grid(*(part[:, None] for part in fit_grid(groups, bits, symmetric=symmetric)))
-    return ((level_of(code_of(groups, grid, bits), grid) - groups).square() * importance).sum(1)
+    return (level_of(code_of(groups, grid, bits), grid) - groups).square() * importance
 
 
 class OutlierRule:
@@ -111,7 +113,7 @@ class OutlierRule:
         self.unit = inner.unit
         self.diagonal = torch.ones_like(weight[0])
         self.values = torch.zeros_like(weight)
-        self.costs = torch.zeros_like(weight)  # of those kept
+        self.kept = torch.zeros_like(weight, dtype=torch.bool)
 
     def begin(self, start: int, weight: Tensor, diagonal: Tensor) -> None:
         gains = leave_one_out(weight, self.bits, diagonal.square().reciprocal(), symmetric=self.symmetric)
@@ -124,20 +126,14 @@ class OutlierRule:
     def round(self, column: int, values: Tensor) -> Tensor:
         rounded = self.inner.round(column, values)
         costs = ((values - rounded) / self.diagonal[column]).square()
-        kept = costs > self.limit
-        self.costs[:, column] = torch.where(kept, costs, 0)
+        self.kept[:, column] = kept = costs > self.limit
         self.values[:, column] = torch.where(kept, as_stored(values), 0)
         return torch.where(kept, self.values[:, column], rounded)
 
     @property
     def entries(self) -> Entries:
         """What was kept as it is."""
-        return entries_at(self.values, self.costs > 0)
-
-    def limit_for(self, most: int) -> float:
-        """A higher limit, under which at most so many of those kept would have been."""
-        costs = self.costs[self.costs > 0].sort(descending=True).values
-        return max(float(costs[most]), 1.05 * self.limit)
+        return entries_at(self.values, self.kept)
 
 
 def outlier_limit(weight: Tensor, upper: Tensor, threshold: float) -> float:
@@ -150,16 +146,26 @@ def solve_with_outliers(
 ) -> tuple[R, Entries]:
     """The rule, full, and at most so many entries kept; `fresh` makes the rule that rounds the others.
 
-    How many weights cost more than `limit` is known at the end of a sweep: where they are too many it is raised and the
-    weight swept again.
+    How many weights cost more than `limit` is known at the end of a sweep. Where they are too many it is raised, by
+    factors of RAISE and then by bisection, to near the lowest under which they are not, with a sweep for each.
     """
-    if most == 0:
-        limit = inf
-    while True:
+
+    def sweep(at: float) -> tuple[R, Entries]:
         inner = fresh()
-        rule = OutlierRule(weight, inner, bits, limit)
+        rule = OutlierRule(weight, inner, bits, at)
         solve_columns(weight, upper, rule)
-        entries = rule.entries
-        if len(entries.positions) <= most:
-            return inner, entries
-        limit = rule.limit_for(most)
+        return inner, rule.entries
+
+    low = high = limit if most else inf
+    found = sweep(high)
+    while len(found[1].positions) > most:
+        low, high = high, RAISE * high
+        found = sweep(high)
+    for _ in range(BISECTIONS if low < high else 0):
+        middle = sqrt(low * high)
+        tried = sweep(middle)
+        if len(tried[1].positions) > most:
+            low = middle
+        else:
+            high, found = middle, tried
+    return found
