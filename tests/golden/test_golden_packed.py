@@ -14,7 +14,7 @@ from spectrim.linalg.bits import VALUE_BYTES
 from spectrim.methods.weights.eora import METRICS
 from spectrim.methods.weights.packed import PackedMethod
 from spectrim.models.walk import Layer
-from spectrim.registry import make_method
+from spectrim.registry import make_method, method_class
 
 FILE = Path(__file__).with_name("packed_methods.json")
 COMMAND = "python tests/golden/test_golden_packed.py --write"
@@ -23,6 +23,11 @@ CASES = {
     **{f"{name} {bits}": (name, {"bits": bits}) for name in ("rtn", "gptq") for bits in (2, 3, 4, 8)},
     "rtn 3 plain": ("rtn", {"bits": 3, "symmetric": True, "search": False}),
     "gptq 3 plain": ("gptq", {"bits": 3, "symmetric": True, "search": False}),
+    **{f"squeezellm {bits}": ("squeezellm", {"bits": bits, "outliers": 0.02}) for bits in (2, 3, 4)},
+    "squeezellm 3, dense": ("squeezellm", {"bits": 3, "outliers": 0.0, "sensitive": 0.0}),
+    "squeezellm 3, k-means": ("squeezellm", {"bits": 3, "outliers": 0.0, "sensitive": 0.0, "weigh": "none"}),
+    **{f"spqr {bits}": ("spqr", {"bits": bits, "outliers": 0.02, "damping": 0.01}) for bits in (2, 3, 4)},
+    "spqr 3, no outliers": ("spqr", {"bits": 3, "outliers": 0.0, "damping": 0.01}),
     "eora 2:4, wanda": ("eora", {"base": "2:4", "pruner": "wanda"}),
     **{
         f"eora {base}, {metric}": ("eora", {"base": base, "metric": metric})
@@ -35,7 +40,8 @@ CASES = {
 def measured(label: str) -> dict[str, float]:
     """Of the base, and with a correction of rank 4 where the method has one."""
     name, options = CASES[label]
-    method = make_method(name, options={"group_size": 8, **options})
+    grouped = {"group_size": 8} if "group_size" in method_class(name).__dataclass_fields__ else {}
+    method = make_method(name, options={**grouped, **options})
     assert isinstance(method, PackedMethod)
     weight, stats = layer()
     assert stats.gram is not None
@@ -70,6 +76,12 @@ def test_recorded_errors_are_in_the_order_that_theory_demands():
     for base in ("2:4", "2:4+rtn4", "rtn2", "gptq3"):
         eora, *others = (table[f"eora {base}, {metric}"]["corrected"] for metric in METRICS)
         assert eora < min(others) < table[f"eora {base}, eora"]["base"]
+    for name in ("spqr", "squeezellm"):
+        errors = [table[f"{name} {bits}"]["base"] for bits in (2, 3, 4)]
+        assert errors == sorted(errors, reverse=True)
+        assert table[f"{name} 3"]["base"] < table["rtn 3"]["base"]
+    assert table["spqr 3"]["base"] < table["spqr 3, no outliers"]["base"]
+    assert table["squeezellm 3, k-means"]["bits"] == table["squeezellm 3, dense"]["bits"] == 3 + 8 * 16 / INPUTS
     assert table["eora 2:4, eora"]["base"] < table["eora 2:4, wanda"]["base"]
     assert table["eora 2:4, eora"]["bits"] == 9 == 16 * 9 / (8 * VALUE_BYTES)
 

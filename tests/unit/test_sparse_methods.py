@@ -28,7 +28,7 @@ from spectrim.stats import Stat, Stats
 from tiny_models import logits_of, tiny, token_ids
 
 IDS = token_ids(8, 16)
-SPQR = {"group_size": 8, "statistic_rows": 4, "threshold": 0.05, "outliers": 0.2}
+SPQR: dict[str, Any] = {"group_size": 8, "statistic_rows": 4, "threshold": 0.05, "outliers": 0.2}
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -151,7 +151,7 @@ def test_the_store_holds_what_the_solver_made():
 def test_outliers_pay_where_there_are_some_and_more_of_them_pay_more(bits):
     weight, stats = columns(5)
     losses = [
-        lost(weight, SpQR(bits=bits, **SPQR | {"outliers": share}).store_of(weight, stats, torch.float64), stats)
+        lost(weight, SpQR(bits=bits, **{**SPQR, "outliers": share}).store_of(weight, stats, torch.float64), stats)
         for share in (0.0, 0.02, 0.1)
     ]
     assert losses[1] < 0.9 * losses[0]
@@ -169,7 +169,7 @@ def test_no_outliers_where_nothing_sticks_out():
 
 
 def test_more_bits_are_closer_to_the_dense_model():
-    for name, options, widths in (("spqr", {**SPQR, "outliers": 0.01}, (2, 4, 8)), ("squeezellm", {}, (2, 3, 4))):
+    for name, options, widths in (("spqr", {**SPQR, "outliers": 0.01}, (2, 8)), ("squeezellm", {}, (2, 4))):
         differences = []
         for bits in widths:
             dense, outcome = made(name, keep=1.0, bits=bits, **options)
@@ -180,9 +180,10 @@ def test_more_bits_are_closer_to_the_dense_model():
 def test_a_block_may_be_calibrated_behind_the_blocks_before_it():
     _, once = made("spqr", bits=3, **SPQR)
     dense, behind = made("spqr", bits=3, sequential=True, **SPQR)
-    first, *_, last = layers_of(dense, behind)
-    assert torch.equal(first[2].dense_weight(), once.model.get_submodule(first[0]).dense_weight())
-    assert not torch.equal(last[2].dense_weight(), once.model.get_submodule(last[0]).dense_weight())
+    pairs = zip(layers_of(dense, once), layers_of(dense, behind), strict=True)
+    first, *_, last = ((one[2].dense_weight(), other[2].dense_weight()) for one, other in pairs)
+    assert torch.equal(*first)
+    assert not torch.equal(*last)
 
 
 # ---------- bytes
