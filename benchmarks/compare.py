@@ -100,6 +100,15 @@ GROUPS: dict[str, list[Row]] = {
             for base in ("2:4", "2:4+rtn4", "rtn2", "rtn3", "rtn4", "gptq2", "gptq3", "gptq4")
             for metric in ("svd", "diagonal", "eora")
         ),
+        *(Row(label=f"lq-lora, rank_bits {b}", method="lq-lora", options={"rank_bits": b}) for b in (0.0, 0.25, 0.5)),
+        Row(label="lq-lora, not weighed", method="lq-lora", options={"weigh": "none"}),
+        Row(label="lq-lora, one form", method="lq-lora", options={"allocation": "uniform"}),
+        Row(label="lq-lora, trained", method="lq-lora", preset="trained"),
+        *(
+            Row(label=f"int2.1 on {base}, {start}", method="int2.1", options={"base": base, "start": start})
+            for base in ("rtn2", "gptq2")
+            for start in ("eora", "svd", "lora")
+        ),
     ],
     "searched": [
         Row(label="svd-llm, global", method="svd-llm", options={"allocation": "global"}),

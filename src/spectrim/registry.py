@@ -36,6 +36,8 @@ MODEL_METHODS: dict[str, str] = {
     "trellis": "spectrim.methods.weights.trellis:Trellis",
     "gptq": "spectrim.methods.weights.gptq:GPTQ",
     "eora": "spectrim.methods.weights.eora:EoRA",
+    "int2.1": "spectrim.methods.weights.int21:INT21",
+    "lq-lora": "spectrim.methods.weights.lq_lora:LQLoRA",
 }
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from spectrim.linalg.normal_float import Form, blocks_in
 from spectrim.linalg.quantise import group_count, packed_width
 
 VALUE_BYTES = 2
@@ -55,6 +56,15 @@ def uniform_account(outputs: int, inputs: int, bits: int, group_size: int, *, sy
         codes=outputs * packed_width(inputs, bits),
         scales=outputs * groups * VALUE_BYTES,
         zeros=0 if symmetric else packed_width(outputs * groups, bits),
+    )
+
+
+def normal_account(outputs: int, inputs: int, form: Form) -> Account:
+    """Codes and scales of both levels of `linalg/normal_float.py`; codes packed row by row, scale codes as one row."""
+    blocks, tops = blocks_in(outputs, inputs, form)
+    return Account(
+        codes=outputs * packed_width(inputs, form.bits),
+        scales=packed_width(outputs * blocks, form.scale_bits) + tops * VALUE_BYTES,
     )
 
 

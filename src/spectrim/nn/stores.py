@@ -2,6 +2,7 @@
 
     plain      16-bit numbers
     uniform    codes of 2, 3, 4 or 8 bits with a scale (and a zero) for each group      linalg/quantise.py
+    normal     codes for quantiles of the normal distribution, scales in few bits       linalg/normal_float.py
     half       two of every four, and where they stand; the values are a store again    linalg/sparse24.py
 
 A store stays packed in memory: `matrix` makes the weight for one product and it is let go afterwards. Codes are
@@ -21,6 +22,7 @@ STORES = {
     "uniform": "spectrim.nn.stores_uniform:UniformStore",
     "half": "spectrim.nn.stores_half:HalfStore",
     "trellis": "spectrim.nn.stores_trellis:TrellisStore",
+    "normal": "spectrim.nn.stores_normal:NormalStore",
 }
 """Kind in the file to class, imported at first use."""
 
