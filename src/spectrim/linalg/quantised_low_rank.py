@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Factors, balance, decompose, truncate
 from spectrim.linalg.metric import Root, diagonal_root
-from spectrim.linalg.normal_float import Form, NormalRounded, from_normal, round_to_normal
+from spectrim.linalg.normal_float import Form, NormalRounded, from_normal, round_to_normal, rounding_errors
 
 LEAST_IMPORTANCE = 1e-3
 """Of a row or column, relative to their mean: what no gradient reached would else divide by zero."""
@@ -87,9 +87,5 @@ def errors_of_forms(weight: Tensor, forms: Sequence[Form], rank: int, importance
     """The error (len(forms),) of each form after the first round, in which L is the same for all; in float32."""
     factors = low_rank_part(weight, rank, importance)
     left_over = (weight - factors.left @ factors.right).float()
-    each = (importance.each / importance.each.mean()).float()
-    errors = [
-        float((from_normal(round_to_normal(left_over, form), form, torch.float32) - left_over).square().mul(each).sum())
-        for form in forms
-    ]
-    return torch.tensor(errors, dtype=torch.float64) * importance.each.mean().double().cpu()
+    unit = importance.each.mean()  # single entries may be too small for float32
+    return rounding_errors(left_over, forms, (importance.each / unit).float()) * unit.double().cpu()

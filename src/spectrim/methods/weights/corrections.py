@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from spectrim.engines.distil import train_in_place
-from spectrim.errors import UsageError
 from spectrim.model_method import Job, TrainedModelMethod
 from spectrim.nn.packed import CorrectionLinear, PackedLinear
 
@@ -16,11 +15,7 @@ def train_corrections(method: TrainedModelMethod, model: "PreTrainedModel", job:
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, PackedLinear) and module.correction
     }
-    if not layers:
-        raise UsageError(
-            f"method {method.info.name}: keep {job.keep:g} leaves no layer a correction, so there is nothing that "
-            f"{method.steps} steps could train; pass a larger --keep, fewer bits, or --set steps=0"
-        )
+    assert layers, f"{method.info.name} must refuse, before it starts, to train corrections of rank 0"
     trained = {name: CorrectionLinear(layer) for name, layer in layers.items()}
     with job.timed("distil"):
         return train_in_place(

@@ -76,11 +76,16 @@ class INT21(TrainedModelMethod, PackedMethod):
     def check_model(self, config: "PretrainedConfig", walk: Walk, keep: float) -> None:
         """What all methods of few bits refuse, and a `keep` at which there is nothing to train."""
         super().check_model(config, walk, keep)
-        left = self.bytes_left(walk, budget_in(self.budget_unit, walk.numbers, keep), keep)
+        self.check_ranks(walk, budget_in(self.budget_unit, walk.numbers, keep), keep)
+
+    def check_ranks(self, walk: Walk, budget: int, keep: float) -> None:
+        """Refuse a budget that leaves nothing to train."""
+        left = self.bytes_left(walk, budget, keep)
         if self.steps and not any(self.ranks(walk.layers, left)):
             raise UsageError(
                 f"method int2.1: at keep {keep:g} the base leaves {left:,} bytes, too few for a correction of rank 1 "
-                "of any layer; pass a larger --keep, or the method gptq, which needs none"
+                f"of any layer, and so nothing that {self.steps} steps could train; pass a larger --keep, or the "
+                "method gptq, which needs none"
             )
 
     def account(self, layer: Layer) -> Account:
@@ -103,6 +108,7 @@ class INT21(TrainedModelMethod, PackedMethod):
 
     def compress(self, job: Job) -> "PreTrainedModel":
         """All three steps."""
+        self.check_ranks(job.walk, job.budget, job.keep)
         model = super().compress(job)
         if self.steps:
             train_corrections(self, model, job)

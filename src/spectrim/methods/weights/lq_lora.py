@@ -78,12 +78,16 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
 
     def check_model(self, config: "PretrainedConfig", walk: Walk, keep: float) -> None:
         """What all methods of few bits refuse; that SciPy is missing; ranks of 0 that are to be trained."""
+        self.check_options(walk)
+        super().check_model(config, walk, keep)
+
+    def check_options(self, walk: Walk) -> None:
+        """Refuse what no budget makes possible."""
         if self.allocation == "ilp" and not has_solver():
             raise UsageError(
                 "method lq-lora with allocation=ilp needs the package SciPy, which is not installed; install "
                 "spectrim[ilp], or pass --set allocation=uniform"
             )
-        super().check_model(config, walk, keep)
         if self.steps and not any(self.rank_of(layer) for layer in walk.layers):
             raise UsageError(
                 f"method lq-lora: rank_bits={self.rank_bits:g} leaves every layer a low-rank part of rank 0, so there "
@@ -97,7 +101,7 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
 
     def costs(self, layer: Layer) -> list[int]:
         """Bytes of codes and scales by entry of the menu."""
-        return [normal_account(layer.outputs, layer.inputs, form).total for form in MENU]
+        return [normal_account(layer.outputs, layer.inputs, form).total for form in menu_of(layer)]
 
     def low_rank(self, layer: Layer) -> Account:
         """What L takes."""
@@ -105,7 +109,7 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
 
     def account(self, layer: Layer) -> Account:
         """The cheapest entry of the menu, and L."""
-        return normal_account(layer.outputs, layer.inputs, LEAST) + self.low_rank(layer)
+        return normal_account(layer.outputs, layer.inputs, within(LEAST, layer)) + self.low_rank(layer)
 
     def stored(self, walk: Walk, budget: int) -> int:
         """As good as all of it, up to 8 bits everywhere."""
@@ -114,6 +118,7 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
 
     def compress(self, job: Job) -> "PreTrainedModel":
         """Steps 2 to 5."""
+        self.check_options(job.walk)
         model = skeleton(job.dense)
         with job.timed("allocate"):
             forms = self.forms(job)
@@ -135,12 +140,12 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
         for done, layer in enumerate(layers):
             weight = weight_of(linear_at(job.dense, layer.name)).detach().double()
             importance = self.importance(job.stats[layer.name], weight)
-            errors = errors_of_forms(weight, MENU, self.rank_of(layer), importance)
+            errors = errors_of_forms(weight, menu_of(layer), self.rank_of(layer), importance)
             menus.append(Options(errors, torch.tensor(self.costs(layer))))
             if job.progress is not None:
                 job.progress("measure menus", done + 1, len(layers))
         chosen = knapsack(menus, left) if self.allocation == "ilp" else one_for_all(menus, left)
-        return {layer.name: MENU[index] for layer, index in zip(layers, chosen, strict=True)}
+        return {layer.name: menu_of(layer)[index] for layer, index in zip(layers, chosen, strict=True)}
 
     def importance(self, stats: Stats, weight: Tensor) -> Importance:
         """Step 1."""
@@ -156,6 +161,17 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
             return NormalStore.holding(found.rounded, form, dtype=dtype), found.factors
 
         return packed_layer(layer.name, linear_at(job.dense, layer.name), measured, parts)
+
+
+def menu_of(layer: Layer) -> list[Form]:
+    """The menu with blocks no larger than the layer: the same number of entries for all layers."""
+    return [within(form, layer) for form in MENU]
+
+
+def within(form: Form, layer: Layer) -> Form:
+    """The form with blocks no larger than the layer."""
+    block = min(form.block, layer.inputs)
+    return form._replace(block=block, scale_block=min(form.scale_block, layer.outputs * -(-layer.inputs // block)))
 
 
 def one_for_all(menus: list[Options], budget: int) -> list[int]:
