@@ -24,20 +24,16 @@ from spectrim.nn.stores_normal import NormalStore
 from spectrim.registry import make_method
 
 
-def rows(group: int, steps: int, batch: int) -> dict[str, tuple[str, dict[str, Any]]]:
+def rows(group: int, steps: int, batch: int, rounds: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """Label to method and options."""
     codes, training = {"group_size": group}, {"steps": steps, "batch_size": batch}
     return {
         "gptq, 3 bits": ("gptq", {"bits": 3, **codes}),
-        "gptq, 2 bits": ("gptq", {"bits": 2, **codes}),
         "eora on gptq, 2 bits": ("eora", {"base": "gptq2", **codes}),
-        "lq-lora, one form, not weighed": ("lq-lora", {"allocation": "uniform", "weigh": "none"}),
-        "lq-lora, not weighed": ("lq-lora", {"weigh": "none"}),
-        "lq-lora, no low-rank part": ("lq-lora", {"rank_bits": 0.0}),
-        "lq-lora": ("lq-lora", {}),
-        "lq-lora, trained": ("lq-lora", training),
-        "int2.1 from eora, trained": ("int2.1", {**codes, **training}),
-        "int2.1 from zero, trained": ("int2.1", {"start": "lora", **codes, **training}),
+        "int2.1, trained": ("int2.1", {**codes, **training}),
+        "lq-lora, one form for all": ("lq-lora", {"allocation": "uniform", "iterations": rounds}),
+        "lq-lora": ("lq-lora", {"iterations": rounds}),
+        "lq-lora, trained": ("lq-lora", {"iterations": rounds, **training}),
     }
 
 
@@ -65,9 +61,10 @@ def main() -> None:
     parser.add_argument("--judge", default="builtin:stdlib", help="text to judge by")
     parser.add_argument("--keep", type=float, default=0.26, help="share of the bytes in 16 bits")
     parser.add_argument("--group-size", type=int, default=16, help="of gptq, eora and int2.1")
-    parser.add_argument("--windows", type=int, default=32, help="to calibrate on, and to judge by")
+    parser.add_argument("--windows", type=int, default=16, help="to calibrate on, and to judge by")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=5, help="of lq-lora, at most; its own default is 100")
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -80,7 +77,7 @@ def main() -> None:
     judge = load_texts(args.judge, split="evaluation")
     held_out = evaluation_windows(judge, tokenizer, length=args.length, count=args.windows).ids
     print(f"{args.model}, keep {args.keep:g}; dense perplexity {evaluate(dense, held_out).perplexity:.2f}")
-    for label, (name, options) in rows(args.group_size, args.steps, args.batch).items():
+    for label, (name, options) in rows(args.group_size, args.steps, args.batch, args.rounds).items():
         start = time.perf_counter()
         try:
             outcome = compress_model(dense, make_method(name, options=options), args.keep, ids[: args.windows], ids)
