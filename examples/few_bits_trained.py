@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:tiny")
     parser.add_argument("--text", default="builtin:stdlib", help="text to calibrate and train on")
     parser.add_argument("--judge", default="builtin:stdlib", help="text to judge by")
-    parser.add_argument("--keep", type=float, default=0.26, help="share of the bytes in 16 bits")
+    parser.add_argument("--keep", type=float, default=0.265, help="share of the bytes in 16 bits")
     parser.add_argument("--group-size", type=int, default=16, help="of gptq, eora and int2.1")
     parser.add_argument("--windows", type=int, default=16, help="to calibrate on, and to judge by")
     parser.add_argument("--length", type=int, default=128)
