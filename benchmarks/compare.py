@@ -121,6 +121,15 @@ GROUPS: dict[str, list[Row]] = {
             for bits in (2, 3, 4)
             for label, options in (("no outliers", {"outliers": 0.0}), ("searched", {"search": True}))
         ),
+        *(Row(label=f"lq-lora, rank_bits {b}", method="lq-lora", options={"rank_bits": b}) for b in (0.0, 0.25, 0.5)),
+        Row(label="lq-lora, not weighed", method="lq-lora", options={"weigh": "none"}),
+        Row(label="lq-lora, one form", method="lq-lora", options={"allocation": "uniform"}),
+        Row(label="lq-lora, trained", method="lq-lora", preset="trained"),
+        *(
+            Row(label=f"int2.1 on {base}, {start}", method="int2.1", options={"base": base, "start": start})
+            for base in ("rtn2", "gptq2")
+            for start in ("eora", "svd", "lora")
+        ),
     ],
     "searched": [
         Row(label="svd-llm, global", method="svd-llm", options={"allocation": "global"}),

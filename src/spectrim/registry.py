@@ -38,6 +38,8 @@ MODEL_METHODS: dict[str, str] = {
     "eora": "spectrim.methods.weights.eora:EoRA",
     "squeezellm": "spectrim.methods.weights.squeezellm:SqueezeLLM",
     "spqr": "spectrim.methods.weights.spqr:SpQR",
+    "int2.1": "spectrim.methods.weights.int21:INT21",
+    "lq-lora": "spectrim.methods.weights.lq_lora:LQLoRA",
 }
 """Methods that treat the model as a whole (model_method.ModelMethod)."""
 

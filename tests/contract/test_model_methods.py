@@ -23,6 +23,7 @@ from spectrim.integrations.folder import finalise, write_folder
 from spectrim.integrations.transformers import make_dense
 from spectrim.job import stored_in
 from spectrim.linalg.bits import PER_NUMBER
+from spectrim.linalg.knapsack import has_solver
 from spectrim.method import Method, MethodInfo
 from spectrim.model_method import Job, ModelMethod
 from spectrim.models.walk import weight_of
@@ -41,6 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eora": {"base": "gptq4", "group_size": 8, "search": False},
     "squeezellm": {"bits": 3, "outliers": 0.02, "sensitive": 0.01},
     "spqr": {"bits": 8, "group_size": 8, "statistic_bits": 4, "outliers": 0.09, "threshold": 3e-5},
+    "int2.1": {"base": "gptq4", "group_size": 8, "search": False, "steps": 4, "batch_size": 4},
+    "lq-lora": {"rank_bits": 2.0, "iterations": 3, "steps": 4, "batch_size": 4},
 }
 """Options for the tiny model, of methods whose defaults are for larger ones."""
 ARCHITECTURE: dict[str, str] = {}
@@ -137,7 +140,20 @@ def written(outcome: Outcome, folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-every_name = pytest.mark.parametrize("name", ["rows", *MODEL_METHODS])
+NEEDS_SOLVER = {"lq-lora"}
+"""Methods that need the extra `ilp`."""
+every_name = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                name in NEEDS_SOLVER and not has_solver(), reason="SciPy (extra `ilp`) is not installed"
+            ),
+        )
+        for name in ["rows", *MODEL_METHODS]
+    ],
+)
 
 
 @every_name

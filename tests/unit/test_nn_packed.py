@@ -12,14 +12,16 @@ from spectrim.linalg.bilevel import BilevelRule
 from spectrim.linalg.codebook import fit_codebook, from_codebook
 from spectrim.linalg.columns import solve_columns
 from spectrim.linalg.factor import Factors
+from spectrim.linalg.normal_float import Form, from_normal, round_to_normal
 from spectrim.linalg.outliers import entries_at, to_gaps, with_entries
 from spectrim.linalg.quantise import BITS, dequantise, round_to_nearest
 from spectrim.linalg.sparse24 import from_half, to_half, two_of_four
-from spectrim.nn.packed import PackedLinear
+from spectrim.nn.packed import CorrectionLinear, PackedLinear
 from spectrim.nn.stores import PlainStore, Store
 from spectrim.nn.stores_bilevel import BilevelStore
 from spectrim.nn.stores_codebook import CodebookStore
 from spectrim.nn.stores_half import HalfStore
+from spectrim.nn.stores_normal import NormalStore
 from spectrim.nn.stores_outliers import OutlierStore
 from spectrim.nn.stores_uniform import UniformStore
 
@@ -64,6 +66,10 @@ def store(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Store, Tensor]
         return bilevel(weight, int(kind.split()[1]), dtype)
     if kind.startswith("codebook"):
         return codebook(weight, int(kind.split()[1]), dtype)
+    if kind.startswith("normal"):
+        form = Form(bits=int(kind[-1]), block=5, scale_bits=3, scale_block=7)  # neither divides
+        rounded = round_to_normal(weight, form)
+        return NormalStore.holding(rounded, form, dtype=dtype), from_normal(rounded, form, torch.float64)
     if not kind.startswith("half"):
         return uniform(weight, int(kind[0]), kind.endswith("sym"), dtype)
     half = to_half(weight, two_of_four(weight.abs()))
@@ -74,7 +80,7 @@ def store(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Store, Tensor]
 
 
 SINGLE = ["plain", "half", "half 4", *(f"{bits} {sign}" for bits, sign in product(BITS, ("sym", "zeros")))]
-SINGLE += ["codebook 2", "codebook 3", "codebook 4", "bilevel 4", "bilevel 5"]
+SINGLE += ["codebook 2", "codebook 3", "codebook 4", "bilevel 4", "bilevel 5", *(f"normal {bits}" for bits in BITS)]
 KINDS = [*SINGLE, *(f"outliers, {kind}" for kind in SINGLE)]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 with_and_without = pytest.mark.parametrize("rank", [0, RANK])
@@ -172,6 +178,7 @@ GOOD: dict[str, Any] = {
 BILEVEL = {"kind": "bilevel", "bits": 3, "group_size": 8, "statistic_bits": 3, "rows": 4}
 APART = {"kind": "outliers", "entries": 3, "gap_bytes": 3, "inner": BILEVEL}
 HALF = {"kind": "half", "values": {"kind": "plain"}}
+NORMAL = {"kind": "normal", "bits": 3, "block": 8, "scale_bits": 4, "scale_block": 64}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,7 @@ HALF = {"kind": "half", "values": {"kind": "plain"}}
         ({"correction": 13}, "from 0 to 12"),
         ({"correction": True}, "correction True"),
         ({"correction": None}, "correction None"),
-        ({"base": None}, "its kind must be one of plain, uniform"),
+        ({"base": None}, "its kind must be one of plain, uniform, "),
         ({"base": {"kind": "pickle"}}, "its kind must be one of"),
         ({"base": {"kind": ["uniform"]}}, "its kind must be one of"),
         ({"base": {**GOOD["base"], "bits": 5}}, "bits 5; it must be one of 2, 3, 4, 8"),
@@ -209,6 +216,15 @@ HALF = {"kind": "half", "values": {"kind": "plain"}}
         ({"base": {**APART, "inner": {"kind": "codebook", "bits": 5}}}, "bits 5"),
         ({"base": {"kind": "half"}}, "its kind must be one of"),
         ({"base": {"kind": "half", "values": {**GOOD["base"], "group_size": 16}}}, "must divide the 8 inputs"),
+        ({"base": {**NORMAL, "bits": 5}}, "bits 5; it must be one of 2, 3, 4, 8"),
+        ({"base": {**NORMAL, "bits": True}}, "bits True"),
+        ({"base": {**NORMAL, "scale_bits": 16}}, "scale_bits 16; it must be one of"),
+        ({"base": {**NORMAL, "scale_bits": None}}, "scale_bits None"),
+        ({"base": {**NORMAL, "block": 0}}, "block 0; it must be a number from 1 to 16"),
+        ({"base": {**NORMAL, "block": 17}}, "from 1 to 16"),
+        ({"base": {**NORMAL, "block": "8"}}, "block '8'"),
+        ({"base": {**NORMAL, "scale_block": 193}}, "scale_block 193; it must be a number from 1 to 192"),
+        ({"base": {**NORMAL, "scale_block": -1}}, "scale_block -1"),
     ],
 )
 def test_an_entry_that_fits_no_layer_is_refused(change, said):
@@ -267,3 +283,36 @@ def test_gradients_reach_tables_second_grids_and_entries_apart():
         made, _, _ = layer(kind, 0, bias=False)
         made(torch.ones(1, INPUTS)).sum().backward()
         assert {name for name, p in made.named_parameters() if p.grad is not None} == {f"base.{n}" for n in names}
+
+
+# ---------- training of the correction alone
+
+
+@every_kind
+def test_a_correction_in_training_is_the_layer_and_goes_back_into_it(kind):
+    made, weight, bias = layer(kind, RANK)
+    training = CorrectionLinear(made)
+    assert [name for name, _ in training.named_parameters()] == ["U.unit", "V.unit"]
+    x = normal(6, 4, INPUTS)
+    torch.testing.assert_close(training(x.float()).double(), x @ weight.mT + bias, rtol=1e-5, atol=1e-5)
+    training(x.float()).square().sum().backward()
+    with torch.no_grad():
+        for parameter in training.parameters():
+            assert parameter.grad is not None
+            parameter -= 0.01 * parameter.grad / parameter.grad.abs().max()
+    again = training.stored(made)
+    torch.testing.assert_close(again(x.float()), training(x.float()), rtol=1e-5, atol=1e-5)
+    assert again.base is made.base
+    assert again.entry() == made.entry()
+    assert not torch.allclose(again(x.float()), made(x.float()), atol=1e-6)
+
+
+def test_a_correction_that_starts_at_zero_can_move():
+    """Its scale is that at which it would be as large as the base; a scale of 0 or 1 would not train."""
+    base, _ = store("4 sym")
+    factors = Factors(torch.zeros(OUTPUTS, RANK), normal(3, RANK, INPUTS).float())
+    training = CorrectionLinear(PackedLinear.holding(base, factors, None, dtype=torch.float32))
+    with torch.no_grad():
+        training.U.unit.normal_(generator=torch.Generator().manual_seed(0))
+    added = (training.U() @ training.V()).detach()
+    assert 0.5 < float(added.square().mean().sqrt() / training.base.square().mean().sqrt()) < 2

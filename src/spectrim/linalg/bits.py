@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from spectrim.linalg.bilevel import row_blocks
+from spectrim.linalg.normal_float import Form, blocks_in
 from spectrim.linalg.outliers import most_gap_bytes
 from spectrim.linalg.quantise import group_count, packed_width
 
@@ -77,6 +78,15 @@ def codebook_account(outputs: int, inputs: int, bits: int) -> Account:
 def outliers_account(outputs: int, inputs: int, entries: int) -> Account:
     """At most: entries in 16 bits, and as many bytes for where they stand as the worst places take."""
     return Account(values=entries * VALUE_BYTES, indices=most_gap_bytes(outputs * inputs, entries))
+
+
+def normal_account(outputs: int, inputs: int, form: Form) -> Account:
+    """Codes and scales of both levels of `linalg/normal_float.py`; codes packed row by row, scale codes as one row."""
+    blocks, tops = blocks_in(outputs, inputs, form)
+    return Account(
+        codes=outputs * packed_width(inputs, form.bits),
+        scales=packed_width(outputs * blocks, form.scale_bits) + tops * VALUE_BYTES,
+    )
 
 
 def sparse24_account(outputs: int, inputs: int) -> Account:

@@ -16,6 +16,7 @@ from spectrim.linalg.bits import size_of
 from spectrim.linalg.factor import Factors
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.stores import Store, store_from_entry
+from spectrim.nn.unit import Unit
 
 
 class PackedLinear(StoredLinear):
@@ -91,3 +92,38 @@ class PackedLinear(StoredLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, base={self.base.entry()}, correction={self.correction}"
+
+
+class CorrectionLinear(nn.Module):
+    """A packed layer while its correction trains: U and V in units of their own size, all else frozen.
+
+    The base's weight is held in full meanwhile, so that a step does not unpack it.
+    """
+
+    base: Tensor
+    bias: Tensor | None
+
+    def __init__(self, before: PackedLinear) -> None:
+        super().__init__()
+        assert before.U is not None, "a layer without a correction has nothing to train"
+        assert before.V is not None
+        self.in_features, self.out_features = before.in_features, before.out_features
+        base = before.base.matrix(torch.float32).detach()
+        self.register_buffer("base", base, persistent=False)
+        self.register_buffer("bias", None if before.bias is None else before.bias.detach().float(), persistent=False)
+        # A start of zero has no size of its own: that at which the correction would be as large as the base.
+        spread = float(before.V.weight.detach().double().square().mean().sqrt()) * before.correction**0.5
+        size = float(base.double().square().mean().sqrt())
+        self.U = Unit(before.U.weight, of_zero=size / spread if size and spread else 1.0)
+        self.V = Unit(before.V.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., I) to (..., O)."""
+        y = nn.functional.linear(x, self.base, self.bias)
+        return y + nn.functional.linear(nn.functional.linear(x, self.V()), self.U())
+
+    def stored(self, like: PackedLinear) -> PackedLinear:
+        """The packed layer with the correction as it is now; base and bias are those of `like`."""
+        assert like.U is not None
+        factors = Factors(self.U.value(), self.V.value())
+        return PackedLinear.holding(like.base, factors, like.bias, dtype=like.U.weight.dtype)

@@ -4,6 +4,7 @@
     uniform    codes of 2, 3, 4 or 8 bits with a scale (and a zero) for each group      linalg/quantise.py
     bilevel    such codes in small groups, their scales and zeros in codes too          linalg/bilevel.py
     codebook   codes of 2, 3 or 4 bits with a table of levels for each row              linalg/codebook.py
+    normal     codes for quantiles of the normal distribution, scales in few bits       linalg/normal_float.py
     half       two of every four, and where they stand; the values are a store again    linalg/sparse24.py
     outliers   any of these, with a few entries kept apart in 16 bits                   linalg/outliers.py
 
@@ -27,6 +28,7 @@ STORES = {
     "half": "spectrim.nn.stores_half:HalfStore",
     "trellis": "spectrim.nn.stores_trellis:TrellisStore",
     "outliers": "spectrim.nn.stores_outliers:OutlierStore",
+    "normal": "spectrim.nn.stores_normal:NormalStore",
 }
 """Kind in the file to class, imported at first use."""
 

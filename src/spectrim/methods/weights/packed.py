@@ -6,7 +6,7 @@ one, with scales, zeros, indices, corrections and biases (linalg/bits.py).
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -32,35 +32,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedMethod(ModelMethod):
-    """A method whose layers are `packed`: a base in few bits, perhaps with a low-rank correction."""
+class BytesMethod(ModelMethod):
+    """A method whose layers are `packed` and whose budget is in bytes."""
 
     codecs: ClassVar[tuple[str, ...]] = ("packed",)
     budget_unit: ClassVar[Unit] = "bytes"
 
-    sequential: bool = False
-    """Whether a block is calibrated behind the compressed blocks before it (engines/blockwise.py)."""
-
     @abstractmethod
     def account(self, layer: Layer) -> Account:
-        """What the base of a layer takes; UsageError where the layer does not fit it."""
-
-    @abstractmethod
-    def store_of(self, weight: Tensor, stats: Stats, dtype: torch.dtype) -> Store:
-        """The base of a weight (O, I), given in float64; its numbers in `dtype`."""
-
-    def ranks(self, layers: Sequence[Layer], left: int) -> list[int]:
-        """Rank of the correction of each layer, from the bytes that bases and biases leave."""
-        return [0] * len(layers)
-
-    def correction(self, missing: Tensor, stats: Stats, rank: int) -> Factors | None:
-        """A low-rank stand-in for what the base misses of the weight (O, I)."""
-        return None
-
-    @property
-    def reads_dense_stats(self) -> bool:
-        """Not where statistics are measured behind compressed blocks."""
-        return bool(self.needs) and not self.sequential
+        """The least that a layer takes, its bias apart; UsageError where the layer does not fit the method."""
 
     def check_model(self, config: "PretrainedConfig", walk: Walk, keep: float) -> None:
         """Refuse layers that do not fit, and a `keep` that even the bases alone do not meet."""
@@ -69,13 +49,6 @@ class PackedMethod(ModelMethod):
     def bases(self, walk: Walk) -> Account:
         """What bases and biases of all layers take."""
         return sum((self.account(la) + bias_account(la.outputs, bias=la.has_bias) for la in walk.layers), Account())
-
-    def stored(self, walk: Walk, budget: int) -> int:
-        """Bases, biases and corrections."""
-        bases = self.bases(walk).total
-        ranks = self.ranks(walk.layers, budget - bases)
-        pairs = zip(walk.layers, ranks, strict=True)
-        return bases + sum(correction_account(layer.outputs, layer.inputs, rank).total for layer, rank in pairs)
 
     def bytes_left(self, walk: Walk, budget: int, keep: float) -> int:
         """What bases and biases leave of the budget; UsageError when it is nothing."""
@@ -96,6 +69,38 @@ class PackedMethod(ModelMethod):
     def sizes(self) -> Mapping[str, Any]:
         """The options that decide the size of the base, for messages."""
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedMethod(BytesMethod):
+    """A method that makes a base in few bits, and perhaps a low-rank correction of what the base misses."""
+
+    sequential: bool = False
+    """Whether a block is calibrated behind the compressed blocks before it (engines/blockwise.py)."""
+
+    @abstractmethod
+    def store_of(self, weight: Tensor, stats: Stats, dtype: torch.dtype) -> Store:
+        """The base of a weight (O, I), given in float64; its numbers in `dtype`."""
+
+    def ranks(self, layers: Sequence[Layer], left: int) -> list[int]:
+        """Rank of the correction of each layer, from the bytes that bases and biases leave."""
+        return [0] * len(layers)
+
+    def correction(self, missing: Tensor, stats: Stats, rank: int) -> Factors | None:
+        """A low-rank stand-in for what the base misses of the weight (O, I)."""
+        return None
+
+    @property
+    def reads_dense_stats(self) -> bool:
+        """Not where statistics are measured behind compressed blocks."""
+        return bool(self.needs) and not self.sequential
+
+    def stored(self, walk: Walk, budget: int) -> int:
+        """Bases, biases and corrections."""
+        bases = self.bases(walk).total
+        ranks = self.ranks(walk.layers, budget - bases)
+        pairs = zip(walk.layers, ranks, strict=True)
+        return bases + sum(correction_account(layer.outputs, layer.inputs, rank).total for layer, rank in pairs)
 
     def compress(self, job: Job) -> "PreTrainedModel":
         """Layer by layer, or block by block with what the blocks before now make."""
@@ -119,18 +124,32 @@ class PackedMethod(ModelMethod):
         return model
 
     def _packed(self, module: nn.Module, layer: Layer, measured: Stats, rank: int) -> PackedLinear:
-        weight = weight_of(module).detach()
-        if not measured.is_finite():
-            raise NumericalError(f"{layer.name}: its statistics hold NaN or Inf; measure again on other text")
-        try:
-            base = self.store_of(weight.double(), measured, weight.dtype)
-            factors = None
-            if rank:
-                factors = self.correction(weight.double() - base.matrix(torch.float64).detach(), measured, rank)
-        except SolverError as error:
-            raise NumericalError(f"{layer.name}: {error}; use more calibration text") from error
-        bias = cast("Tensor | None", module.bias)
-        return PackedLinear.holding(base, factors, bias, dtype=weight.dtype)
+        def parts(weight: Tensor, dtype: torch.dtype) -> Parts:
+            base = self.store_of(weight, measured, dtype)
+            if not rank:
+                return base, None
+            return base, self.correction(weight - base.matrix(torch.float64).detach(), measured, rank)
+
+        return packed_layer(layer.name, module, measured, parts)
+
+
+Parts = tuple[Store, Factors | None]
+"""A base and its correction."""
+
+
+def packed_layer(
+    name: str, module: nn.Module, measured: Stats, parts: Callable[[Tensor, torch.dtype], Parts]
+) -> PackedLinear:
+    """A linear layer from the `parts` made of its weight (O, I), float64; NumericalError names the layer."""
+    weight = weight_of(module).detach()
+    if not measured.is_finite():
+        raise NumericalError(f"{name}: its statistics hold NaN or Inf; measure again on other text")
+    try:
+        base, factors = parts(weight.double(), weight.dtype)
+    except SolverError as error:
+        raise NumericalError(f"{name}: {error}; use more calibration text") from error
+    bias = cast("Tensor | None", module.bias)
+    return PackedLinear.holding(base, factors, bias, dtype=weight.dtype)
 
 
 def check_bits(method: str, bits: int, allowed: Sequence[int] = BITS, *, name: str = "bits") -> None:

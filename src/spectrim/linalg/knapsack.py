@@ -1,0 +1,127 @@
+"""One option for each layer, with the least sum of errors under a budget: the multiple-choice knapsack, exactly.
+
+    minimise  sum_l error_l(k_l)   subject to   sum_l cost_l(k_l) <= budget,   one k_l for each layer l
+
+as a 0/1 program for the branch and cut of HiGHS (`scipy.optimize.milp`), down to a gap of 0. `linalg/allocate.py` does
+the same by one price for all layers (the convex hull of each menu) and a greedy fill: no package needed, and worse than
+the optimum by at most what one layer can gain. It is the check here: the answer is never worse than that one's.
+
+Options that another one of their layer beats in both are left out before. Costs and errors are scaled to about 1e4, so
+that HiGHS's absolute tolerances (1e-6) are relative ones: "exactly" is to 1e-9 of the largest error and of the budget,
+and the budget itself is held in whole numbers.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectrim.linalg.allocate import Options, allocate
+from spectrim.linalg.solver import SolverError
+
+SIZE = 1e4
+"""Of scaled costs and errors."""
+TRIES = 8
+"""With a budget lower by what rounding went over it."""
+
+
+def has_solver() -> bool:
+    """Whether SciPy, which brings HiGHS, is installed; the package's extra `ilp`."""
+    return find_spec("scipy") is not None
+
+
+def knapsack(layers: list[Options], budget: int) -> list[int]:
+    """The index of the option each layer takes; the sum of costs never exceeds `budget`.
+
+    Errors are finite or infinite (never taken), of either sign; costs whole numbers. ValueError when the cheapest
+    options do not fit, ModuleNotFoundError without SciPy, SolverError when HiGHS finds no optimum.
+    """
+    usable = [_usable(layer) for layer in layers]
+    menus = [
+        Options(layer.error.double().cpu()[kept], layer.cost.long().cpu()[kept])
+        for layer, kept in zip(layers, usable, strict=True)
+    ]
+    by_price = allocate(menus, budget)
+    found = _optimum(menus, budget)
+    best = min((found, by_price), key=lambda choice: total_error(menus, choice))
+    return [int(kept[k]) for kept, k in zip(usable, best, strict=True)]
+
+
+def total_error(layers: list[Options], choice: list[int]) -> float:
+    """The sum that is minimised."""
+    return sum(float(layer.error[k]) for layer, k in zip(layers, choice, strict=True))
+
+
+def total_cost(layers: list[Options], choice: list[int]) -> int:
+    """The sum that the budget bounds."""
+    return sum(int(layer.cost[k]) for layer, k in zip(layers, choice, strict=True))
+
+
+def _usable(layer: Options) -> Tensor:
+    """Indices of the options that no other beats in both error and cost, cheapest first."""
+    error, cost = layer.error.double().cpu(), layer.cost.long().cpu()
+    if bool(torch.isnan(error).any()) or not bool(torch.isfinite(error).any()):
+        raise ValueError(f"errors of a layer are {error.tolist()[:8]}; NaN is no error, and one option must be finite")
+    by_error = error.argsort(stable=True)
+    order = by_error[cost[by_error].argsort(stable=True)]  # by cost, among equal costs by error
+    before = torch.cat([error.new_full((1,), torch.inf), error[order].cummin(0).values[:-1]])
+    return order[error[order] < before]
+
+
+def _optimum(menus: list[Options], budget: int) -> list[int]:
+    """The options that HiGHS proves best."""
+    least = sum(int(menu.cost.min()) for menu in menus)
+    left = budget - least
+    allowed = left
+    for _ in range(TRIES):
+        choice = _solved(menus, allowed)
+        over = total_cost(menus, choice) - budget
+        if over <= 0:
+            return choice
+        allowed -= over  # a sum that was within the tolerance of the budget and not within the budget
+    raise SolverError(f"HiGHS went over the budget of {budget:,} in {TRIES} tries")
+
+
+def _solved(menus: list[Options], left: int) -> list[int]:
+    """One call of HiGHS; `left` is what may be spent above the cheapest options."""
+    optimize, sparse = _scipy("scipy.optimize"), _scipy("scipy.sparse")
+    extra = torch.cat([menu.cost - menu.cost.min() for menu in menus]).double()
+    error = torch.cat([menu.error - menu.error.min() for menu in menus])
+    if left >= int(extra.sum()) or float(error.max()) == 0:
+        return [int(menu.error.argmin()) for menu in menus]
+    owner = torch.cat([torch.full((len(menu.cost),), row) for row, menu in enumerate(menus)])
+    unit = max(left, 1) / SIZE
+    entries = torch.cat([torch.ones(len(owner), dtype=torch.float64), extra / unit])
+    rows = torch.cat([owner, torch.full_like(owner, len(menus))])
+    columns = torch.arange(len(owner)).repeat(2)
+    matrix = sparse.csr_array(
+        (entries.numpy(), (rows.numpy(), columns.numpy())), shape=(len(menus) + 1, len(owner))
+    )  # the last row is the budget
+    # Costs are whole: half a unit above the budget forbids nothing that fits and allows nothing that does not.
+    limits = optimize.LinearConstraint(matrix, [1.0] * len(menus) + [0.0], [1.0] * len(menus) + [(left + 0.5) / unit])
+    answer = optimize.milp(
+        (error * (SIZE / error.max())).numpy(),
+        constraints=limits,
+        integrality=[1] * len(owner),
+        bounds=optimize.Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
+    if answer.status != 0:
+        raise SolverError(f"HiGHS found no optimum of {len(menus)} menus under {left:,}: {answer.message}")
+    starts = list(accumulate((len(menu.cost) for menu in menus), initial=0))
+    taken = torch.from_numpy(answer.x)
+    return [int(taken[a:b].argmax()) for a, b in pairwise(starts)]
+
+
+def _scipy(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("scipy"):
+            raise
+        raise ModuleNotFoundError(
+            "the exact knapsack needs SciPy (HiGHS), which is not installed; install spectrim[ilp]", name="scipy"
+        ) from error
