@@ -20,6 +20,8 @@ from spectrim.cli_options import (
     CalibWindows,
     Device,
     Dtype,
+    FactorBits,
+    FactorGroupSize,
     Json,
     Keep,
     KeepOrNone,
@@ -68,6 +70,8 @@ def compress(
     preset: Preset = None,
     set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
     recover: Recover = [],  # noqa: B006
+    factor_bits: FactorBits = None,
+    factor_group_size: FactorGroupSize = 128,
     calib: Calib = "builtin:stdlib",
     calib_windows: CalibWindows = None,
     calib_length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
@@ -102,7 +106,8 @@ def compress(
         calib=calib, calib_windows=calib_windows, calib_length=calib_length, gradient_windows=gradient_windows,
         train_windows=train_windows, eval=eval_, eval_windows=eval_windows, tokenizer=tokenizer, device=device,
         dtype=dtype, seed=seed, any_size=any_size, anchors=sizes, any_size_steps=any_size_steps,
-        quality_gate=quality_gate, allow_nonfinite=allow_nonfinite,  # type: ignore[arg-type]  checked there
+        quality_gate=quality_gate, factor_bits=factor_bits, factor_group_size=factor_group_size,
+        allow_nonfinite=allow_nonfinite,  # type: ignore[arg-type]  checked there
     )  # fmt: skip
     request.check()  # before transformers is imported: a mistake is told at once
     from spectrim.evaluate.gate import refuse_failed

@@ -8,7 +8,6 @@ one, with scales, zeros, indices, corrections and biases (linalg/bits.py).
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -25,6 +24,7 @@ from spectrim.model_method import Job, ModelMethod
 from spectrim.models.walk import Layer, Walk, weight_of
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.stores import Store
+from spectrim.options import check_group_size
 from spectrim.stats import Stats
 
 if TYPE_CHECKING:
@@ -141,12 +141,7 @@ def check_bits(method: str, bits: int) -> None:
 
 def check_group(method: str, layer: Layer, group_size: int, inputs: int) -> None:
     """Refuse a group size that does not divide the inputs of a layer, with those that do."""
-    if group_size and inputs % group_size:
-        fits = [2**k for k in range(2, 11) if gcd(inputs, 2**k) == 2**k]
-        raise UsageError(
-            f"method {method}: group_size {group_size} does not divide the {inputs} inputs of {layer.name}; "
-            f"{', '.join(map(str, fits)) or 'no power of two from 4 on'} would, and 0 is one group a row"
-        )
+    check_group_size(f"method {method}: group_size", layer.name, inputs, group_size)
 
 
 def _rounded_up(share: float) -> str:

@@ -1,0 +1,155 @@
+"""Low-rank layers in few bits: after encoding and recovery, each `factor` or `pivot` layer becomes a quantised one.
+
+What a layer's parts become is worked out in linalg/quantised_factors.py; here is the walk. Layers that stayed dense
+become `packed` ones of the same bits, by the column solver (gptq).
+
+quantise_factors   from statistics that are given, of all layers or of some, with bits for each if wanted
+quantise_behind    block by block: a block is calibrated behind the quantised blocks before it
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectrim.engines.blockwise import block_by_block
+from spectrim.engines.measure import Progress
+from spectrim.errors import NumericalError
+from spectrim.linalg.columns import gptq
+from spectrim.linalg.factor import Factors
+from spectrim.linalg.pivot import unpack_mask
+from spectrim.linalg.quantise import Rounded, dequantise
+from spectrim.linalg.quantised_factors import round_factors, round_pivots
+from spectrim.linalg.solver import LinAlgError, SolverError
+from spectrim.memory import Batch
+from spectrim.models.walk import Walk, weight_of
+from spectrim.nn.codecs import StoredLinear
+from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.packed import PackedLinear
+from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
+from spectrim.nn.stores_uniform import UniformStore
+from spectrim.options import FACTOR_GROUP_SIZE, check_group_size
+from spectrim.stats import Stat, Stats
+
+WINDOWS = 4
+"""Calibration windows at a time."""
+
+
+def quantise_factors(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    walk: Walk,
+    stats: Mapping[str, Stats],
+    bits: int | Mapping[str, int],
+    *,
+    group_size: int = FACTOR_GROUP_SIZE,
+    symmetric: bool = False,
+) -> None:
+    """Quantise the layers of `model` that `stats` holds, in place; GRAM is that of their inputs as they are to be seen.
+
+    `bits` may be given for each layer by name; a layer that is not in it stays as it is. `dense` holds the weights that
+    the factors stand for. Deterministic. NumericalError names a layer that cannot be quantised.
+    """
+    for layer in walk.layers:
+        wide = bits if isinstance(bits, int) else bits.get(layer.name)
+        if layer.name not in stats or wide is None:
+            continue
+        module, weight = model.get_submodule(layer.name), weight_of(dense.get_submodule(layer.name)).detach()
+        given = stats[layer.name]
+        if not given.is_finite():
+            raise NumericalError(f"{layer.name}: its statistics hold NaN or Inf; measure again on other text")
+        try:
+            made = quantise_layer(module, weight, given.get(Stat.GRAM), wide, group_size, symmetric=symmetric)
+        except (SolverError, LinAlgError) as error:
+            raise NumericalError(f"{layer.name}: {error}; use more calibration text") from error
+        _require_finite(layer.name, made)
+        model.set_submodule(layer.name, made.train(module.training))
+
+
+def quantise_behind(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    walk: Walk,
+    ids: Tensor,
+    bits: int | Mapping[str, int],
+    *,
+    group_size: int = FACTOR_GROUP_SIZE,
+    symmetric: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Quantise all layers of `model` in place, a block on what the quantised blocks before it make of `ids`.
+
+    When it fails, the model has the layers that it had before.
+    """
+    before = {layer.name: model.get_submodule(layer.name) for layer in walk.layers}
+
+    def restore() -> None:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+
+    def place(stats: Mapping[str, Stats]) -> None:
+        quantise_factors(model, dense, walk, stats, bits, group_size=group_size, symmetric=symmetric)
+
+    def once(size: int) -> None:
+        restore()  # a batch that was too large may have left a part of them quantised
+        block_by_block(model, walk, ids, frozenset({Stat.GRAM}), place, batch_size=size, progress=progress)
+
+    try:
+        Batch(WINDOWS).run("quantise", once)
+    except BaseException:
+        restore()
+        raise
+
+
+def quantise_layer(
+    module: nn.Module, weight: Tensor, gram: Tensor, bits: int, group_size: int, *, symmetric: bool = False
+) -> StoredLinear:
+    """One layer: `weight` (O, I) is what it stands for, `gram` (I, I) the second moment of its inputs.
+
+    Any other layer than a low-rank one becomes its own weight in codes.
+    """
+    wide, gram = weight.double(), gram.double()
+    dtype = weight.dtype
+
+    def keep(matrix: Tensor, moment: Tensor) -> tuple[UniformStore, Tensor]:
+        size = group_of(matrix.shape[1], group_size)
+        rounded = gptq(matrix, moment, bits, size, symmetric=symmetric, search=True)
+        return _stored(rounded, bits, size, dtype), dequantise(rounded, bits, torch.float64)
+
+    bias = cast("Tensor | None", module.bias)
+    if isinstance(module, LowRankLinear):
+        factors = Factors(module.U.weight.detach().double(), module.V.weight.detach().double())
+        left, right = round_factors(wide, factors, gram, keep)
+        return QuantisedFactorLinear.holding(right, left, bias, dtype=dtype)
+    if isinstance(module, PivotLinear):
+        others = wide[~unpack_mask(module.mask, module.out_features)]
+        parts = module.pivot.weight.detach().double(), module.rest.weight.detach().double()
+        rows, rest = round_pivots(others, *parts, gram, keep)
+        return QuantisedPivotLinear.holding(rows, rest, module.mask, bias, dtype=dtype)
+    return PackedLinear.holding(keep(weight_of(module).detach().double(), gram)[0], None, bias, dtype=dtype)
+
+
+def group_of(inputs: int, group_size: int) -> int:
+    """Inputs of a part that share a grid: `group_size` if it divides them, else its largest divisor... """
+    return group_size if group_size and inputs % group_size == 0 else 0
+
+
+def _stored(rounded: Rounded, bits: int, group_size: int, dtype: torch.dtype) -> UniformStore:
+    return UniformStore.holding(rounded, bits=bits, group_size=group_size, dtype=dtype)
+
+
+def _require_finite(name: str, layer: StoredLinear) -> None:
+    for key, tensor in layer.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericalError(
+                f"{name}: its {key} hold NaN or Inf and cannot be quantised; nothing is written. Check the recovery "
+                "steps before it, or use more calibration text"
+            )
+
+
+def check_groups(walk: Walk, bits: int | None, group_size: int) -> None:
+    """Refuse a group size that does not divide the inputs of a layer."""
+    for layer in walk.layers if bits is not None else ():
+        check_group_size("factor_group_size", layer.name, layer.inputs, group_size)
