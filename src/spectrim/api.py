@@ -37,9 +37,9 @@ def compress(
     """Compress a model to `keep` of the stored numbers of its decoder linears.
 
     model: a hub id, a local folder, `builtin:tiny`, or a model in memory (then `calibration` holds token ids
-    (windows, length)). `options` are fields of the method; `factor_bits` (8, 4 or 3) those that low-rank and dense
-    layers are quantised to at the end, in groups of `factor_group_size` inputs (docs/quantise.md). Other keywords are fields of `spectrim.job.Request`
-    (calib, calib_windows, device, dtype, ...). The given model is not changed.
+    (windows, length)). `options` are fields of the method. `factor_bits` (8, 4 or 3) are those that low-rank and dense
+    layers are quantised to at the end, in groups of `factor_group_size` inputs (docs/quantise.md). Other keywords are
+    fields of `spectrim.job.Request` (calib, calib_windows, device, dtype, ...). The given model is not changed.
 
     >>> import spectrim
     >>> small = spectrim.compress("builtin:tiny", keep=0.8, method="svd", eval="none")

@@ -67,7 +67,7 @@ def check_factors(method: "Method", bits: int | None) -> None:
         return
     if not method.codecs or not {*method.codecs} <= {"factor", "pivot"}:
         raise UsageError(
-            f"method {method.info.name}: factor_bits quantise layers of the codecs factor and pivot, and its layers are "
+            f"method {method.info.name}: factor_bits quantise layers of the codecs factor and pivot, its layers are "
             f"{', '.join(method.codecs) or 'plain ones'}; leave --factor-bits out, or take a low-rank method (soco, "
             "svd-llm, ...)"
         )

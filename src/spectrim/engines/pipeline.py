@@ -123,7 +123,7 @@ def compress_model(
     )  # fmt: skip
     if factor_bits is not None:
         with timed(clock, "quantise"):
-            given = (made.student, dense, walk, calibration, factor_bits)
+            given = (made.student, walk, calibration, factor_bits)
             quantise_behind(*given, group_size=factor_group_size, progress=progress)
     return Outcome(
         model=made.student.eval(),

@@ -19,10 +19,10 @@ from spectrim.engines.measure import Progress
 from spectrim.errors import NumericalError
 from spectrim.linalg.columns import gptq
 from spectrim.linalg.factor import Factors
-from spectrim.linalg.pivot import unpack_mask
+from spectrim.linalg.metric import shrink
 from spectrim.linalg.quantise import Rounded, dequantise
 from spectrim.linalg.quantised_factors import round_factors, round_pivots
-from spectrim.linalg.solver import LinAlgError, SolverError
+from spectrim.linalg.solver import LinAlgError
 from spectrim.memory import Batch
 from spectrim.models.walk import Walk, weight_of
 from spectrim.nn.codecs import StoredLinear
@@ -35,11 +35,12 @@ from spectrim.stats import Stat, Stats
 
 WINDOWS = 4
 """Calibration windows at a time."""
+OUTPUT_SHRINKAGE = 0.2
+"""Of the gradient covariance, as in methods/weights/two_sided.py."""
 
 
 def quantise_factors(
     model: PreTrainedModel,
-    dense: PreTrainedModel,
     walk: Walk,
     stats: Mapping[str, Stats],
     bits: int | Mapping[str, int],
@@ -47,22 +48,24 @@ def quantise_factors(
     group_size: int = FACTOR_GROUP_SIZE,
     symmetric: bool = False,
 ) -> None:
-    """Quantise the layers of `model` that `stats` holds, in place; GRAM is that of their inputs as they are to be seen.
+    """Quantise the layers of `model` that `stats` holds, in place.
 
-    `bits` may be given for each layer by name; a layer that is not in it stays as it is. `dense` holds the weights that
-    the factors stand for. Deterministic. NumericalError names a layer that cannot be quantised.
+    GRAM is that of their inputs as they are to be seen; OUTPUT_GRAD, where it is there, weighs their outputs. `bits`
+    may be given for each layer by name; a layer that is not in it stays as it is. Deterministic. NumericalError names
+    a layer that cannot be quantised.
     """
     for layer in walk.layers:
         wide = bits if isinstance(bits, int) else bits.get(layer.name)
         if layer.name not in stats or wide is None:
             continue
-        module, weight = model.get_submodule(layer.name), weight_of(dense.get_submodule(layer.name)).detach()
-        given = stats[layer.name]
+        module, given = model.get_submodule(layer.name), stats[layer.name]
         if not given.is_finite():
             raise NumericalError(f"{layer.name}: its statistics hold NaN or Inf; measure again on other text")
         try:
-            made = quantise_layer(module, weight, given.get(Stat.GRAM), wide, group_size, symmetric=symmetric)
-        except (SolverError, LinAlgError) as error:
+            made = quantise_layer(
+                module, given.get(Stat.GRAM), wide, group_size, outputs=_output_metric(given), symmetric=symmetric
+            )
+        except LinAlgError as error:
             raise NumericalError(f"{layer.name}: {error}; use more calibration text") from error
         _require_finite(layer.name, made)
         model.set_submodule(layer.name, made.train(module.training))
@@ -70,7 +73,6 @@ def quantise_factors(
 
 def quantise_behind(
     model: PreTrainedModel,
-    dense: PreTrainedModel,
     walk: Walk,
     ids: Tensor,
     bits: int | Mapping[str, int],
@@ -90,7 +92,7 @@ def quantise_behind(
             model.set_submodule(name, module)
 
     def place(stats: Mapping[str, Stats]) -> None:
-        quantise_factors(model, dense, walk, stats, bits, group_size=group_size, symmetric=symmetric)
+        quantise_factors(model, walk, stats, bits, group_size=group_size, symmetric=symmetric)
 
     def once(size: int) -> None:
         restore()  # a batch that was too large may have left a part of them quantised
@@ -104,40 +106,67 @@ def quantise_behind(
 
 
 def quantise_layer(
-    module: nn.Module, weight: Tensor, gram: Tensor, bits: int, group_size: int, *, symmetric: bool = False
+    module: nn.Module,
+    gram: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    outputs: Tensor | None = None,
+    symmetric: bool = False,
 ) -> StoredLinear:
-    """One layer: `weight` (O, I) is what it stands for, `gram` (I, I) the second moment of its inputs.
+    """One layer in codes; `gram` (I, I) is the second moment of its inputs, `outputs` (O, O) weighs its outputs.
 
     Any other layer than a low-rank one becomes its own weight in codes.
     """
-    wide, gram = weight.double(), gram.double()
-    dtype = weight.dtype
+    bias = cast("Tensor | None", module.bias)
+    dtype = next(module.parameters()).dtype
 
-    def keep(matrix: Tensor, moment: Tensor) -> tuple[UniformStore, Tensor]:
+    def keep(matrix: Tensor, moment: Tensor) -> tuple[Rounded, Tensor]:
         size = group_of(matrix.shape[1], group_size)
         rounded = gptq(matrix, moment, bits, size, symmetric=symmetric, search=True)
-        return _stored(rounded, bits, size, dtype), dequantise(rounded, bits, torch.float64)
+        return rounded, dequantise(rounded, bits, torch.float64)
 
-    bias = cast("Tensor | None", module.bias)
+    def stored(rounded: Rounded) -> UniformStore:
+        size = group_of(rounded.codes.shape[1], group_size)
+        return UniformStore.holding(rounded, bits=bits, group_size=size, dtype=dtype)
+
+    gram = gram.double()
     if isinstance(module, LowRankLinear):
         factors = Factors(module.U.weight.detach().double(), module.V.weight.detach().double())
-        left, right = round_factors(wide, factors, gram, keep)
-        return QuantisedFactorLinear.holding(right, left, bias, dtype=dtype)
+        left, right = round_factors(factors, gram, keep, joined, outputs=outputs)
+        return QuantisedFactorLinear.holding(stored(right), stored(left), bias, dtype=dtype)
     if isinstance(module, PivotLinear):
-        others = wide[~unpack_mask(module.mask, module.out_features)]
+        order = module.order.argsort()  # pivots first
+        placed = None if outputs is None else outputs[order][:, order]
         parts = module.pivot.weight.detach().double(), module.rest.weight.detach().double()
-        rows, rest = round_pivots(others, *parts, gram, keep)
-        return QuantisedPivotLinear.holding(rows, rest, module.mask, bias, dtype=dtype)
-    return PackedLinear.holding(keep(weight_of(module).detach().double(), gram)[0], None, bias, dtype=dtype)
+        rows, rest = round_pivots(*parts, gram, keep, joined, outputs=placed)
+        return QuantisedPivotLinear.holding(stored(rows), stored(rest), module.mask, bias, dtype=dtype)
+    return PackedLinear.holding(stored(keep(weight_of(module).detach().double(), gram)[0]), None, bias, dtype=dtype)
+
+
+def joined(blocks: list[Rounded]) -> Rounded:
+    """Blocks of rows as one matrix in codes."""
+    zeros = [block.zeros for block in blocks if block.zeros is not None]
+    return Rounded(
+        torch.cat([block.codes for block in blocks]),
+        torch.cat([block.scales for block in blocks]),
+        torch.cat(zeros) if zeros else None,
+    )
 
 
 def group_of(inputs: int, group_size: int) -> int:
-    """Inputs of a part that share a grid: `group_size` if it divides them, else its largest divisor... """
-    return group_size if group_size and inputs % group_size == 0 else 0
+    """Neighbouring inputs of a part that share a grid.
+
+    `group_size` where it divides the inputs, as it does those of the layers. A part that reads the rank dimension has
+    any number of inputs: the largest divisor of at least a quarter of `group_size`, else 0, whole rows.
+    """
+    least = max(1, group_size // 4)
+    return next((size for size in range(group_size, least - 1, -1) if size and inputs % size == 0), 0)
 
 
-def _stored(rounded: Rounded, bits: int, group_size: int, dtype: torch.dtype) -> UniformStore:
-    return UniformStore.holding(rounded, bits=bits, group_size=group_size, dtype=dtype)
+def _output_metric(stats: Stats) -> Tensor | None:
+    measured = stats.output_grad
+    return None if measured is None else shrink(measured.double(), OUTPUT_SHRINKAGE)
 
 
 def _require_finite(name: str, layer: StoredLinear) -> None:
