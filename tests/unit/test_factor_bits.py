@@ -42,7 +42,7 @@ def made(
     options = {"storage": more.pop("storage")} if "storage" in more else {}
     return compress_model(
         tiny(architecture), make_method(method, options=options | more.pop("options", {})), keep, IDS,
-        factor_bits=bits, factor_group_size=8, gradient_windows=4, **more,
+        factor_bits=bits, factor_group_size=16, gradient_windows=4, **more,
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_every_layer_is_in_codes_and_the_numbers_are_those_of_before(architectur
             assert torch.equal(layer.bias, was.bias)
         stores = layer.stores.values() if isinstance(layer, QuantisedLinear) else [layer.base]
         assert all(isinstance(store, UniformStore) and store.bits == 4 for store in stores)
-    assert outcome.factor_quantization == (4, 8)
+    assert outcome.factor_quantization == (4, 16)
 
 
 @both_storages
@@ -82,29 +82,27 @@ def test_more_bits_are_closer_to_the_model_of_before(storage):
     [
         ("soco", {"newton": 1, "steps": 0, "coupling": "none"}),
         ("soco", {"steps": 2, "batch_size": 2, "coupling": "none"}),
-        ("acip", {"steps": 2, "batch_size": 2}),
-        ("lpaf", {"prune_steps": 2, "steps": 2, "batch_size": 2}),
+        ("acip", {"steps": 4, "batch_size": 2, "adapter_rank": 2}),
+        ("lpaf", {"prune_steps": 1, "mixed_steps": 1, "batch_size": 2}),
         ("lord", {}),
-        ("mpifa", {}),
     ],
 )
 def test_methods_of_all_kinds_can_be_quantised(method, options):
-    known = make_method(method).to_config()
-    outcome = made(8, method, options={name: value for name, value in options.items() if name in known})
-    before = made(None, method, options={name: value for name, value in options.items() if name in known})
+    outcome, before = (made(bits, method, options=options) for bits in (8, None))
     assert {layer.codec for layer in layers_of(outcome).values()} <= {*QUANTISED, "packed"}
-    torch.testing.assert_close(logits_of(outcome.model, IDS), logits_of(before.model, IDS), rtol=0.1, atol=0.1)
+    found, expected = logits_of(outcome.model, IDS), logits_of(before.model, IDS)
+    assert float((found - expected).square().mean()) < 1e-3 * float(expected.square().mean())
 
 
 def test_layers_that_stayed_dense_are_what_gptq_makes_of_them():
     model = tiny("llama")
     outcome = made(None, architecture="llama", keep=1.0)
     stats = measure(model, outcome.walk, IDS, GRAM)
-    quantise_factors(model, outcome.walk, stats, 4, group_size=8)
+    quantise_factors(model, outcome.walk, stats, 4, group_size=16)
     for name, layer in layers_of(outcome).items():
         packed, weight = model.get_submodule(name), weight_of(layer).detach().double()
         assert isinstance(packed, PackedLinear)
-        rounded = gptq(weight, stats[name].get(Stat.GRAM), 4, 8, symmetric=False, search=True)
+        rounded = gptq(weight, stats[name].get(Stat.GRAM), 4, 16, symmetric=False, search=True)
         assert torch.equal(packed.dense_weight(), dequantise(rounded, 4, torch.float32))
 
 
@@ -115,27 +113,26 @@ def test_outputs_lose_less_than_when_each_part_is_rounded_for_itself(storage):
     ours = plain = 0.0
     for name, layer in layers_of(before).items():
         gram, weight = stats[name].get(Stat.GRAM), layer.dense_weight().double()
-        lost = quantise_layer(layer, gram, 3, 8).dense_weight().double() - weight
+        lost = quantise_layer(layer, gram, 3, 16).dense_weight().double() - weight
         ours += float((lost @ gram * lost).sum())
         parts = [layer.V, layer.U] if isinstance(layer, LowRankLinear) else [layer.pivot, layer.rest]
         kept = [part.weight.detach().clone() for part in parts]
-        moment = gram
-        for part in parts:
+        first = parts[0].weight.detach().double()
+        for part, moment in zip(parts, (gram, first @ gram @ first.mT), strict=True):
             wide = part.weight.detach().double()
-            rounded = gptq(wide, moment, 3, group_of(wide.shape[1], 8), symmetric=False, search=True)
+            rounded = gptq(wide, moment, 3, group_of(wide.shape[1], 16), symmetric=False, search=True)
             part.weight.data = dequantise(rounded, 3, torch.float32)
-            moment = wide @ gram @ wide.mT
         lost = layer.dense_weight().double() - weight
         plain += float((lost @ gram * lost).sum())
         for part, was in zip(parts, kept, strict=True):
             part.weight.data = was
-    assert ours < 0.8 * plain
+    assert ours < 0.9 * plain
 
 
 def test_a_block_is_calibrated_behind_the_quantised_blocks_before_it():
     once, behind = (made(None, storage="factor", architecture="llama") for _ in range(2))
-    quantise_factors(once.model, once.walk, measure(once.model, once.walk, IDS, GRAM), 3, group_size=8)
-    quantise_behind(behind.model, behind.walk, IDS, 3, group_size=8)
+    quantise_factors(once.model, once.walk, measure(once.model, once.walk, IDS, GRAM), 3, group_size=16)
+    quantise_behind(behind.model, behind.walk, IDS, 3, group_size=16)
     first, second = once.model.state_dict(), behind.model.state_dict()
     codes = [key for key in first if key.endswith("codes")]
     # Their statistics are added up over the same batches, so even the rounding of sums is the same.
@@ -147,7 +144,7 @@ def test_bits_may_differ_by_layer_and_layers_may_be_left_out():
     outcome = made(None, storage="factor")
     names = list(layers_of(outcome))
     stats = measure(outcome.model, outcome.walk, IDS, GRAM)
-    quantise_factors(outcome.model, outcome.walk, stats, {names[0]: 3, names[1]: 8}, group_size=8)
+    quantise_factors(outcome.model, outcome.walk, stats, {names[0]: 3, names[1]: 8}, group_size=16)
     found = layers_of(outcome)
     for name, bits in ((names[0], 3), (names[1], 8)):
         layer = found[name]
@@ -165,7 +162,7 @@ def test_gradients_of_the_outputs_are_used_where_they_were_measured(storage):
         gram, outputs = both[name].get(Stat.GRAM), both[name].get(Stat.OUTPUT_GRAD)
         weight = layer.dense_weight().double()
         for metric in (outputs, None):
-            lost = quantise_layer(layer, gram, 3, 8, outputs=metric).dense_weight().double() - weight
+            lost = quantise_layer(layer, gram, 3, 16, outputs=metric).dense_weight().double() - weight
             error = float((outputs @ lost @ gram * lost).sum())
             weighed, even = (weighed + error, even) if metric is not None else (weighed, even + error)
     assert weighed < even
@@ -197,7 +194,7 @@ def test_it_is_deterministic_and_a_run_that_goes_on_gives_the_same():
 def test_the_dense_model_is_not_changed():
     dense = tiny("llama")
     before = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
-    compress_model(dense, make_method("svd-llm"), 1.0, IDS, factor_bits=4, factor_group_size=8)
+    compress_model(dense, make_method("svd-llm"), 1.0, IDS, factor_bits=4, factor_group_size=16)
     assert all(torch.equal(tensor, before[key]) for key, tensor in dense.state_dict().items())
 
 
@@ -213,7 +210,7 @@ def test_a_layer_that_cannot_be_solved_is_named_and_the_model_is_as_it_was():
         return real(module, *given, **more)
 
     with mock.patch.object(engine, "quantise_layer", fail), pytest.raises(NumericalError, match=rf"^{name}: Cholesky"):
-        quantise_behind(outcome.model, outcome.walk, IDS, 4, group_size=8)
+        quantise_behind(outcome.model, outcome.walk, IDS, 4, group_size=16)
     assert all(layer is before[name] for name, layer in layers_of(outcome).items())
 
 
@@ -223,12 +220,12 @@ def test_scales_and_statistics_that_are_not_finite_name_the_layer():
     name = next(n for n, layer in layers_of(outcome).items() if isinstance(layer, LowRankLinear))
     bad = stats[name].get(Stat.GRAM) * torch.nan
     with pytest.raises(NumericalError, match=rf"{name}: its statistics hold NaN or Inf"):
-        quantise_factors(outcome.model, outcome.walk, {name: Stats(tokens=4, gram=bad)}, 4, group_size=8)
+        quantise_factors(outcome.model, outcome.walk, {name: Stats(tokens=4, gram=bad)}, 4, group_size=16)
     layer = outcome.model.get_submodule(name)
     assert isinstance(layer, LowRankLinear)
     layer.V.weight.data[0, 0] = torch.inf
-    with pytest.raises(NumericalError, match=rf"{name}: its factors hold NaN or Inf"):
-        quantise_factors(outcome.model, outcome.walk, stats, 4, group_size=8)
+    with pytest.raises(NumericalError, match=rf"{name}: its V.weight hold NaN or Inf"):
+        quantise_factors(outcome.model, outcome.walk, stats, 4, group_size=16)
 
 
 # ---------- what is refused
@@ -295,8 +292,9 @@ def test_the_folder_is_packed_loads_and_says_what_it_is(tmp_path, storage):
 
 def test_from_the_command_line_to_a_dense_folder(tmp_path):
     model, text = small_model(tmp_path / "model"), small_text(tmp_path / "text.txt")
-    common = ("compress", model, "--calib", text, *QUICK, "--eval", text, "--keep", "0.7", "--method", "svd-llm")
-    answer = call(*common, "--factor-bits", "4", "--factor-group-size", "16", "--out", tmp_path / "out", "--json")
+    common = ("--calib", text, *QUICK, "--eval", text, "--keep", "0.7", "--method", "svd-llm", "--dtype", "bfloat16")
+    bits = ("--factor-bits", "4", "--factor-group-size", "16")
+    answer = call("compress", model, *common, *bits, "--out", tmp_path / "out", "--json")
     assert answer.code == 0, answer.err
     assert answer.json["request"]["factor_bits"] == 4
     assert answer.json["reload"]["relative_logit_difference"] <= 1e-3
@@ -306,10 +304,9 @@ def test_from_the_command_line_to_a_dense_folder(tmp_path):
     assert "quantised-factor" in call("inspect", tmp_path / "out", "--json").out
     dense = call("export", tmp_path / "out", "--out", tmp_path / "dense", "--json")
     assert dense.code == 0, dense.err
-    figures = [
-        call("eval", tmp_path / where, "--data", text, "--windows", "2", "--json").json for where in ("out", "dense")
-    ]
-    assert figures[0]["perplexity"] == pytest.approx(figures[1]["perplexity"], rel=0.02)
+    judged = ("--text", text, "--windows", "2", "--length", "64", "--no-speed", "--json")
+    ours, multiplied = (call("eval", tmp_path / where, *judged).json["model"] for where in ("out", "dense"))
+    assert ours["perplexity"] == pytest.approx(multiplied["perplexity"], rel=0.02)
 
 
 def test_mistakes_exit_with_2_and_write_nothing(tmp_path):
@@ -328,7 +325,7 @@ def test_mistakes_exit_with_2_and_write_nothing(tmp_path):
 
 def test_the_python_interface_takes_them_in_memory_too():
     small = spectrim.compress(
-        tiny("llama"), keep=0.8, method="svd-llm", calibration=IDS, factor_bits=4, factor_group_size=8
+        tiny("llama"), keep=0.8, method="svd-llm", calibration=IDS, factor_bits=4, factor_group_size=16
     )
     assert small.report["factor_quantization"]["factor_bits"] == 4
     assert any(isinstance(module, QuantisedFactorLinear) for module in small.model.modules())

@@ -61,13 +61,14 @@ def quantise_factors(
         module, given = model.get_submodule(layer.name), stats[layer.name]
         if not given.is_finite():
             raise NumericalError(f"{layer.name}: its statistics hold NaN or Inf; measure again on other text")
+        require_finite(layer.name, module)
         try:
             made = quantise_layer(
                 module, given.get(Stat.GRAM), wide, group_size, outputs=_output_metric(given), symmetric=symmetric
             )
         except LinAlgError as error:
             raise NumericalError(f"{layer.name}: {error}; use more calibration text") from error
-        _require_finite(layer.name, made)
+        require_finite(layer.name, made)
         model.set_submodule(layer.name, made.train(module.training))
 
 
@@ -169,12 +170,13 @@ def _output_metric(stats: Stats) -> Tensor | None:
     return None if measured is None else shrink(measured.double(), OUTPUT_SHRINKAGE)
 
 
-def _require_finite(name: str, layer: StoredLinear) -> None:
+def require_finite(name: str, layer: nn.Module) -> None:
+    """NumericalError unless all numbers of a layer, scales among them, are finite."""
     for key, tensor in layer.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(
-                f"{name}: its {key} hold NaN or Inf and cannot be quantised; nothing is written. Check the recovery "
-                "steps before it, or use more calibration text"
+                f"{name}: its {key} hold NaN or Inf, so it cannot be quantised; nothing is written. Leave out the "
+                "recovery steps before it, or use more calibration text"
             )
 
 

@@ -121,7 +121,7 @@ def round_to_nearest(
 
 def dequantise(rounded: Rounded, bits: int, dtype: torch.dtype | None = None) -> Tensor:
     """The weight (O, I) that codes stand for, computed in `dtype` (default: that of the scales)."""
-    outputs, groups = rounded.scales.shape
+    groups = rounded.scales.shape[1]
     scales = rounded.scales if dtype is None else rounded.scales.to(dtype)
     codes = rounded.codes.unflatten(1, (groups, -1)).to(scales.dtype)
     # Codes and zeros are whole numbers up to 255: their difference is exact in bfloat16 too.
