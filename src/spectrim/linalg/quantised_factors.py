@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.factor import Factors, balance, solve_symmetric
+from spectrim.linalg.metric import quick_root
 
 Kept = TypeVar("Kept")
 Rounding = Callable[[Tensor, Tensor], tuple[Kept, Tensor]]
@@ -58,7 +59,7 @@ def round_factors(
 
     `gram` (I, I) is A and `outputs` (O, O) is B (None: 1). `together` makes one of what was kept of blocks of rows.
     """
-    left, right = spread(factors) if basis == "rotated" else balance(factors)
+    left, right = spread(factors, outputs) if basis == "rotated" else balance(factors)
     kept_left, rounded = rounding(left, moment_behind(right, gram))
     weighed = _weighed(rounded, outputs)
     refitted = refit_rows(left, rounded, right, weighed)
@@ -86,9 +87,17 @@ def round_pivots(
     return together(round_rows(refitted, gram, left.mT @ weighed, rounding)), kept_coefficients
 
 
-def spread(factors: Factors, *, seed: int = 0) -> Factors:
-    """The same product, balanced, with its rank dimension turned by a fixed random rotation (step 1)."""
-    left, right = balance(factors)
+def spread(factors: Factors, outputs: Tensor | None = None, *, seed: int = 0) -> Factors:
+    """The same product, balanced, with its rank dimension turned by a fixed random rotation (step 1).
+
+    With `outputs` (O, O), B, the left factor is measured in it.
+    """
+    if outputs is None:
+        left, right = balance(factors)
+    else:
+        root = quick_root(outputs)
+        measured, right = balance(Factors(root.root.mT @ factors.left, factors.right))
+        left = root.dual @ measured
     rank = left.shape[1]
     drawn = torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     rotation = torch.linalg.qr(drawn).Q.to(left)
