@@ -73,16 +73,6 @@ def check_factors(method: "Method", bits: int | None) -> None:
         )
 
 
-def check_group_size(what: str, layer: str, inputs: int, group_size: int) -> None:
-    """A group size that divides the inputs of a layer; UsageError with those that do."""
-    if group_size and inputs % group_size:
-        fits = [2**k for k in range(2, 11) if inputs % 2**k == 0]
-        raise UsageError(
-            f"{what} {group_size} does not divide the {inputs} inputs of {layer}; "
-            f"{', '.join(map(str, fits)) or 'no power of two from 4 on'} would, and 0 is one group a row"
-        )
-
-
 def check_device(name: str) -> None:
     """A device that computes, by its name; whether this machine has it is another question."""
     if not re.fullmatch(r"auto|(cpu|cuda|mps)(:(0|[1-9]\d?))?", name):

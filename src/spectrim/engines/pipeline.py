@@ -45,7 +45,7 @@ from spectrim.engines.ordered import ordered_plan
 from spectrim.engines.outcome import FactorQuantization, Made, Outcome
 from spectrim.engines.parts import SavedFirst, energies_of, size_of
 from spectrim.engines.propagate import propagate
-from spectrim.engines.quantise_factors import check_groups, quantise_behind
+from spectrim.engines.quantise_factors import check_asked, quantise_behind
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.recovery import recover
 from spectrim.engines.search import searched_plan
@@ -55,14 +55,7 @@ from spectrim.memory import Batch
 from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod, Method, OrderedMethod
 from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Walk, device_of, find_layers
-from spectrim.options import (
-    FACTOR_GROUP_SIZE,
-    Nonfinite,
-    check_factor_bits,
-    check_factors,
-    check_keep,
-    recovery_of,
-)
+from spectrim.options import FACTOR_GROUP_SIZE, Nonfinite, check_keep, recovery_of
 from spectrim.stats import Stat, Stats
 
 CPU_BATCH, GPU_BATCH = 4, 32
@@ -99,11 +92,9 @@ def compress_model(
     spectra, scores, trained factors.
     """
     check_keep(keep)
-    check_factor_bits(factor_bits, factor_group_size)
-    check_factors(method, factor_bits)
     steps = recovery_of(method, recovery)
     found = find_layers(dense)
-    check_groups(found, factor_bits, factor_group_size)
+    check_asked(method, found, factor_bits, factor_group_size)
     walk, warnings = check_weights(dense, found, nonfinite)
     refuse_skipped(method, walk, found)
     refuse_large_sides(method, walk)
@@ -121,10 +112,10 @@ def compress_model(
         steps, made.student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed,
         progress=progress, checkpoint=made.checkpoint,
     )  # fmt: skip
-    if factor_bits is not None:
+    rounded = None if factor_bits is None else FactorQuantization(factor_bits, factor_group_size)
+    if rounded is not None:
         with timed(clock, "quantise"):
-            given = (made.student, walk, calibration, factor_bits)
-            quantise_behind(*given, group_size=factor_group_size, progress=progress)
+            quantise_behind(made.student, walk, calibration, **rounded._asdict(), progress=progress)
     return Outcome(
         model=made.student.eval(),
         method=method,
@@ -133,7 +124,7 @@ def compress_model(
         placed=made.placed,
         learned=made.learned,
         recovered=tuple(recovered),
-        factor_quantization=None if factor_bits is None else FactorQuantization(factor_bits, factor_group_size),
+        factor_quantization=rounded,
         seconds=clock,
         gradient_windows=gradient_windows,
         warnings=[*warnings, *run.warnings, *(made.learned.warnings if made.learned else ())],
@@ -331,17 +322,8 @@ class _Run:
     def search(self, spectra: Mapping[str, Spectrum], ids: Tensor) -> Plan:
         """Ranks by what the model does with them."""
         with timed(self.clock, "search"):
-            return searched_plan(
-                self.by_layer,
-                self.dense,
-                self.walk,
-                spectra,
-                self.means,
-                self.keep,
-                ids,
-                seed=self.seed,
-                progress=self.progress,
-            )
+            given = (self.by_layer, self.dense, self.walk, spectra, self.means, self.keep, ids)
+            return searched_plan(*given, seed=self.seed, progress=self.progress)
 
     def propagate(self, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor) -> None:
         """Step 5, in place. Only forward passes; on a CPU the windows of a later round are enough of them."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.blockwise import block_by_block
 from spectrim.engines.measure import Progress
-from spectrim.errors import NumericalError
+from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.columns import gptq
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.metric import shrink
@@ -24,13 +24,14 @@ from spectrim.linalg.quantise import Rounded, dequantise
 from spectrim.linalg.quantised_factors import round_factors, round_pivots
 from spectrim.linalg.solver import LinAlgError
 from spectrim.memory import Batch
+from spectrim.method import Method
 from spectrim.models.walk import Walk, weight_of
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
 from spectrim.nn.stores_uniform import UniformStore
-from spectrim.options import FACTOR_GROUP_SIZE, check_group_size
+from spectrim.options import FACTOR_GROUP_SIZE, check_factor_bits, check_factors
 from spectrim.stats import Stat, Stats
 
 WINDOWS = 4
@@ -184,3 +185,20 @@ def check_groups(walk: Walk, bits: int | None, group_size: int) -> None:
     """Refuse a group size that does not divide the inputs of a layer."""
     for layer in walk.layers if bits is not None else ():
         check_group_size("factor_group_size", layer.name, layer.inputs, group_size)
+
+
+def check_asked(method: Method, walk: Walk, bits: int | None, group_size: int) -> None:
+    """Refuse, before anything is measured, what no step of this kind can do."""
+    check_factor_bits(bits, group_size)
+    check_factors(method, bits)
+    check_groups(walk, bits, group_size)
+
+
+def check_group_size(what: str, layer: str, inputs: int, group_size: int) -> None:
+    """A group size that divides the inputs of a layer; UsageError with those that do."""
+    if group_size and inputs % group_size:
+        fits = [2**k for k in range(2, 11) if inputs % 2**k == 0]
+        raise UsageError(
+            f"{what} {group_size} does not divide the {inputs} inputs of {layer}; "
+            f"{', '.join(map(str, fits)) or 'no power of two from 4 on'} would, and 0 is one group a row"
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spectrim.engines.blockwise import block_by_block
 from spectrim.engines.learned import skeleton
+from spectrim.engines.quantise_factors import check_group_size
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.bits import VALUE_BYTES, Account, Unit, bias_account, budget_in, correction_account
 from spectrim.linalg.factor import Factors
@@ -24,7 +25,6 @@ from spectrim.model_method import Job, ModelMethod
 from spectrim.models.walk import Layer, Walk, weight_of
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.stores import Store
-from spectrim.options import check_group_size
 from spectrim.stats import Stats
 
 if TYPE_CHECKING:
