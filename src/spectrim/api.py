@@ -16,6 +16,7 @@ from spectrim.integrations.folder import finalise, round_to
 from spectrim.job import Compressed, Request, compress_source
 from spectrim.linalg.fallback import listening, summary
 from spectrim.models.load import load_model, pick_device, resolve
+from spectrim.options import FACTOR_GROUP_SIZE
 from spectrim.registry import make_method
 from spectrim.report.facts import environment
 
@@ -28,14 +29,17 @@ def compress(
     preset: str | None = None,
     options: dict[str, Any] | None = None,
     calibration: Tensor | None = None,
+    factor_bits: int | None = None,
+    factor_group_size: int = FACTOR_GROUP_SIZE,
     seed: int = 0,
     **request: Any,
 ) -> Compressed:
     """Compress a model to `keep` of the stored numbers of its decoder linears.
 
     model: a hub id, a local folder, `builtin:tiny`, or a model in memory (then `calibration` holds token ids
-    (windows, length)). `options` are fields of the method; other keywords are fields of `spectrim.job.Request`
-    (calib, calib_windows, device, dtype, ...). The given model is not changed.
+    (windows, length)). `options` are fields of the method. `factor_bits` (8, 4 or 3) are those that low-rank and dense
+    layers are quantised to at the end, in groups of `factor_group_size` inputs (docs/quantise.md). Other keywords are
+    fields of `spectrim.job.Request` (calib, calib_windows, device, dtype, ...). The given model is not changed.
 
     >>> import spectrim
     >>> small = spectrim.compress("builtin:tiny", keep=0.8, method="svd", eval="none")
@@ -49,12 +53,14 @@ def compress(
         if unknown:
             raise UsageError(f"compress(): unknown keyword {unknown[0]!r}{did_you_mean(unknown[0], _keywords())}")
         asked = Request(
-            model=model, keep=keep, method=method, preset=preset, options=options or {}, seed=seed, **request
-        )
+            model=model, keep=keep, method=method, preset=preset, options=options or {}, seed=seed,
+            factor_bits=factor_bits, factor_group_size=factor_group_size, **request,
+        )  # fmt: skip
         return compress_source(asked, asked.check(), resolve(model))
     if request:
         raise UsageError(f"compress(): {', '.join(request)} only apply to a model given by name, not in memory")
-    return _compress_in_memory(model, keep, make_method(method, preset, options), calibration, seed)
+    rounding = {"factor_bits": factor_bits, "factor_group_size": factor_group_size}
+    return _compress_in_memory(model, keep, make_method(method, preset, options), calibration, seed, rounding)
 
 
 def _keywords() -> list[str]:
@@ -62,7 +68,12 @@ def _keywords() -> list[str]:
 
 
 def _compress_in_memory(
-    model: PreTrainedModel, keep: float, method: Any, calibration: Tensor | None, seed: int
+    model: PreTrainedModel,
+    keep: float,
+    method: Any,
+    calibration: Tensor | None,
+    seed: int,
+    rounding: dict[str, Any],
 ) -> Compressed:
     from spectrim.data import sample_windows
 
@@ -71,16 +82,17 @@ def _compress_in_memory(
     dtype = next(model.parameters()).dtype
     wide = model if dtype == torch.float32 else _copy_in_float32(model)
     with listening() as fallbacks:
-        outcome = compress_model(wide, method, keep, calibration, seed=seed)
+        outcome = compress_model(wide, method, keep, calibration, seed=seed, **rounding)
     outcome.warnings += summary(fallbacks)
     round_to(outcome.model, dtype)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     report = {
-        "request": {"model": name, "keep": keep},
+        "request": {"model": name, "keep": keep, **rounding},
         "method": method.to_config(),
         "tool": "spectrim",
         "source": {"name": name, "numbers": model.num_parameters(), "bytes": model.get_memory_footprint()},
         "stored": {"linear_numbers_dense": outcome.plan.numbers_before},
+        "factor_quantization": rounding if rounding["factor_bits"] else None,
         "quality": None,
         "quality_gate": judge_gate(None, None, FACTOR),
         "fallbacks": [fallback._asdict() for fallback in fallbacks],

@@ -20,6 +20,8 @@ from spectrim.cli_options import (
     CalibWindows,
     Device,
     Dtype,
+    FactorBits,
+    FactorGroupSize,
     Json,
     Keep,
     KeepOrNone,
@@ -68,6 +70,8 @@ def compress(
     preset: Preset = None,
     set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
     recover: Recover = [],  # noqa: B006
+    factor_bits: FactorBits = None,
+    factor_group_size: FactorGroupSize = 128,
     calib: Calib = "builtin:stdlib",
     calib_windows: CalibWindows = None,
     calib_length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
@@ -102,7 +106,8 @@ def compress(
         calib=calib, calib_windows=calib_windows, calib_length=calib_length, gradient_windows=gradient_windows,
         train_windows=train_windows, eval=eval_, eval_windows=eval_windows, tokenizer=tokenizer, device=device,
         dtype=dtype, seed=seed, any_size=any_size, anchors=sizes, any_size_steps=any_size_steps,
-        quality_gate=quality_gate, allow_nonfinite=allow_nonfinite,  # type: ignore[arg-type]  checked there
+        quality_gate=quality_gate, factor_bits=factor_bits, factor_group_size=factor_group_size,
+        allow_nonfinite=allow_nonfinite,  # type: ignore[arg-type]  checked there
     )  # fmt: skip
     request.check()  # before transformers is imported: a mistake is told at once
     from spectrim.evaluate.gate import refuse_failed
@@ -225,7 +230,10 @@ def inspect(
         at = f", size {facts['size_ratio']:g}" if all_sizes else ""
         print_table(f"{folder}: {facts['format']}, {facts['dtype']}{at}", header, rows)
         share = facts["linear_numbers"] / facts["linear_numbers_dense"]
-        packed = any(r["codec"] == "packed" for r in facts["layers"])  # numbers of few bits: bytes are what counts
+        codecs = {r["codec"] for r in facts["layers"]}
+        packed = any(
+            c == "packed" or c.startswith("quantised") for c in codecs
+        )  # numbers of few bits: bytes are what counts
         of_bytes = facts["linear_bytes"] / facts["linear_bytes_dense"]
         keep = f"keep {of_bytes:.4f} of {facts['linear_bytes_dense']:,} bytes" if packed else f"keep {share:.4f}"
         stdout.print(

@@ -31,6 +31,13 @@ Recover = Annotated[
         help="step after the method: refit, reconstruct, block or kl, the last two also NAME:STEPS; may be repeated"
     ),
 ]
+FactorBits = Annotated[
+    int | None,
+    typer.Option(help="8, 4 or 3: quantise factors, pivot parts and dense layers after all steps (docs/quantise.md)"),
+]
+FactorGroupSize = Annotated[
+    int, typer.Option(help="inputs that share a grid with --factor-bits; divides those of all layers, or 0", min=0)
+]
 Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of the method; may be repeated")]
 Calib = Annotated[str, typer.Option(help="hub data set, .txt/.jsonl files, builtin:stdlib, or self")]
 CalibWindows = Annotated[

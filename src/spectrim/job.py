@@ -28,6 +28,7 @@ from spectrim.engines.layerwise import refuse_large_sides
 from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
+from spectrim.engines.quantise_factors import check_groups
 from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
@@ -133,6 +134,7 @@ def foresee(request: Request, method: Method, source: Source) -> None:
     check_against_config(source)
     walk = find_layers(meta_model(source.config))
     refuse_large_sides(method, walk)
+    check_groups(walk, request.factor_bits, request.factor_group_size)
     check_companions(source.folder, COMPANIONS)
     budget_of(method, walk, request.keep)
     if isinstance(method, ModelMethod):
@@ -185,6 +187,8 @@ def _compress_source(
             texts.calibration.ids,
             None if texts.training is None else texts.training.ids,
             recovery=request.recover,
+            factor_bits=request.factor_bits,
+            factor_group_size=request.factor_group_size,
             gradient_windows=request.gradient_windows,
             nonfinite=request.allow_nonfinite,
             seed=request.seed,
@@ -256,7 +260,10 @@ def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
     names = {layer.name for layer in compressed.outcome.walk.layers}
     linear = [info for name, info in checkpoint.tensors.items() if _is_inside(name, names)]
     unit = compressed.outcome.method.budget_unit
-    after = sum(stored_in(info, unit) for info in linear)
+    after, numbers = sum(stored_in(info, unit) for info in linear), sum(info.numel for info in linear)
+    nbytes = sum(stored_in(info, "bytes") for info in linear)
+    if compressed.outcome.factor_quantization is not None:  # `keep` is of the numbers that codes stand for
+        after = numbers = sum(replacement.numbers for replacement in compressed.outcome.placed.values())
     before = PER_NUMBER[unit] * compressed.outcome.plan.numbers_before
     if after > before * compressed.report["request"]["keep"] + 1e-6:
         raise NumericalError(
@@ -264,11 +271,13 @@ def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
             f"{compressed.report['request']['keep']} of {before:,} allows; this is a bug of spectrim, please report it"
         )
     return {
-        "linear_numbers": sum(info.numel for info in linear),
+        "linear_numbers": numbers,
         "linear_bytes": sum(info.nbytes for info in linear),
         "linear_counted": after,
         "keep": after / before,
         "keep_unit": unit,
+        "linear_bytes_counted": nbytes,
+        "keep_bytes": nbytes / (PER_NUMBER["bytes"] * compressed.outcome.plan.numbers_before),
         "model_numbers": checkpoint.numel,
         "model_bytes": checkpoint.nbytes,
     }

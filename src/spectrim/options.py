@@ -23,6 +23,9 @@ ANY_SIZE_STEPS = 1600
 CALIB_WINDOWS, SELF_WINDOWS = 256, 512
 """Windows that feed the statistics when nothing is said: of text, and of text that the model writes, which costs only
 time and needs more to serve as well (benchmarks/README.md, without data)."""
+FACTOR_BITS = (8, 4, 3)
+"""Widths of codes that low-rank layers may be quantised to."""
+FACTOR_GROUP_SIZE = 128
 MOST_STEPS = 1_000_000
 RECOVERY_BATCH = 32
 """Windows in a step of distillation."""
@@ -47,6 +50,27 @@ def check_least(name: str, value: int | None, least: int) -> None:
     """A count that is large enough, or None."""
     if value is not None and value < least:
         raise UsageError(f"{name} must be at least {least}, got {value}")
+
+
+def check_factor_bits(bits: int | None, group_size: int) -> None:
+    """Bits that codes are offered in, or None; a group size that some weight could have."""
+    if bits is not None and bits not in FACTOR_BITS:
+        raise UsageError(f"factor_bits must be one of {', '.join(map(str, FACTOR_BITS))}, got {bits!r}")
+    check_least("factor_group_size", group_size, 0)
+
+
+def check_factors(method: "Method", bits: int | None) -> None:
+    """factor_bits are for methods whose layers are low-rank ones, or stay dense."""
+    from spectrim.model_method import ModelMethod
+
+    if bits is None or not isinstance(method, ModelMethod):
+        return
+    if not method.codecs or not {*method.codecs} <= {"factor", "pivot"}:
+        raise UsageError(
+            f"method {method.info.name}: factor_bits quantise layers of the codecs factor and pivot, its layers are "
+            f"{', '.join(method.codecs) or 'plain ones'}; leave --factor-bits out, or take a low-rank method (soco, "
+            "svd-llm, ...)"
+        )
 
 
 def check_device(name: str) -> None:

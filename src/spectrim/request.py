@@ -12,12 +12,15 @@ from spectrim.options import (
     ANCHORS,
     ANY_SIZE_STEPS,
     CALIB_WINDOWS,
+    FACTOR_GROUP_SIZE,
     SELF_WINDOWS,
     Nonfinite,
     check_anchors,
     check_choice,
     check_device,
     check_dtype,
+    check_factor_bits,
+    check_factors,
     check_keep,
     check_least,
     check_serves_all_sizes,
@@ -42,6 +45,8 @@ class Request:
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     recover: tuple[str, ...] = ()
+    factor_bits: int | None = None
+    factor_group_size: int = FACTOR_GROUP_SIZE
     calib: str = "builtin:stdlib"
     calib_windows: int | None = None
     calib_length: int = 512
@@ -73,14 +78,14 @@ class Request:
         """
         wrong = self._mistakes()
         method: Method | None = None
-        if not wrong or (
-            self.method in all_methods() and (self.preset or self.options or self.recover or self.any_size)
-        ):
+        if not wrong or (self.method in all_methods() and self._looks_at_method):
             with noted(wrong):
                 method = make_method(self.method, self.preset, dict(self.options))
         if method is not None:
             with noted(wrong):
                 recovery_of(method, self.recover)
+            with noted(wrong):
+                check_factors(method, self.factor_bits)
             if self.any_size:
                 with noted(wrong):
                     self._check_any_size(method)
@@ -89,6 +94,11 @@ class Request:
                 wrong[0] if len(wrong) == 1 else f"{len(wrong)} things are wrong:\n  " + "\n  ".join(wrong)
             )
         return method
+
+    @property
+    def _looks_at_method(self) -> bool:
+        """Whether something else than the name could be wrong with the method."""
+        return bool(self.preset or self.options or self.recover or self.any_size or self.factor_bits)
 
     def _mistakes(self) -> list[str]:
         """Those that show without the method."""
@@ -100,6 +110,7 @@ class Request:
             partial(check_device, self.device),
             partial(check_dtype, self.dtype),
             partial(check_name, self.method),
+            partial(check_factor_bits, self.factor_bits, self.factor_group_size),
             *(partial(check_least, name, getattr(self, name), low) for name, low in LEAST.items()),
             *(partial(parse_step, text) for text in self.recover),
         ]
@@ -113,6 +124,8 @@ class Request:
         return wrong
 
     def _check_sizes(self) -> None:
+        if self.factor_bits is not None:
+            raise UsageError("factor_bits quantise the factors of one size; leave --factor-bits out with --any-size")
         check_anchors(self.anchors)
         if self.keep < self.anchors[-1]:
             raise UsageError(

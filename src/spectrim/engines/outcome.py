@@ -15,6 +15,13 @@ from spectrim.models.walk import Walk
 from spectrim.replacement import Replacement
 
 
+class FactorQuantization(NamedTuple):
+    """What low-rank and dense layers were quantised to after everything else."""
+
+    bits: int
+    group_size: int
+
+
 @dataclass(kw_only=True)
 class Outcome:
     """A compressed model and how it came about."""
@@ -24,8 +31,10 @@ class Outcome:
     walk: Walk
     plan: Plan
     placed: Mapping[str, Replacement]
+    """What each layer became; with `factor_quantization`, before that: the numbers that codes stand for."""
     learned: Learned | None = None
     recovered: tuple[Recovered, ...] = ()
+    factor_quantization: FactorQuantization | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     gradient_windows: int = 0
     warnings: list[str] = field(default_factory=list)

@@ -14,6 +14,7 @@
 6. trained methods: scores on the spectra, or masks and adapters         engines/learned.py, engines/masked.py
 7. encode each layer, put it in place
 8. recovery: refit, block refinement, distillation                                       engines/recovery.py
+9. factors, pivot parts and dense layers in few bits, if asked for               engines/quantise_factors.py
 """
 
 from collections.abc import Mapping
@@ -41,9 +42,10 @@ from spectrim.engines.masked import train_masks
 from spectrim.engines.measure import Progress, dead_inputs, default_gradient_windows, measure
 from spectrim.engines.newton import newton_scores
 from spectrim.engines.ordered import ordered_plan
-from spectrim.engines.outcome import Made, Outcome
+from spectrim.engines.outcome import FactorQuantization, Made, Outcome
 from spectrim.engines.parts import SavedFirst, energies_of, size_of
 from spectrim.engines.propagate import propagate
+from spectrim.engines.quantise_factors import check_asked, quantise_behind
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.recovery import recover
 from spectrim.engines.search import searched_plan
@@ -53,7 +55,7 @@ from spectrim.memory import Batch
 from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod, Method, OrderedMethod
 from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Walk, device_of, find_layers
-from spectrim.options import Nonfinite, check_keep, recovery_of
+from spectrim.options import FACTOR_GROUP_SIZE, Nonfinite, check_keep, recovery_of
 from spectrim.stats import Stat, Stats
 
 CPU_BATCH, GPU_BATCH = 4, 32
@@ -71,6 +73,8 @@ def compress_model(
     training: Tensor | None = None,
     *,
     recovery: tuple[str, ...] = (),
+    factor_bits: int | None = None,
+    factor_group_size: int = FACTOR_GROUP_SIZE,
     gradient_windows: int | None = None,
     nonfinite: Nonfinite = "refuse",
     seed: int = 0,
@@ -82,12 +86,15 @@ def compress_model(
     `calibration` (windows, length) feeds the statistics, `training` the learned steps (None: the same windows).
     `gradient_windows` says how many of the calibration windows give gradients, see `default_gradient_windows`.
     `recovery` names further steps, see engines/recovery.py. `nonfinite="skip"` copies layers with NaN or Inf unchanged.
+    `factor_bits` (8, 4 or 3) are those that low-rank and dense layers are quantised to at the end; `keep` is the share
+    of their numbers all the same.
     With a `checkpoint`, every stage is saved there where that is cheap, and what it holds is taken from it: sums,
     spectra, scores, trained factors.
     """
     check_keep(keep)
     steps = recovery_of(method, recovery)
     found = find_layers(dense)
+    check_asked(method, found, factor_bits, factor_group_size)
     walk, warnings = check_weights(dense, found, nonfinite)
     refuse_skipped(method, walk, found)
     refuse_large_sides(method, walk)
@@ -105,6 +112,10 @@ def compress_model(
         steps, made.student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed,
         progress=progress, checkpoint=made.checkpoint,
     )  # fmt: skip
+    rounded = None if factor_bits is None else FactorQuantization(factor_bits, factor_group_size)
+    if rounded is not None:
+        with timed(clock, "quantise"):
+            quantise_behind(made.student, walk, calibration, **rounded._asdict(), progress=progress)
     return Outcome(
         model=made.student.eval(),
         method=method,
@@ -113,6 +124,7 @@ def compress_model(
         placed=made.placed,
         learned=made.learned,
         recovered=tuple(recovered),
+        factor_quantization=rounded,
         seconds=clock,
         gradient_windows=gradient_windows,
         warnings=[*warnings, *run.warnings, *(made.learned.warnings if made.learned else ())],
@@ -310,17 +322,8 @@ class _Run:
     def search(self, spectra: Mapping[str, Spectrum], ids: Tensor) -> Plan:
         """Ranks by what the model does with them."""
         with timed(self.clock, "search"):
-            return searched_plan(
-                self.by_layer,
-                self.dense,
-                self.walk,
-                spectra,
-                self.means,
-                self.keep,
-                ids,
-                seed=self.seed,
-                progress=self.progress,
-            )
+            given = (self.by_layer, self.dense, self.walk, spectra, self.means, self.keep, ids)
+            return searched_plan(*given, seed=self.seed, progress=self.progress)
 
     def propagate(self, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor) -> None:
         """Step 5, in place. Only forward passes; on a CPU the windows of a later round are enough of them."""

@@ -91,9 +91,11 @@ def format_config(outcome: Outcome, base_model: str | None) -> SpectrimConfig:
     modules = {
         name: module.entry() for name, module in outcome.model.named_modules() if isinstance(module, StoredLinear)
     }
+    rounded = outcome.factor_quantization
     return SpectrimConfig(
         modules=modules,
         format_version=FORMAT_VERSION,
+        **({} if rounded is None else {"factor_quantization": rounded._asdict()}),
         tool_version=version.__version__,
         base_model=base_model,
         method=outcome.method.to_config(),

@@ -121,17 +121,18 @@ def round_to_nearest(
 
 def dequantise(rounded: Rounded, bits: int, dtype: torch.dtype | None = None) -> Tensor:
     """The weight (O, I) that codes stand for, computed in `dtype` (default: that of the scales)."""
-    outputs, groups = rounded.scales.shape
+    groups = rounded.scales.shape[1]
     scales = rounded.scales if dtype is None else rounded.scales.to(dtype)
-    codes = rounded.codes.reshape(outputs, groups, -1).to(scales.dtype)
+    codes = rounded.codes.unflatten(1, (groups, -1)).to(scales.dtype)
     # Codes and zeros are whole numbers up to 255: their difference is exact in bfloat16 too.
     zero = 2 ** (bits - 1) if rounded.zeros is None else rounded.zeros.to(scales.dtype)[..., None]
-    return ((codes - zero) * scales[..., None]).reshape(outputs, -1)
+    return ((codes - zero) * scales[..., None]).flatten(1)
 
 
 def in_groups(weight: Tensor, group_size: int) -> Tensor:
     """(O, I) to (O, G, group_size); 0 is one group a row."""
-    return weight.reshape(len(weight), -1, group_size or weight.shape[1])
+    size = group_size or weight.shape[1]
+    return weight.reshape(len(weight), weight.shape[1] // size, size)
 
 
 def group_count(inputs: int, group_size: int) -> int:

@@ -287,7 +287,8 @@ def load_model(
             f"{min(info['missing_keys'])}; copy or download the folder again"
         )
     if extra is not None:
-        give_extra(source.checkpoint, model, info, extra)
+        # Of the dense architecture: layers in codes are no linear ones that could be found.
+        give_extra(source.checkpoint, meta_model(source.config), info, extra)
     nn.Module.to(model, device)  # transformers wraps its own `.to` in a way no type checker reads
     return model.eval()
 

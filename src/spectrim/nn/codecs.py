@@ -24,6 +24,8 @@ CODECS = {
     "semi-sparse": "spectrim.nn.semi_sparse:SemiSparseLinear",
     "shared": "spectrim.nn.shared:SharedLinear",
     "packed": "spectrim.nn.packed:PackedLinear",
+    "quantised-factor": "spectrim.nn.quantised:QuantisedFactorLinear",
+    "quantised-pivot": "spectrim.nn.quantised:QuantisedPivotLinear",
 }
 """Name in the file to module class, imported at first use."""
 

@@ -58,6 +58,15 @@ class LowRankLinear(RankLinear):
         return self.U.bias
 
 
+def order_of(packed: Tensor, outputs: int, rank: int) -> Tensor:
+    """Position (O,) of each output in [pivots, rest] by a packed mask; ValueError unless it marks R rows."""
+    mask = unpack_mask(packed, outputs)
+    counted = int(mask.sum())
+    if counted != rank:
+        raise ValueError(f"pivot mask marks {counted} rows, the layer has rank {rank}: damaged file")
+    return torch.where(mask, mask.cumsum(0) - 1, rank + (~mask).cumsum(0) - 1)
+
+
 def _after_loading(layer: "PivotLinear", _keys: object) -> None:
     """Not a lambda: layers can be pickled."""
     layer.refresh_order()
@@ -103,12 +112,7 @@ class PivotLinear(RankLinear):
         """Recompute `order` after the mask has changed (loading does this)."""
         if self.mask.is_meta:
             return
-        mask = unpack_mask(self.mask, self.out_features)
-        counted = int(mask.sum())
-        if counted != self.rank:
-            raise ValueError(f"pivot mask marks {counted} rows, the layer has rank {self.rank}: damaged file")
-        place = torch.where(mask, mask.cumsum(0) - 1, self.rank + (~mask).cumsum(0) - 1)
-        self.order = place
+        self.order = order_of(self.mask, self.out_features, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""

@@ -73,10 +73,20 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             ("bytes in decoder linears, at 16 bits", f"{2 * dense_numbers:,}", f"{stored['linear_counted']:,}")
             if stored.get("keep_unit") == "bytes"
             else ("numbers in decoder linears", f"{dense_numbers:,}", f"{stored['linear_numbers']:,}"),
+            *bytes_row(report),
             ("numbers in all", f"{source['numbers']:,}", f"{stored['model_numbers']:,}"),
             ("bytes in all", f"{source['bytes']:,}", f"{stored['model_bytes']:,}"),
         ]
     return rows
+
+
+def bytes_row(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Of low-rank layers whose numbers are kept in few bits."""
+    stored = report["stored"]
+    if not report.get("factor_quantization"):
+        return []
+    return [("bytes of them, at 16 bits", f"{2 * stored['linear_numbers_dense']:,}",
+             f"{stored['linear_bytes_counted']:,} ({stored['keep_bytes']:.4f})")]  # fmt: skip
 
 
 def _row(*cells: str) -> str:

@@ -14,7 +14,7 @@ def build_report(
     request: dict[str, Any], source: Any, outcome: Any, texts: Any, quality: Any, dtype: torch.dtype
 ) -> dict[str, Any]:
     """All facts known before writing; `stored` is completed from the written files."""
-    plan = outcome.plan
+    plan, rounded = outcome.plan, outcome.factor_quantization
     return {
         "format_version": 1,
         "tool": f"spectrim {version.__version__}",
@@ -37,18 +37,25 @@ def build_report(
             {
                 "name": layer.name,
                 "shape": [layer.outputs, layer.inputs],
-                "codec": outcome.placed[layer.name].codec,
+                "codec": codec_of(outcome, layer.name),
                 "rank": outcome.placed[layer.name].rank,
                 "numbers": outcome.placed[layer.name].numbers,
             }
             for layer in outcome.walk.layers
         ],
+        "factor_quantization": None if rounded is None else rounded._asdict(),
         "untouched": [{"name": n, "numbers": k, "why": why} for n, k, why in outcome.walk.untouched],
         "learning": describe_learning(outcome),
         "seconds": dict(outcome.seconds),
         "warnings": list(outcome.warnings),
         "environment": environment(),
     }
+
+
+def codec_of(outcome: Any, name: str) -> str:
+    """How a layer is stored in the end."""
+    placed = outcome.placed[name].codec
+    return placed if outcome.factor_quantization is None else outcome.model.get_submodule(name).codec
 
 
 def describe_source(source: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ one, with scales, zeros, indices, corrections and biases (linalg/bits.py).
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from spectrim.engines.blockwise import block_by_block
 from spectrim.engines.learned import skeleton
+from spectrim.engines.quantise_factors import check_group_size
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.bits import VALUE_BYTES, Account, Unit, bias_account, budget_in, correction_account
 from spectrim.linalg.factor import Factors
@@ -160,12 +160,7 @@ def check_bits(method: str, bits: int, allowed: Sequence[int] = BITS, *, name: s
 
 def check_group(method: str, layer: Layer, group_size: int, inputs: int) -> None:
     """Refuse a group size that does not divide the inputs of a layer, with those that do."""
-    if group_size and inputs % group_size:
-        fits = [2**k for k in range(2, 11) if gcd(inputs, 2**k) == 2**k]
-        raise UsageError(
-            f"method {method}: group_size {group_size} does not divide the {inputs} inputs of {layer.name}; "
-            f"{', '.join(map(str, fits)) or 'no power of two from 4 on'} would, and 0 is one group a row"
-        )
+    check_group_size(f"method {method}: group_size", layer.name, inputs, group_size)
 
 
 def _rounded_up(share: float) -> str:
