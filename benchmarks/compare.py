@@ -222,14 +222,17 @@ class Bench:
         return found
 
 
+SAME_SIZE = 0.002
+"""Sizes this near count as one: methods cannot all spend their last number."""
+
+
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in both size and perplexity, by size."""
-    best, kept = float("inf"), []
-    for size, value in sorted(points):
-        if value < best:
-            best = value
-            kept.append((size, value))
-    return kept
+    """The points that no other of at most their size beats in perplexity, by size."""
+    return [
+        (size, value)
+        for size, value in sorted(set(points))
+        if not any(other < value and own <= size + SAME_SIZE for own, other in points)
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
@@ -245,8 +248,26 @@ def table(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+MOST_NAMED = 10
+"""Labels that a chart has room for."""
+
+
+def named(series: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    """The methods that come nearest the front at any size by their own; all others as one."""
+    best = front([point for points in series.values() for point in points])
+
+    def excess(label: str) -> float:
+        """The least factor to the front at no larger a size."""
+        return min(value / min(b for size, b in best if size <= own + SAME_SIZE) for own, value in series[label])
+
+    first = set(sorted(series, key=excess)[:MOST_NAMED])
+    shown = {label: points for label, points in series.items() if label in first}
+    others = [point for label, points in series.items() if label not in first for point in points]
+    return shown | ({f"{len(series) - len(shown)} others": others} if others else {})
+
+
 def pareto(rows: Sequence[dict[str, Any]], text: str, up_to: float) -> str | None:
-    """The chart as SVG; None while no compressed row is on it."""
+    """The chart as SVG; None while no compressed row is on it. The `MOST_NAMED` best are named."""
     dense = next(r[text] for r in rows if r["label"] == "dense")
     shown = [r for r in rows if r["label"] != "dense" and r[text] <= up_to * dense]
     if not shown:
@@ -254,11 +275,14 @@ def pareto(rows: Sequence[dict[str, Any]], text: str, up_to: float) -> str | Non
     series: dict[str, list[tuple[float, float]]] = {}
     for r in shown:
         series.setdefault(r["label"], []).append((r["counted"], r[text]))
-    dots = list(series)
-    series["front"] = front([point for points in series.values() for point in points])
+    shown_by_name = named(series)
+    dots = list(shown_by_name)
+    others = [name for name in dots if name.endswith(" others")]
+    points = [point for own in series.values() for point in own]
+    chart_of = {"the front": front(points), **shown_by_name}
     return line_chart(
-        series, title=f"Perplexity on {text} by stored numbers", x="share of the decoder's stored numbers",
-        y="perplexity", references={"dense": dense}, dots=dots,
+        chart_of, title=f"Perplexity on {text} by what is stored", x="share stored of the decoder's linear layers",
+        y="perplexity", references={"dense": dense}, dots=dots, faint=others,
     )  # fmt: skip
 
 
@@ -267,12 +291,12 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], failed: list[dic
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     del settings["merge"]
     facts = {"environment": environment(), "command": sys.argv, "settings": settings, "rows": rows, "failed": failed}
-    (args.out / "compare.json").write_text(json.dumps(facts, indent=1))
-    (args.out / "compare.md").write_text(table(rows, texts) + "\n")
+    (args.out / f"{args.name}.json").write_text(json.dumps(facts, indent=1))
+    (args.out / f"{args.name}.md").write_text(table(rows, texts) + "\n")
     for text in texts:
         chart = pareto(rows, text, args.plot_up_to)
         if chart is not None:
-            (args.out / f"compare-{text}.svg").write_text(chart)
+            (args.out / f"{args.name}-{text}.svg").write_text(chart)
 
 
 def say(row: dict[str, Any], texts: Sequence[str]) -> None:
@@ -313,6 +337,7 @@ def main() -> None:
     parser.add_argument("--plot-up-to", type=float, default=4.0, help="times the dense perplexity")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="compare", help="what the written files are called")
     parser.add_argument("--merge", type=Path, nargs="+", help="files of earlier runs, to be written as one")
     args = parser.parse_args()
     if args.merge:

@@ -41,6 +41,11 @@ def between(layers: list[Options], share: float) -> int:
 
 
 @needs_scipy
+def test_errors_below_zero_do_not_lift_the_budget():
+    assert knapsack([options([0.25, -0.5], [2, 3])], 2) == [0]
+
+
+@needs_scipy
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6), layers=st.integers(1, 5), share=st.floats(0, 1), largest=st.sampled_from([5, 40, 10**7])

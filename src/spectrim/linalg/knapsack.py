@@ -41,8 +41,11 @@ def knapsack(layers: list[Options], budget: int) -> list[int]:
     """
     usable = [_usable(layer) for layer in layers]
     menus = [
-        Options(layer.error.double().cpu()[kept], layer.cost.long().cpu()[kept])
-        for layer, kept in zip(layers, usable, strict=True)
+        Options(error - error.min(), cost)  # `allocate` bounds its price by the largest error: least errors must be 0
+        for error, cost in (
+            (layer.error.double().cpu()[kept], layer.cost.long().cpu()[kept])
+            for layer, kept in zip(layers, usable, strict=True)
+        )
     ]
     by_price = allocate(menus, budget)
     found = _optimum(menus, budget)

@@ -11,7 +11,8 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 70, 170, 44, 56
-COLOURS = ("#1f5fa8", "#c2571a", "#3a8a4d", "#7a4fa3", "#8a6d1f", "#555555")
+COLOURS = ("#1f5fa8", "#c2571a", "#3a8a4d", "#7a4fa3", "#8a6d1f", "#555555", "#c2378f", "#158f9c", "#9a2d2d", "#5d7a1a")
+FAINT = "#c4c4c4"
 TICKS = 6
 LABEL_GAP = 15
 
@@ -24,10 +25,12 @@ def line_chart(
     y: str,
     references: Mapping[str, float] | None = None,
     dots: Collection[str] = (),
+    faint: Collection[str] = (),
 ) -> str:
     """The chart. Every series needs a point; `references` are horizontal lines by name.
 
     Series named in `dots` are drawn as points only: a line would claim something about what lies between.
+    Those in `faint` are drawn grey.
     """
     references = {} if references is None else references
     if not series or not all(series.values()):
@@ -41,7 +44,7 @@ def line_chart(
     parts = [*_axes(frame, x_ticks, y_ticks, title, x, y), *_references(frame, references)]
     ends: list[tuple[float, str, str]] = []
     for i, (name, points) in enumerate(series.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = FAINT if name in faint else COLOURS[i % len(COLOURS)]
         placed = [(frame.x(px), frame.y(py)) for px, py in sorted(points)]
         if name not in dots:
             path = " ".join(f"{px:.1f},{py:.1f}" for px, py in placed)
@@ -106,9 +109,17 @@ def _references(frame: _Frame, references: Mapping[str, float]) -> list[str]:
 
 
 def _labels(ends: list[tuple[float, str, str]]) -> list[str]:
-    """Names beside the ends of their lines, moved down where they would lie on each other."""
-    parts, last = [], -math.inf
-    for at, name, colour in sorted(ends):
+    """Names beside the ends of their lines, moved apart where they would lie on each other, upwards at the bottom."""
+    ordered, places, last = sorted(ends), [], -math.inf
+    for at, _, _ in ordered:
         last = max(at, last + LABEL_GAP)
-        parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{last + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+        places.append(last)
+    room = HEIGHT - BOTTOM / 2
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = min(places[i], room)
+        room = places[i] - LABEL_GAP
+    parts = []
+    for place, (_, name, colour) in zip(places, ordered, strict=True):
+        fill = "#8a8a8a" if colour == FAINT else colour  # text needs more contrast than a dot
+        parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{place + 4:.1f}" fill="{fill}">{escape(name)}</text>')
     return parts
