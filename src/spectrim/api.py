@@ -24,8 +24,8 @@ from spectrim.report.facts import environment
 def compress(
     model: str | PreTrainedModel,
     *,
-    keep: float,
-    method: str = "soco",
+    keep: float | None = None,
+    method: str | None = None,
     preset: str | None = None,
     options: dict[str, Any] | None = None,
     calibration: Tensor | None = None,
@@ -39,26 +39,34 @@ def compress(
     model: a hub id, a local folder, `builtin:tiny`, or a model in memory (then `calibration` holds token ids
     (windows, length)). `options` are fields of the method. `factor_bits` (8, 4 or 3) are those that low-rank and dense
     layers are quantised to at the end, in groups of `factor_group_size` inputs (docs/quantise.md). Other keywords are
-    fields of `spectrim.job.Request` (calib, calib_windows, device, dtype, ...). The given model is not changed.
+    fields of `spectrim.job.Request` (calib, calib_windows, device, dtype, ...). For a model by name `model_bytes` or
+    `keep_bytes` may stand in the place of `keep`: a budget for the whole model, all tensors counted; the method is then
+    trellis unless another is named. The given model is not changed.
 
     >>> import spectrim
     >>> small = spectrim.compress("builtin:tiny", keep=0.8, method="svd", eval="none")
     >>> round(small.outcome.plan.keep, 3)
     0.8
     """
+    in_bytes = request.get("model_bytes") is not None or request.get("keep_bytes") is not None
+    method = method or ("trellis" if in_bytes else "soco")
     if isinstance(model, str):
         if calibration is not None:
             raise UsageError("calibration= takes token ids for a model in memory; for a model by name use calib=")
         unknown = [name for name in request if name not in Request.__dataclass_fields__]
         if unknown:
             raise UsageError(f"compress(): unknown keyword {unknown[0]!r}{did_you_mean(unknown[0], _keywords())}")
+        if (keep is None) != in_bytes:
+            raise UsageError("compress(): pass one budget: keep=, model_bytes= or keep_bytes=")
         asked = Request(
-            model=model, keep=keep, method=method, preset=preset, options=options or {}, seed=seed,
-            factor_bits=factor_bits, factor_group_size=factor_group_size, **request,
+            model=model, keep=1.0 if keep is None else keep, method=method, preset=preset, options=options or {},
+            seed=seed, factor_bits=factor_bits, factor_group_size=factor_group_size, **request,
         )  # fmt: skip
         return compress_source(asked, asked.check(), resolve(model))
     if request:
         raise UsageError(f"compress(): {', '.join(request)} only apply to a model given by name, not in memory")
+    if keep is None:
+        raise UsageError("compress(): keep= is missing: the share of stored numbers that remains, in (0, 1]")
     rounding = {"factor_bits": factor_bits, "factor_group_size": factor_group_size}
     return _compress_in_memory(model, keep, make_method(method, preset, options), calibration, seed, rounding)
 

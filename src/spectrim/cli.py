@@ -16,6 +16,7 @@ from spectrim.cli_options import (
     Anchors,
     AnySize,
     AnySizeSteps,
+    Bytes,
     Calib,
     CalibWindows,
     Device,
@@ -24,8 +25,10 @@ from spectrim.cli_options import (
     FactorGroupSize,
     Json,
     Keep,
+    KeepBytes,
     KeepOrNone,
     Method,
+    MethodOrNone,
     ModelArg,
     Preset,
     QualityGate,
@@ -41,6 +44,7 @@ from spectrim.cli_options import (
     say_written,
 )
 from spectrim.errors import UsageError
+from spectrim.options import parse_bytes
 from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -63,10 +67,12 @@ def compress(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
     keep: KeepOrNone = None,
+    bytes_: Bytes = None,
+    keep_bytes: KeepBytes = None,
     any_size: AnySize = False,
     anchors: Anchors = ANCHORS,
     any_size_steps: AnySizeSteps = 1600,
-    method: Method = "soco",
+    method: MethodOrNone = None,
     preset: Preset = None,
     set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
     recover: Recover = [],  # noqa: B006
@@ -99,10 +105,15 @@ def compress(
     from spectrim.request import Request
 
     sizes = parse_anchors(anchors)
+    in_bytes = bytes_ is not None or keep_bytes is not None
+    if in_bytes and keep is not None:
+        raise UsageError("--keep and a budget in bytes (--bytes, --keep-bytes) exclude each other; pass one of them")
     if keep is None:
         keep = sizes[0] if any_size else 0.8
     request = Request(
-        model=model, keep=keep, method=method, preset=preset, options=parse_options(set_), recover=tuple(recover),
+        model=model, keep=keep, method=method or ("trellis" if in_bytes else "soco"), preset=preset,
+        options=parse_options(set_), recover=tuple(recover),
+        model_bytes=None if bytes_ is None else parse_bytes(bytes_), keep_bytes=keep_bytes,
         calib=calib, calib_windows=calib_windows, calib_length=calib_length, gradient_windows=gradient_windows,
         train_windows=train_windows, eval=eval_, eval_windows=eval_windows, tokenizer=tokenizer, device=device,
         dtype=dtype, seed=seed, any_size=any_size, anchors=sizes, any_size_steps=any_size_steps,

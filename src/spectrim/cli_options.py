@@ -19,11 +19,19 @@ KeepOrNone = Annotated[
     float | None,
     typer.Option(help="share of the decoder linears' stored numbers that remains, in (0, 1]; default 0.8"),
 ]
+Bytes = Annotated[
+    str | None,
+    typer.Option("--bytes", help="bytes of the whole model (4GB, 3.5GiB) in place of --keep; method trellis"),
+]
+KeepBytes = Annotated[float | None, typer.Option(help="the same as a share of the dense model's bytes in 16 bits")]
 Size = Annotated[float | None, typer.Option(help="the size to take from a folder that holds all sizes")]
 AnySize = Annotated[bool, typer.Option("--any-size", help="one folder for all sizes; --keep is then the default one")]
 Anchors = Annotated[str, typer.Option(help="sizes at which --any-size learns and measures, descending")]
 AnySizeSteps = Annotated[int, typer.Option(help="training steps of all anchors together")]
 Method = Annotated[str, typer.Option(help="see `spectrim methods`")]
+MethodOrNone = Annotated[
+    str | None, typer.Option(help="see `spectrim methods`; default soco, of a budget in bytes trellis")
+]
 Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, for methods that train")]
 Recover = Annotated[
     list[str],

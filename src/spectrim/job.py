@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.byte_budget import settled
 from spectrim.data import Windows
 from spectrim.engines.layerwise import refuse_large_sides
 from spectrim.engines.masked import budget_of
@@ -106,6 +107,7 @@ def run(
     started = time.perf_counter()
     method = request.check()
     source = resolve(request.model)
+    request = settled(request, method, source)
     foresee(request, method, source)
     needed = source.checkpoint.nbytes
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
@@ -150,6 +152,7 @@ def compress_source(
     resume: Resume | None = None,
 ) -> Compressed:
     """Load, compress and evaluate; nothing is written but states, where `resume` is given."""
+    request = settled(request, method, source)
     with listening() as fallbacks:
         return _compress_source(request, method, source, progress, resume, fallbacks)
 

@@ -66,6 +66,10 @@ class ModelMethod(Method):
     def check_model(self, config: "PretrainedConfig", walk: "Walk", keep: float) -> None:
         """Refuse, before any weight is loaded, what cannot be done: UsageError that names the architecture or size."""
 
+    def least(self, walk: "Walk") -> int | None:
+        """The smallest that the layers may store together, in the unit of the budget; None where it is not known."""
+        return None
+
     def stored(self, walk: "Walk", budget: int) -> int:
         """What the layers will store together, in the unit of the budget, as far as shapes tell: all of it."""
         return budget

@@ -40,6 +40,18 @@ def check_keep(keep: float) -> None:
         raise UsageError(f"keep must be in (0, 1], got {keep:g}: the share of stored numbers that remains{hint}")
 
 
+_UNITS = {"": 1, "B": 1} | {f"{p}{i}B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "i")}
+
+
+def parse_bytes(text: str) -> int:
+    """`"4GB"`, `"1.5 GiB"`, `"120_000_000"` to bytes."""
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = {name.upper(): size for name, size in _UNITS.items()}.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"--bytes {text}: expected a number of bytes such as 4GB, 3.5GiB or 120000000")
+    return int(float(match[1].replace("_", "")) * unit)
+
+
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """A value that is one of those allowed."""
     if value not in allowed:

@@ -60,6 +60,10 @@ class Request:
     seed: int = 0
     allow_nonfinite: Nonfinite = "refuse"
     quality_gate: float = FACTOR
+    model_bytes: int | None = None
+    """For the whole model, all tensors counted; `keep` then follows from it (byte_budget.py)."""
+    keep_bytes: float | None = None
+    """The same as a share of the dense model in 16 bits."""
     any_size: bool = False
     anchors: tuple[float, ...] = ANCHORS
     any_size_steps: int = ANY_SIZE_STEPS
@@ -116,12 +120,26 @@ class Request:
         ]
         if self.any_size:
             checks.append(self._check_sizes)
+        if self.model_bytes is not None or self.keep_bytes is not None:
+            checks.append(self._check_bytes)
         for check in checks:
             with noted(wrong):
                 check()
         if not 0 <= self.seed < 2**63:
             wrong.append(f"seed must be in [0, 2**63), got {self.seed}")
         return wrong
+
+    def _check_bytes(self) -> None:
+        if self.model_bytes is not None and self.keep_bytes is not None:
+            raise UsageError("bytes and keep_bytes are two budgets for one thing; pass one of them")
+        if self.any_size:
+            raise UsageError("a budget in bytes is for one size; leave any_size out")
+        if self.model_bytes is not None and self.model_bytes < 1:
+            raise UsageError(f"bytes must be at least 1, got {self.model_bytes}")
+        if self.keep_bytes is not None and not 0 < self.keep_bytes <= 1:
+            raise UsageError(
+                f"keep_bytes must be in (0, 1], got {self.keep_bytes:g}: a share of the dense model's bytes"
+            )
 
     def _check_sizes(self) -> None:
         if self.factor_bits is not None:

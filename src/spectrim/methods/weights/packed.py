@@ -95,6 +95,10 @@ class PackedMethod(BytesMethod):
         """Not where statistics are measured behind compressed blocks."""
         return bool(self.needs) and not self.sequential
 
+    def least(self, walk: Walk) -> int:
+        """Bases and biases."""
+        return self.bases(walk).total
+
     def stored(self, walk: Walk, budget: int) -> int:
         """Bases, biases and corrections."""
         bases = self.bases(walk).total

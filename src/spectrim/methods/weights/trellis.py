@@ -106,6 +106,10 @@ class Trellis(ModelMethod):
         """Refuse a budget below 1 bit everywhere."""
         budget_for_weights(walk, budget_in("bytes", walk.numbers, keep), keep)
 
+    def least(self, walk: Walk) -> int:
+        """1 bit everywhere, and biases."""
+        return least_bytes(walk)
+
     def compress(self, job: Job) -> "PreTrainedModel":
         """Steps 1 to 3."""
         layers = {layer.name: layer for layer in job.walk.layers}
@@ -172,17 +176,22 @@ class Trellis(ModelMethod):
         return PackedLinear.holding(base, None, cast("Tensor | None", module.bias), dtype=weight.dtype)
 
 
+def least_bytes(walk: Walk) -> int:
+    """All weights at 1 bit, and their biases."""
+    weights = sum(trellis_account(la.outputs, la.inputs, RATES[0]).total for la in walk.layers)
+    return weights + sum(bias_account(la.outputs, bias=la.has_bias).total for la in walk.layers)
+
+
 def budget_for_weights(walk: Walk, budget: int, keep: float) -> int:
     """Bytes for all weights, biases paid; UsageError below 1 bit everywhere, with the smallest keep that is enough."""
-    biases = sum(bias_account(la.outputs, bias=la.has_bias).total for la in walk.layers)
-    least = sum(trellis_account(layer.outputs, layer.inputs, RATES[0]).total for layer in walk.layers)
-    if least + biases > budget:
-        smallest = int((least + biases) / (walk.numbers * VALUE_BYTES) * 10_000 + 1) / 10_000
+    least = least_bytes(walk)
+    if least > budget:
+        smallest = int(least / (walk.numbers * VALUE_BYTES) * 10_000 + 1) / 10_000
         raise UsageError(
-            f"method trellis stores at least 1 bit a weight, with scales and biases {least + biases:,} bytes in the "
-            f"decoder's linear layers; keep {keep:g} allows {budget:,}. The smallest reachable keep is {smallest:g}"
+            f"method trellis stores at least 1 bit a weight, with scales and biases {least:,} bytes in the decoder's "
+            f"linear layers; keep {keep:g} allows {budget:,}. The smallest reachable keep is {smallest:g}"
         )
-    return budget - biases
+    return budget - sum(bias_account(la.outputs, bias=la.has_bias).total for la in walk.layers)
 
 
 def choose(layers: Sequence[Layer], worth: Mapping[str, float], budget: int, forms: Sequence[Form]) -> list[Form]:
