@@ -213,3 +213,13 @@ def test_scales_of_weights_and_inputs_do_not_show(seed, power):
         return solved(w, g, outlier_limit(w, inverse_root(g), 0.1), 30)[1].positions.tolist()
 
     assert kept(weight, gram) == kept(weight, gram * 4.0**power) == kept(weight * 2.0**power, gram)
+
+
+@pytest.mark.parametrize("outputs", [1, 32])
+def test_rows_that_are_all_equal_have_an_end(outputs):
+    weight = normal(3, 1, 64).repeat(outputs, 1)
+    upper = torch.eye(64, dtype=torch.float64)
+    limit = outlier_limit(weight, upper, 0.2)
+    assert limit > 0
+    _, entries = solve_with_outliers(weight, upper, lambda: UniformRule(weight, 2, 16, symmetric=False), 2, limit, 3)
+    assert len(entries.positions) <= 3

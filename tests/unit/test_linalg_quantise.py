@@ -250,3 +250,11 @@ def test_numbers_count_two_bytes_and_codes_one():
     assert [size_of([t], "bytes") for t in tensors] == [10, 10, 5]
     assert size_of([torch.zeros(5, dtype=torch.int32)], "bytes") == 20
     assert size_of(tensors, "numbers") == 15
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+def test_no_rows_are_packed_into_no_bytes(bits):
+    empty = torch.empty(0, 8, dtype=torch.uint8)
+    packed = pack(empty, bits)
+    assert packed.shape == (0, packed_width(8, bits))
+    assert unpack(packed, bits, 8).shape == (0, 8)

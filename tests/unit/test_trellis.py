@@ -257,3 +257,28 @@ def test_a_budget_below_one_bit_is_refused_with_the_smallest_that_is_enough():
 def test_keep_1_leaves_layers_as_they_are():
     made = compress_model(tiny("llama"), make_method("trellis", None, {"window": 8}), 1.0, token_ids(4, 16))
     assert {layer.codec for layer in made.placed.values()} == {"dense"}
+
+
+@every_rate
+def test_rows_that_hardly_count_are_never_worse_than_left_out(rate):
+    weight = normal(16, 16, 64)
+    weight[3] *= 1e-6
+    back = decode_weight(
+        trellis_columns(weight, torch.eye(64, dtype=torch.float64), rate), rate, 64, code_table(rate).double()
+    )
+    assert float((weight - back)[3].square().sum()) <= 1.0001 * float(weight[3].square().sum())
+
+
+def test_tables_do_not_follow_the_device_or_dtype_of_the_moment():
+    code_table.cache_clear()
+    distortion.cache_clear()
+    with torch.device("meta"):
+        assert code_table(rate_of(2, 10)).device.type == "cpu"
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        in_double = distortion(rate_of(2, 10))
+    finally:
+        torch.set_default_dtype(default)
+    distortion.cache_clear()
+    assert in_double == distortion(rate_of(2, 10))

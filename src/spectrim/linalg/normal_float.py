@@ -49,8 +49,8 @@ class NormalRounded(NamedTuple):
 @cache
 def _levels(bits: int) -> tuple[float, ...]:
     half = 2 ** (bits - 1)
-    low = torch.linspace(TAIL, 0.5, half, dtype=torch.float64)
-    high = torch.linspace(0.5, 1 - TAIL, half + 1, dtype=torch.float64)
+    low = torch.linspace(TAIL, 0.5, half, dtype=torch.float64, device="cpu")
+    high = torch.linspace(0.5, 1 - TAIL, half + 1, dtype=torch.float64, device="cpu")
     quantiles = torch.special.ndtri(torch.cat([low[:-1], high]))
     quantiles[half - 1] = 0.0  # of probability 1/2
     return tuple((quantiles / quantiles[-1]).tolist())
@@ -58,7 +58,7 @@ def _levels(bits: int) -> tuple[float, ...]:
 
 def normal_levels(bits: int) -> Tensor:
     """The 2^bits levels, ascending from -1 to 1, float64."""
-    return torch.tensor(_levels(bits), dtype=torch.float64)
+    return torch.tensor(_levels(bits), dtype=torch.float64, device="cpu")
 
 
 def blocks_in(outputs: int, inputs: int, form: Form) -> tuple[int, int]:
@@ -105,7 +105,7 @@ def _bins(bits: int) -> tuple[Tensor, Tensor]:
     """Of each of BINS equal parts of [-1, 1): how many boundaries between levels lie below, and the next one."""
     levels = normal_levels(bits)
     boundaries = (levels[1:] + levels[:-1]) / 2
-    edges = torch.arange(BINS, dtype=torch.float64) * (2 / BINS) - 1
+    edges = torch.arange(BINS, dtype=torch.float64, device="cpu") * (2 / BINS) - 1
     below = torch.bucketize(edges, boundaries, out_int32=True)
     return below, torch.cat([boundaries, boundaries.new_full((1,), torch.inf)])[below]
 

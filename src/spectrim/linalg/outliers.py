@@ -137,8 +137,13 @@ class OutlierRule:
 
 
 def outlier_limit(weight: Tensor, upper: Tensor, threshold: float) -> float:
-    """A share of the mean cost of setting a weight to its column's mean: threshold mean_j Var_i(W_ij) / U_jj^2."""
-    return threshold * float((weight.var(0, correction=0) / upper.diagonal().square()).mean())
+    """A share of the mean cost of setting a weight to its column's mean: threshold mean_j Var_i(W_ij) / U_jj^2.
+
+    At least a millionth of that of setting it to 0: where all rows are equal, or there is one, nothing varies.
+    """
+    columns = upper.diagonal().square()
+    varies, whole = (float((size / columns).mean()) for size in (weight.var(0, correction=0), weight.square().mean(0)))
+    return threshold * max(varies, 1e-6 * whole)
 
 
 def solve_with_outliers(
@@ -159,9 +164,9 @@ def solve_with_outliers(
     low = high = limit if most else inf
     found = sweep(high)
     while len(found[1].positions) > most:
-        low, high = high, RAISE * high
+        low, high = high, RAISE * high if 0 < high < 1e300 else inf
         found = sweep(high)
-    for _ in range(BISECTIONS if low < high else 0):
+    for _ in range(BISECTIONS if low < high < inf else 0):
         middle = sqrt(low * high)
         tried = sweep(middle)
         if len(tried[1].positions) > most:

@@ -123,7 +123,7 @@ def dequantise(rounded: Rounded, bits: int, dtype: torch.dtype | None = None) ->
     """The weight (O, I) that codes stand for, computed in `dtype` (default: that of the scales)."""
     groups = rounded.scales.shape[1]
     scales = rounded.scales if dtype is None else rounded.scales.to(dtype)
-    codes = rounded.codes.unflatten(1, (groups, -1)).to(scales.dtype)
+    codes = rounded.codes.unflatten(1, (groups, rounded.codes.shape[1] // groups)).to(scales.dtype)
     # Codes and zeros are whole numbers up to 255: their difference is exact in bfloat16 too.
     zero = 2 ** (bits - 1) if rounded.zeros is None else rounded.zeros.to(scales.dtype)[..., None]
     return ((codes - zero) * scales[..., None]).flatten(1)
@@ -152,7 +152,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (..., n) below 2^bits to bytes (..., packed_width(n)) uint8; the first code in the lowest bits."""
     count, size = _unit(bits)
     padded = torch.nn.functional.pad(codes.long(), (0, -codes.shape[-1] % count))
-    units = padded.reshape(*codes.shape[:-1], -1, count)
+    units = padded.unflatten(-1, (padded.shape[-1] // count, count))  # -1 would have no answer for 0 rows
     words = (units << _shifts(count, bits, codes.device)).sum(-1, keepdim=True)
     octets = ((words >> _shifts(size, 8, codes.device)) & 255).to(torch.uint8).flatten(-2)
     return octets[..., : packed_width(codes.shape[-1], bits)].contiguous()
@@ -165,7 +165,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed[..., :count]
     whole = torch.int32 if 8 * size < 32 else torch.int64
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % size))
-    units = padded.to(whole).reshape(*packed.shape[:-1], -1, size)
+    units = padded.to(whole).unflatten(-1, (padded.shape[-1] // size, size))
     words = (units << _shifts(size, 8, packed.device, whole)).sum(-1, keepdim=True, dtype=whole)
     found = (words >> _shifts(codes, bits, packed.device, whole)) & (2**bits - 1)
     return found.flatten(-2)[..., :count].to(torch.uint8)

@@ -57,9 +57,11 @@ def rate_of(bits: float, window: int = WINDOW) -> Rate:
 
 
 @cache
-def code_table(rate: Rate) -> Tensor:
-    """What the states stand for (2^L, V), float32, of mean square 1. Do not change it in place."""
-    states = torch.arange(1 << rate.window, dtype=torch.int64)
+def code_table(rate: Rate, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the states stand for (2^L, V), of mean square 1, worked out once. Do not change it in place."""
+    if (device, dtype) != ("cpu", torch.float32):
+        return code_table(rate).to(device, dtype)
+    states = torch.arange(1 << rate.window, dtype=torch.int64, device="cpu")
     columns = []
     for column in range(rate.width):
         uniform = (_hashed(states, rate.window, column).double() + 0.5) / (1 << rate.window)
@@ -106,12 +108,12 @@ def viterbi(targets: Tensor, weights: Tensor, start: Tensor, rate: Rate) -> Path
     lowest bits while they are compared, so they are exact to 2^(k-24) of themselves.
     """
     streams, length, _ = targets.shape
-    step_bits, table = rate.step_bits, code_table(rate).to(targets.device)
+    step_bits, table = rate.step_bits, code_table(rate, targets.device)
     branches, states = 1 << step_bits, len(table)
     parents = states // branches
     low = branches - 1
     branch = torch.arange(branches, dtype=torch.int32, device=targets.device)[None, :, None]
-    cost = torch.full((streams, states), 1e30, device=targets.device)
+    cost = torch.full((streams, states), 1e30, dtype=torch.float32, device=targets.device)
     cost.scatter_(1, start[:, None], 0.0)
     back = torch.empty(length, streams, parents, dtype=torch.uint8, device=targets.device)
     values = table.T[None]  # (1, V, 2^L)
@@ -135,7 +137,8 @@ def viterbi(targets: Tensor, weights: Tensor, start: Tensor, rate: Rate) -> Path
 def distortion(rate: Rate) -> float:
     """Mean squared error of standard normal weights at this rate, measured once on a fixed sample."""
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(16, 256 // rate.width, rate.width, generator=generator)
-    start = torch.zeros(16, dtype=torch.int64)
+    shape = (16, 256 // rate.width, rate.width)
+    sample = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    start = torch.zeros(16, dtype=torch.int64, device="cpu")
     path = viterbi(sample, torch.ones_like(sample), start, rate)
     return float(path.cost.mean()) / 256

@@ -69,10 +69,10 @@ def trellis_columns(
     """
     scales = as_stored(weight.square().mean(1).sqrt())
     coded = _path(weight, upper, rate, scales, importance, block)
-    table = code_table(rate).to(weight.device).double()
+    table = code_table(rate, weight.device, torch.float64)
     unscaled = decode_weight(coded._replace(scales=torch.ones_like(scales)), rate, weight.shape[1], table)
-    better = as_stored(best_scales(weight, unscaled, upper))
-    return coded._replace(scales=torch.where(better > 0, better, scales))
+    # Of either sign: a row whose errors hardly count is coded as its neighbours like it, and may come out reversed.
+    return coded._replace(scales=as_stored(best_scales(weight, unscaled, upper)))
 
 
 def best_scales(weight: Tensor, unscaled: Tensor, upper: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def best_scales(weight: Tensor, unscaled: Tensor, upper: Tensor) -> Tensor:
 def _path(weight: Tensor, upper: Tensor, rate: Rate, scales: Tensor, importance: Tensor | None, block: int) -> Coded:
     outputs, inputs = weight.shape
     strips, device = strips_of(outputs), weight.device
-    table = code_table(rate).to(device)
+    table = code_table(rate, device)
     missing = strips * STRIP - outputs
     now = torch.nn.functional.pad(weight, (0, 0, 0, missing))
     divisors = torch.nn.functional.pad(

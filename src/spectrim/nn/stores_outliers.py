@@ -49,7 +49,10 @@ class OutlierStore(Store):
             raise ValueError(
                 f"gap_bytes {gap_bytes!r}; {entries} entries of {outputs} x {inputs} take {entries} to {most}"
             )
-        inner = store_from_entry(outputs, inputs, entry.get("inner"), device=device, dtype=dtype)
+        own = entry.get("inner")
+        if isinstance(own, Mapping) and own.get("kind") == cls.kind:
+            raise ValueError("outliers inside outliers; the entries kept apart are one list")
+        inner = store_from_entry(outputs, inputs, own, device=device, dtype=dtype)
         return cls(inner, entries, gap_bytes, device=device, dtype=dtype)
 
     def entry(self) -> dict[str, Any]:

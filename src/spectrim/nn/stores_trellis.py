@@ -57,5 +57,5 @@ class TrellisStore(Store):
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         codes = unpack(self.codes, self.rate.step_bits, steps_of(self.inputs, self.rate))
-        table = code_table(self.rate).to(self.codes.device, dtype or self.scales.dtype)
+        table = code_table(self.rate, self.codes.device, dtype or self.scales.dtype)
         return decode_weight(Coded(codes, self.scales), self.rate, self.inputs, table)

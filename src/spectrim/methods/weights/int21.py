@@ -20,7 +20,7 @@ from torch import Tensor
 from spectrim.errors import UsageError
 from spectrim.linalg.bits import Account, budget_in
 from spectrim.linalg.factor import Factors
-from spectrim.method import MethodInfo, require_choice
+from spectrim.method import MethodInfo, require_choice, require_range
 from spectrim.methods.weights.corrections import train_corrections
 from spectrim.methods.weights.eora import BASES, METRICS, EoRA, Metric
 from spectrim.methods.weights.packed import PackedMethod
@@ -58,6 +58,7 @@ class INT21(TrainedModelMethod, PackedMethod):
         super().__post_init__()
         require_choice(self.info.name, "base", self.base, CODES)
         require_choice(self.info.name, "start", self.start, (*METRICS, "lora"))
+        require_range(self.info.name, "group_size", self.group_size, 0, 1_000_000)
         self.untrained()  # checks the rest
 
     def untrained(self) -> EoRA:

@@ -70,7 +70,7 @@ class Form(NamedTuple):
 
 
 def forms_of(window: int) -> tuple[Form, ...]:
-    """From the smallest to the largest."""
+    """By what they lose, most first."""
     return (*(Form(rate._replace(window=window)) for rate in RATES), Form(), Form(dense=True))
 
 
@@ -177,8 +177,8 @@ class Trellis(ModelMethod):
 
 
 def least_bytes(walk: Walk) -> int:
-    """All weights at 1 bit, and their biases."""
-    weights = sum(trellis_account(la.outputs, la.inputs, RATES[0]).total for la in walk.layers)
+    """All weights in their smallest forms, and biases. Of few outputs that is not 1 bit, since strips are filled up."""
+    weights = sum(min(form.account(la).total for form in forms_of(WINDOW)) for la in walk.layers)
     return weights + sum(bias_account(la.outputs, bias=la.has_bias).total for la in walk.layers)
 
 
@@ -188,7 +188,7 @@ def budget_for_weights(walk: Walk, budget: int, keep: float) -> int:
     if least > budget:
         smallest = int(least / (walk.numbers * VALUE_BYTES) * 10_000 + 1) / 10_000
         raise UsageError(
-            f"method trellis stores at least 1 bit a weight, with scales and biases {least:,} bytes in the decoder's "
+            f"method trellis stores at least 1 bit a weight: {least:,} bytes with scales and biases in the decoder's "
             f"linear layers; keep {keep:g} allows {budget:,}. The smallest reachable keep is {smallest:g}"
         )
     return budget - sum(bias_account(la.outputs, bias=la.has_bias).total for la in walk.layers)
