@@ -197,7 +197,6 @@ GOOD: dict[str, Any] = {
 }
 BILEVEL = {"kind": "bilevel", "bits": 3, "group_size": 8, "statistic_bits": 3, "rows": 4}
 APART = {"kind": "outliers", "entries": 3, "gap_bytes": 3, "inner": BILEVEL}
-GROUPS = {"kind": "groups", "group_size": 4, "groups": 24, "kept": {**GOOD["base"], "group_size": 0}}
 HALF = {"kind": "half", "values": {"kind": "plain"}}
 NORMAL = {"kind": "normal", "bits": 3, "block": 8, "scale_bits": 4, "scale_block": 64}
 
@@ -235,14 +234,6 @@ NORMAL = {"kind": "normal", "bits": 3, "block": 8, "scale_bits": 4, "scale_block
         ({"base": {**APART, "gap_bytes": None}}, "gap_bytes None"),
         ({"base": {**APART, "inner": None}}, "its kind must be one of"),
         ({"base": {**APART, "inner": {"kind": "codebook", "bits": 5}}}, "bits 5"),
-        ({"base": {**GROUPS, "group_size": 5}}, "group_size 5; it must divide the 16 inputs"),
-        ({"base": {**GROUPS, "group_size": 0}}, "group_size 0; it must divide"),
-        ({"base": {**GROUPS, "group_size": 4.0}}, "group_size 4.0; it must divide"),
-        ({"base": {**GROUPS, "groups": 0}}, "groups 0; 12 x 16 in groups of 4 has 1 to 48 to keep"),
-        ({"base": {**GROUPS, "groups": 49}}, "1 to 48"),
-        ({"base": {**GROUPS, "groups": True}}, "groups True"),
-        ({"base": {**GROUPS, "kept": None}}, "its kind must be one of"),
-        ({"base": {**GROUPS, "kept": {**GOOD["base"], "group_size": 8}}}, "must divide the 4 inputs"),
         ({"base": {"kind": "half"}}, "its kind must be one of"),
         ({"base": {"kind": "half", "values": {**GOOD["base"], "group_size": 16}}}, "must divide the 8 inputs"),
         ({"base": {**NORMAL, "bits": 5}}, "bits 5; it must be one of 2, 3, 4, 8"),
@@ -277,14 +268,6 @@ def test_places_that_no_pruning_makes_are_refused():
     made.after_load()
     made.state_dict()["base.places"][3, 0] = 0
     with pytest.raises(ValueError, match="at one place, or out of order"):
-        made.after_load()
-
-
-def test_a_bitmap_that_marks_other_groups_than_are_kept_is_refused():
-    made, _, _ = layer("groups 3", 0)
-    made.after_load()
-    made.state_dict()["base.bitmap"][2] ^= 1
-    with pytest.raises(ValueError, match=r"the bitmap marks \d+ groups, \d+ are kept: damaged file"):
         made.after_load()
 
 
