@@ -1,4 +1,4 @@
-"""The store of kept groups: what it refuses, and what it holds in memory. Products and files are in test_nn_packed.py."""
+"""The store of kept groups: what it refuses, and what it holds in memory. Products are in test_nn_packed.py."""
 
 from typing import Any
 
