@@ -20,20 +20,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from reference import counted_keep
 from reference_data import CALIBRATION_WINDOWS, WINDOW, cut, held_out, tokens_of, training_text, unpack_model
+from rows import GROUPS, Row
 
 from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
-from spectrim.linalg.codebook import CODEBOOK_BITS
-from spectrim.linalg.quantise import BITS
 from spectrim.models.load import load_dense, pick_device, pick_dtype, resolve
 from spectrim.registry import make_method
 from spectrim.report.facts import environment
@@ -41,115 +39,6 @@ from spectrim.report.plot import line_chart
 
 CHARS_A_WINDOW = 8 * WINDOW
 """Text that is read for each window: twice what this tokenizer needs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One method as it is run here; `cost` in words is in `spectrim methods`."""
-
-    label: str
-    method: str
-    preset: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    recover: tuple[str, ...] = ()
-
-
-GROUPS: dict[str, list[Row]] = {
-    "closed-form": [
-        Row(label="svd", method="svd"),
-        Row(label="asvd", method="asvd"),
-        Row(label="fwsvd", method="fwsvd"),
-        Row(label="fwsvd, outputs weighed", method="fwsvd", options={"weigh": "outputs"}),
-        Row(label="tfwsvd", method="tfwsvd"),
-        Row(label="svd-llm", method="svd-llm"),
-        Row(label="svd-llm, update=sequential", method="svd-llm", options={"update": "sequential"}),
-        Row(label="svd-llm, pivot", method="svd-llm", options={"storage": "pivot"}),
-        Row(label="afm", method="afm"),
-        Row(label="lord", method="lord"),
-        Row(label="welore", method="welore"),
-        Row(label="zero-sum", method="zero-sum"),
-        Row(label="mpifa", method="mpifa"),
-        Row(label="basis-sharing", method="basis-sharing"),
-        Row(label="basis-sharing, pooled", method="basis-sharing", options={"fit": "pooled"}),
-        Row(label="basis-sharing, drifted", method="basis-sharing", options={"fit": "drifted"}),
-        Row(label="basis-sharing, groups of 4", method="basis-sharing", options={"group_size": 4}),
-        Row(label="two-sided", method="two-sided"),
-        Row(label="dsformer", method="dsformer"),
-        Row(label="dsformer, straight-through", method="dsformer", options={"solver": "straight-through"}),
-        Row(label="compactifai", method="compactifai"),
-        Row(label="compactifai, uniform", method="compactifai", options={"allocation": "uniform"}),
-        Row(label="soco fast", method="soco", preset="fast"),
-        Row(label="slicegpt", method="slicegpt"),
-        Row(label="slicegpt, not turned", method="slicegpt", options={"basis": "variance"}),
-        Row(label="modegpt", method="modegpt"),
-        Row(label="modegpt, uniform", method="modegpt", options={"allocation": "uniform"}),
-        Row(label="modegpt, magnitude", method="modegpt", options={"allocation": "uniform", "rule": "magnitude"}),
-    ],
-    "bits": [  # keep is a share of bytes; the bits of rtn and gptq do not follow it
-        Row(label="trellis", method="trellis"),
-        Row(label="trellis, no drift", method="trellis", options={"propagate": 0.0}),
-        Row(label="trellis, all the drift", method="trellis", options={"propagate": 1.0}),
-        Row(label="trellis, rows alike", method="trellis", options={"output_shrinkage": 1.0}),
-        *(Row(label=f"{name} {b}", method=name, options={"bits": b}) for name in ("rtn", "gptq") for b in BITS),
-        *(
-            Row(label=f"{name} {bits}, plain", method=name, options={"bits": bits, "search": False, "symmetric": True})
-            for name in ("rtn", "gptq")
-            for bits in (2, 3, 4)
-        ),
-        *(
-            Row(label=f"eora on {base}, {metric}", method="eora", options={"base": base, "metric": metric})
-            for base in ("2:4", "2:4+rtn4", "rtn2", "rtn3", "rtn4", "gptq2", "gptq3", "gptq4")
-            for metric in ("svd", "diagonal", "eora")
-        ),
-        *(
-            Row(label=f"gptq {bits}, groups of {size}", method="gptq", options={"bits": bits, "group_size": size})
-            for bits in (2, 3, 4)
-            for size in (16, 32)
-        ),
-        *(Row(label=f"squeezellm {bits}", method="squeezellm", options={"bits": bits}) for bits in CODEBOOK_BITS),
-        *(
-            Row(label=f"squeezellm {bits}, {label}", method="squeezellm", options={"bits": bits, **options})
-            for bits in CODEBOOK_BITS
-            for label, options in (
-                ("dense", {"sensitive": 0.0, "outliers": 0.0}),
-                ("dense, k-means", {"sensitive": 0.0, "outliers": 0.0, "weigh": "none"}),
-            )
-        ),
-        *(Row(label=f"spqr {bits}", method="spqr", options={"bits": bits}) for bits in (2, 3, 4)),
-        *(
-            Row(label=f"spqr {bits}, {label}", method="spqr", options={"bits": bits, **options})
-            for bits in (2, 3, 4)
-            for label, options in (("no outliers", {"outliers": 0.0}), ("searched", {"search": True}))
-        ),
-        *(Row(label=f"lq-lora, rank_bits {b}", method="lq-lora", options={"rank_bits": b}) for b in (0.0, 0.25, 0.5)),
-        Row(label="lq-lora, not weighed", method="lq-lora", options={"weigh": "none"}),
-        Row(label="lq-lora, one form", method="lq-lora", options={"allocation": "uniform"}),
-        Row(label="lq-lora, trained", method="lq-lora", preset="trained"),
-        *(
-            Row(label=f"int2.1 on {base}, {start}", method="int2.1", options={"base": base, "start": start})
-            for base in ("rtn2", "gptq2")
-            for start in ("eora", "svd", "lora")
-        ),
-    ],
-    "searched": [
-        Row(label="svd-llm, global", method="svd-llm", options={"allocation": "global"}),
-        Row(label="svd-llm, sensitivity", method="svd-llm", options={"allocation": "sensitivity"}),
-        Row(label="svd-llm, evopress", method="svd-llm", options={"allocation": "evopress"}),
-        Row(label="two-sided, evopress", method="two-sided", options={"allocation": "evopress"}),
-    ],
-    "trained": [
-        Row(label="soco balanced", method="soco", preset="balanced"),
-        Row(label="soco best", method="soco", preset="best"),
-        Row(label="svd-llm, block:25", method="svd-llm", recover=("block:25",)),
-        Row(label="welore, kl:300", method="welore", recover=("kl:300",)),
-        Row(label="svd-llm, kl:300", method="svd-llm", recover=("kl:300",)),
-        Row(label="dsformer, trained", method="dsformer", preset="trained"),
-        Row(label="compactifai, healed", method="compactifai", preset="healed"),
-        Row(label="lpaf, 300 + 300 steps", method="lpaf"),
-        Row(label="svd, kl:600", method="svd", recover=("kl:600",)),
-        Row(label="acip, 1000 steps", method="acip", options={"target": "dense"}),
-    ],
-}  # fmt: skip
 
 
 class Bench:

@@ -38,6 +38,7 @@ MODEL_METHODS: dict[str, str] = {
     "eora": "spectrim.methods.weights.eora:EoRA",
     "squeezellm": "spectrim.methods.weights.squeezellm:SqueezeLLM",
     "spqr": "spectrim.methods.weights.spqr:SpQR",
+    "gqsa": "spectrim.methods.weights.gqsa:GQSA",
     "int2.1": "spectrim.methods.weights.int21:INT21",
     "lq-lora": "spectrim.methods.weights.lq_lora:LQLoRA",
 }

@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eora": {"base": "gptq4", "group_size": 8, "search": False},
     "squeezellm": {"bits": 3, "outliers": 0.02, "sensitive": 0.01},
     "spqr": {"bits": 8, "group_size": 8, "statistic_bits": 4, "outliers": 0.09, "threshold": 3e-5},
+    "gqsa": {"bits": 8, "group_size": 8, "sparsity": 0.25, "search": False},
     "int2.1": {"base": "gptq4", "group_size": 8, "search": False, "steps": 4, "batch_size": 4},
     "lq-lora": {"rank_bits": 2.0, "iterations": 3, "steps": 4, "batch_size": 4},
 }

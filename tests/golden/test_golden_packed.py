@@ -28,6 +28,9 @@ CASES = {
     "squeezellm 3, k-means": ("squeezellm", {"bits": 3, "outliers": 0.0, "sensitive": 0.0, "weigh": "none"}),
     **{f"spqr {bits}": ("spqr", {"bits": bits, "outliers": 0.02, "damping": 0.01}) for bits in (2, 3, 4)},
     "spqr 3, no outliers": ("spqr", {"bits": 3, "outliers": 0.0, "damping": 0.01}),
+    **{f"gqsa 4, {share:g}": ("gqsa", {"sparsity": share}) for share in (0.0, 0.25, 0.5)},
+    **{f"gqsa 4, 0.5, {word}": ("gqsa", {"saliency": word}) for word in ("later", "weights")},
+    "gqsa 4, 0.5, layer": ("gqsa", {"balance": "layer"}),
     "eora 2:4, wanda": ("eora", {"base": "2:4", "pruner": "wanda"}),
     **{
         f"eora {base}, {metric}": ("eora", {"base": base, "metric": metric})
@@ -82,6 +85,10 @@ def test_recorded_errors_are_in_the_order_that_theory_demands():
         assert table[f"{name} 3"]["base"] < table["rtn 3"]["base"]
     assert table["spqr 3"]["base"] < table["spqr 3, no outliers"]["base"]
     assert table["squeezellm 3, k-means"]["bits"] == table["squeezellm 3, dense"]["bits"] == 3 + 8 * 16 / INPUTS
+    losses = [table[f"gqsa 4, {share}"]["base"] for share in ("0", "0.25", "0.5")]
+    assert table["gqsa 4, 0"] == table["gptq 4"]
+    assert losses == sorted(losses)
+    assert table["gqsa 4, 0.5"]["base"] < table["gqsa 4, 0.5, weights"]["base"]
     assert table["eora 2:4, eora"]["base"] < table["eora 2:4, wanda"]["base"]
     assert table["eora 2:4, eora"]["bits"] == 9 == 16 * 9 / (8 * VALUE_BYTES)
 

@@ -12,6 +12,7 @@ from spectrim.linalg.bilevel import BilevelRule
 from spectrim.linalg.codebook import fit_codebook, from_codebook
 from spectrim.linalg.columns import solve_columns
 from spectrim.linalg.factor import Factors
+from spectrim.linalg.groups import Groups, from_groups
 from spectrim.linalg.normal_float import Form, from_normal, round_to_normal
 from spectrim.linalg.outliers import entries_at, to_gaps, with_entries
 from spectrim.linalg.quantise import BITS, dequantise, round_to_nearest
@@ -20,6 +21,7 @@ from spectrim.nn.packed import CorrectionLinear, PackedLinear
 from spectrim.nn.stores import PlainStore, Store
 from spectrim.nn.stores_bilevel import BilevelStore
 from spectrim.nn.stores_codebook import CodebookStore
+from spectrim.nn.stores_groups import GroupStore
 from spectrim.nn.stores_half import HalfStore
 from spectrim.nn.stores_normal import NormalStore
 from spectrim.nn.stores_outliers import OutlierStore
@@ -55,6 +57,14 @@ def outliers(inner: str, dtype: torch.dtype) -> tuple[Store, Tensor]:
     return OutlierStore.holding(rest, entries, dtype=dtype), with_entries(dense, entries)
 
 
+def groups(bits: int, dtype: torch.dtype) -> tuple[Store, Tensor]:
+    mask = normal(8, OUTPUTS, INPUTS // 4) > 0
+    values = normal(9, int(mask.sum()), 4).to(torch.bfloat16).double()
+    rounded = round_to_nearest(values, bits, 0, symmetric=False)
+    kept = UniformStore.holding(rounded, bits=bits, group_size=0, dtype=dtype)
+    return GroupStore.holding(kept, mask), from_groups(Groups(dequantise(rounded, bits), mask))
+
+
 def store(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Store, Tensor]:
     """A store, and the weight (float64) that it stands for."""
     weight = normal(1, OUTPUTS, INPUTS).to(torch.bfloat16).double()
@@ -64,6 +74,8 @@ def store(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Store, Tensor]
         return outliers(kind.removeprefix("outliers, "), dtype)
     if kind.startswith("bilevel"):
         return bilevel(weight, int(kind.split()[1]), dtype)
+    if kind.startswith("groups"):
+        return groups(int(kind.split()[1]), dtype)
     if kind.startswith("codebook"):
         return codebook(weight, int(kind.split()[1]), dtype)
     if kind.startswith("normal"):
@@ -80,7 +92,15 @@ def store(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Store, Tensor]
 
 
 SINGLE = ["plain", "half", "half 4", *(f"{bits} {sign}" for bits, sign in product(BITS, ("sym", "zeros")))]
-SINGLE += ["codebook 2", "codebook 3", "codebook 4", "bilevel 4", "bilevel 5", *(f"normal {bits}" for bits in BITS)]
+SINGLE += [
+    "codebook 2",
+    "codebook 3",
+    "codebook 4",
+    "bilevel 4",
+    "bilevel 5",
+    "groups 3",
+    *(f"normal {bits}" for bits in BITS),
+]
 KINDS = [*SINGLE, *(f"outliers, {kind}" for kind in SINGLE)]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 with_and_without = pytest.mark.parametrize("rank", [0, RANK])
@@ -278,6 +298,7 @@ def test_a_stream_that_ends_in_a_jump_is_refused():
 def test_gradients_reach_tables_second_grids_and_entries_apart():
     for kind, names in {
         "outliers, codebook 3": {"numbers", "inner.table"},
+        "groups 3": {"kept.scales"},
         "outliers, bilevel 4": {"numbers", *(f"inner.{n}_{p}" for n in ("scale", "zero") for p in ("steps", "lows"))},
     }.items():
         made, _, _ = layer(kind, 0, bias=False)

@@ -1,4 +1,4 @@
-"""squeezellm and spqr on whole small models: against their formulas written out, and what they refuse."""
+"""squeezellm, spqr and gqsa on whole small models: against their formulas written out, and what they refuse."""
 
 from typing import Any
 
@@ -12,8 +12,10 @@ from spectrim.engines.pipeline import compress_model
 from spectrim.errors import UsageError
 from spectrim.linalg.bilevel import BilevelRule
 from spectrim.linalg.codebook import kmeans_exact
-from spectrim.linalg.columns import inverse_root, solve_columns
+from spectrim.linalg.columns import UniformRule, inverse_root, solve_columns
+from spectrim.linalg.groups import GroupRule, costliest, group_costs
 from spectrim.linalg.outliers import OutlierRule, outlier_limit
+from spectrim.methods.weights.gqsa import GQSA
 from spectrim.methods.weights.packed import PackedMethod
 from spectrim.methods.weights.spqr import SpQR
 from spectrim.methods.weights.squeezellm import SqueezeLLM
@@ -22,7 +24,9 @@ from spectrim.nn.packed import PackedLinear
 from spectrim.nn.stores import Store
 from spectrim.nn.stores_bilevel import BilevelStore
 from spectrim.nn.stores_codebook import CodebookStore
+from spectrim.nn.stores_groups import GroupStore
 from spectrim.nn.stores_outliers import OutlierStore
+from spectrim.nn.stores_uniform import UniformStore
 from spectrim.registry import make_method
 from spectrim.stats import Stat, Stats
 from tiny_models import logits_of, tiny, token_ids
@@ -168,6 +172,56 @@ def test_no_outliers_where_nothing_sticks_out():
     assert torch.equal(store.matrix(), weight)
 
 
+# ---------- gqsa
+
+
+@pytest.mark.parametrize("balance", ["rows", "layer"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_store_holds_the_groups_that_the_solver_kept(balance, symmetric):
+    weight, stats = columns(6)
+    method = GQSA(bits=3, group_size=8, sparsity=0.5, balance=balance, symmetric=symmetric, search=False)
+    upper = inverse_root(stats.get(Stat.GRAM))
+    mask = costliest(group_costs(weight, upper, 8, method.saliency), 24, balance)
+    expected = solve_columns(weight, upper, GroupRule(UniformRule(weight, 3, 8, symmetric=symmetric), mask))
+    store = method.store_of(weight, stats, torch.float64)
+    assert torch.equal(store.matrix(), expected)
+    assert isinstance(store, GroupStore)
+    assert store.kept.outputs == 24
+    assert torch.equal(expected.unflatten(1, (4, 8)).ne(0).any(2), mask)
+
+
+def test_columns_that_are_left_make_up_for_groups_that_are_not():
+    """Against the same groups left out and the others rounded, in a matrix that does not mix columns."""
+    weight, stats = columns(7)
+    apart = Stats(tokens=1, gram=stats.get(Stat.GRAM).diagonal().diag())
+    made_up, plain = (GQSA(group_size=8).store_of(weight, s, torch.float64) for s in (stats, apart))
+    assert lost(weight, made_up, stats) < 0.8 * lost(weight, plain, stats)
+
+
+def test_fewer_groups_lose_more_and_none_left_out_is_gptq():
+    weight, stats = columns(8)
+    losses = [
+        lost(weight, GQSA(group_size=8, sparsity=share).store_of(weight, stats, torch.float64), stats)
+        for share in (0.0, 0.25, 0.5, 0.75)
+    ]
+    assert losses == sorted(losses)
+    store = GQSA(group_size=8, sparsity=0.0).store_of(weight, stats, torch.float64)
+    gptq = make_method("gptq", options={"group_size": 8})
+    assert isinstance(gptq, PackedMethod)
+    assert isinstance(store, UniformStore)
+    assert torch.equal(store.matrix(), gptq.store_of(weight, stats, torch.float64).matrix())
+
+
+def test_rows_of_unlike_size_are_better_served_by_the_layer_as_a_whole():
+    weight, stats = columns(9)
+    weight = weight * torch.logspace(0, -2, len(weight), dtype=weight.dtype)[:, None]
+    rows, layer = (
+        lost(weight, GQSA(group_size=8, balance=balance).store_of(weight, stats, torch.float64), stats)
+        for balance in ("rows", "layer")
+    )
+    assert layer < 0.5 * rows
+
+
 def test_more_bits_are_closer_to_the_dense_model():
     for name, options, widths in (("spqr", {**SPQR, "outliers": 0.01}, (2, 8)), ("squeezellm", {}, (2, 4))):
         differences = []
@@ -197,6 +251,9 @@ def test_a_block_may_be_calibrated_behind_the_blocks_before_it():
         ("spqr", {"bits": 3, **SPQR}),
         ("spqr", {"bits": 2, "statistic_rows": 5, "group_size": 4, "outliers": 0.0}),
         ("spqr", {"bits": 4, "statistic_rows": 1000, "group_size": 8}),
+        ("gqsa", {"bits": 3, "group_size": 4, "sparsity": 0.3}),
+        ("gqsa", {"bits": 4, "group_size": 8, "sparsity": 0.6, "balance": "layer", "symmetric": True}),
+        ("gqsa", {"bits": 2, "group_size": 8, "sparsity": 0.0}),
     ],
 )
 def test_what_is_announced_is_what_is_stored_or_a_little_more(name, options):
@@ -208,6 +265,9 @@ def test_what_is_announced_is_what_is_stored_or_a_little_more(name, options):
         assert isinstance(packed, PackedLinear)
         account = method.account(layer)
         stored = packed.counted_bytes - (2 * layer.outputs if layer.has_bias else 0)
+        if isinstance(packed.base, GroupStore):
+            assert stored == account.total
+            continue
         if not isinstance(packed.base, OutlierStore):
             assert stored == account.total - account.values - account.indices
             continue
@@ -234,6 +294,11 @@ def test_what_is_announced_is_what_is_stored_or_a_little_more(name, options):
         ("spqr", {"threshold": 0.0}, "method spqr: threshold must be in"),
         ("spqr", {"outliers": 1.0}, "method spqr: outliers must be in"),
         ("spqr", {"damping": 0.0}, "method spqr: damping must be in"),
+        ("gqsa", {"bits": 5}, "method gqsa: bits must be one of 2, 3, 4, 8, got 5"),
+        ("gqsa", {"group_size": 0}, "method gqsa: group_size must be in"),
+        ("gqsa", {"sparsity": 0.9}, "method gqsa: sparsity must be in"),
+        ("gqsa", {"saliency": "magnitude"}, "method gqsa: saliency must be one of later, all, weights"),
+        ("gqsa", {"balance": "columns"}, "method gqsa: balance must be one of rows, layer"),
     ],
 )
 def test_options_out_of_range_are_refused(name, options, said):
@@ -244,6 +309,12 @@ def test_options_out_of_range_are_refused(name, options, said):
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do():
     with pytest.raises(UsageError, match=r"spqr: group_size 7 does not divide the 32 inputs of model\.layers\.0"):
         made("spqr", group_size=7)
+    with pytest.raises(UsageError, match=r"gqsa: group_size 7 does not divide the 32 inputs of model\.layers\.0"):
+        made("gqsa", group_size=7)
+    with pytest.raises(
+        UsageError, match=r"gqsa with bits=4, group_size=8, sparsity=0\.5, .* stores .*keep 0\.1 allows"
+    ):
+        made("gqsa", keep=0.1, group_size=8)
     with pytest.raises(UsageError, match=r"spqr with bits=4, group_size=8, .*outliers=0\.2 stores .*keep 0\.4 allows"):
         made("spqr", keep=0.4, **SPQR)
     with pytest.raises(UsageError) as refused:

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from spectrim.linalg.bilevel import row_blocks
+from spectrim.linalg.groups import bitmap_bytes
 from spectrim.linalg.normal_float import Form, blocks_in
 from spectrim.linalg.outliers import most_gap_bytes
 from spectrim.linalg.quantise import group_count, packed_width
@@ -78,6 +79,12 @@ def codebook_account(outputs: int, inputs: int, bits: int) -> Account:
 def outliers_account(outputs: int, inputs: int, entries: int) -> Account:
     """At most: entries in 16 bits, and as many bytes for where they stand as the worst places take."""
     return Account(values=entries * VALUE_BYTES, indices=most_gap_bytes(outputs * inputs, entries))
+
+
+def groups_account(outputs: int, inputs: int, bits: int, group_size: int, *, kept: int, symmetric: bool) -> Account:
+    """`kept` groups of `linalg/groups.py` in codes, each with a scale and a zero, and one bit for every group."""
+    codes = uniform_account(kept, group_size, bits, 0, symmetric=symmetric)
+    return codes + Account(indices=bitmap_bytes(outputs, group_count(inputs, group_size)))
 
 
 def normal_account(outputs: int, inputs: int, form: Form) -> Account:

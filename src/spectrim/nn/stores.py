@@ -6,6 +6,7 @@
     codebook   codes of 2, 3 or 4 bits with a table of levels for each row              linalg/codebook.py
     normal     codes for quantiles of the normal distribution, scales in few bits       linalg/normal_float.py
     half       two of every four, and where they stand; the values are a store again    linalg/sparse24.py
+    groups     some groups of neighbouring inputs, and where they stand; a store again      linalg/groups.py
     outliers   any of these, with a few entries kept apart in 16 bits                   linalg/outliers.py
 
 A store stays packed in memory: `matrix` makes the weight for one product and it is let go afterwards. Codes are
@@ -27,6 +28,7 @@ STORES = {
     "codebook": "spectrim.nn.stores_codebook:CodebookStore",
     "half": "spectrim.nn.stores_half:HalfStore",
     "trellis": "spectrim.nn.stores_trellis:TrellisStore",
+    "groups": "spectrim.nn.stores_groups:GroupStore",
     "outliers": "spectrim.nn.stores_outliers:OutlierStore",
     "normal": "spectrim.nn.stores_normal:NormalStore",
 }
