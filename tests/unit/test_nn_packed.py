@@ -16,7 +16,7 @@ from spectrim.linalg.normal_float import Form, from_normal, round_to_normal
 from spectrim.linalg.outliers import entries_at, to_gaps, with_entries
 from spectrim.linalg.quantise import BITS, dequantise, round_to_nearest
 from spectrim.linalg.sparse24 import from_half, to_half, two_of_four
-from spectrim.nn.packed import CorrectionLinear, PackedLinear
+from spectrim.nn.packed import PackedLinear, TrainedPackedLinear
 from spectrim.nn.stores import PlainStore, Store
 from spectrim.nn.stores_bilevel import BilevelStore
 from spectrim.nn.stores_codebook import CodebookStore
@@ -291,7 +291,7 @@ def test_gradients_reach_tables_second_grids_and_entries_apart():
 @every_kind
 def test_a_correction_in_training_is_the_layer_and_goes_back_into_it(kind):
     made, weight, bias = layer(kind, RANK)
-    training = CorrectionLinear(made)
+    training = TrainedPackedLinear(made, numbers=False)
     assert [name for name, _ in training.named_parameters()] == ["U.unit", "V.unit"]
     x = normal(6, 4, INPUTS)
     torch.testing.assert_close(training(x.float()).double(), x @ weight.mT + bias, rtol=1e-5, atol=1e-5)
@@ -311,8 +311,8 @@ def test_a_correction_that_starts_at_zero_can_move():
     """Its scale is that at which it would be as large as the base; a scale of 0 or 1 would not train."""
     base, _ = store("4 sym")
     factors = Factors(torch.zeros(OUTPUTS, RANK), normal(3, RANK, INPUTS).float())
-    training = CorrectionLinear(PackedLinear.holding(base, factors, None, dtype=torch.float32))
+    training = TrainedPackedLinear(PackedLinear.holding(base, factors, None, dtype=torch.float32), numbers=False)
     with torch.no_grad():
         training.U.unit.normal_(generator=torch.Generator().manual_seed(0))
     added = (training.U() @ training.V()).detach()
-    assert 0.5 < float(added.square().mean().sqrt() / training.base.square().mean().sqrt()) < 2
+    assert 0.5 < float(added.square().mean().sqrt() / training.base().square().mean().sqrt()) < 2
