@@ -93,7 +93,7 @@ def test_codes_stay_numbers_move_and_the_model_comes_nearer(name):
     assert trained.plan == start.plan
 
 
-@pytest.mark.parametrize(("name", "step"), [("trellis", 2), ("eora", 1), ("eora", 4)])
+@pytest.mark.parametrize(("name", "step"), [("gptq", 2), ("eora", 1), ("eora", 4)])
 def test_a_killed_run_goes_on_bit_for_bit(name, step):
     whole = made(name, "kl:4")[1]
     kept = MemoryCheckpoint(every=1)
