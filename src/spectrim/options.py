@@ -12,6 +12,7 @@ from spectrim.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from spectrim.method import Method
+    from spectrim.model_method import ModelMethod
 
 Nonfinite = Literal["refuse", "skip"]
 """What becomes of a layer that holds NaN or Inf: the run stops, or the layer is copied unchanged."""
@@ -137,13 +138,23 @@ def recovery_of(method: "Method", asked: Iterable[str]) -> tuple[Step, ...]:
             f"method {method.info.name}: refit and reconstruct solve for factors without the bias that this method has "
             "moved; leave them out (block and kl train biases too)"
         )
-    if steps and isinstance(method, ModelMethod) and not method.trains_factors:
-        raise UsageError(
-            f"method {method.info.name}: recovery steps train low-rank factors, and its layers have none "
-            f"({', '.join(method.codecs) or 'they are plain ones'}); leave --recover out"
-        )
+    if isinstance(method, ModelMethod) and not method.trains_factors:
+        _check_without_factors(method, steps)
     distil_steps = getattr(method, "distil_steps", 0)
     return (*steps, *([Step("kl", distil_steps)] if distil_steps else []))
+
+
+def _check_without_factors(method: "ModelMethod", steps: list[Step]) -> None:
+    """Layers in few bits have numbers that kl trains; other layers without factors have nothing."""
+    if "packed" not in method.codecs:
+        wrong, way = steps[:1], "leave --recover out"
+    else:
+        wrong, way = [s for s in steps if s.name != "kl"], "of the recovery steps it takes only kl[:STEPS]"
+    if wrong:
+        raise UsageError(
+            f"method {method.info.name}: the recovery step {wrong[0].name} is for low-rank factors, and its layers "
+            f"have none ({', '.join(method.codecs) or 'they are plain ones'}); {way}"
+        )
 
 
 def check_anchors(anchors: tuple[float, ...]) -> None:

@@ -1,6 +1,7 @@
 """Packed layers: every base, with and without a correction, gives the dense product from documented tensors."""
 
 import copy
+import re
 from itertools import product
 from typing import Any
 
@@ -17,8 +18,8 @@ from spectrim.linalg.normal_float import Form, from_normal, round_to_normal
 from spectrim.linalg.outliers import entries_at, to_gaps, with_entries
 from spectrim.linalg.quantise import BITS, dequantise, round_to_nearest
 from spectrim.linalg.sparse24 import from_half, to_half, two_of_four
-from spectrim.nn.packed import CorrectionLinear, PackedLinear
-from spectrim.nn.stores import PlainStore, Store
+from spectrim.nn.packed import PackedLinear, TrainedPackedLinear
+from spectrim.nn.stores import STORES, PlainStore, Store
 from spectrim.nn.stores_bilevel import BilevelStore
 from spectrim.nn.stores_codebook import CodebookStore
 from spectrim.nn.stores_groups import GroupStore
@@ -312,7 +313,7 @@ def test_gradients_reach_tables_second_grids_and_entries_apart():
 @every_kind
 def test_a_correction_in_training_is_the_layer_and_goes_back_into_it(kind):
     made, weight, bias = layer(kind, RANK)
-    training = CorrectionLinear(made)
+    training = TrainedPackedLinear(made, numbers=False)
     assert [name for name, _ in training.named_parameters()] == ["U.unit", "V.unit"]
     x = normal(6, 4, INPUTS)
     torch.testing.assert_close(training(x.float()).double(), x @ weight.mT + bias, rtol=1e-5, atol=1e-5)
@@ -332,8 +333,76 @@ def test_a_correction_that_starts_at_zero_can_move():
     """Its scale is that at which it would be as large as the base; a scale of 0 or 1 would not train."""
     base, _ = store("4 sym")
     factors = Factors(torch.zeros(OUTPUTS, RANK), normal(3, RANK, INPUTS).float())
-    training = CorrectionLinear(PackedLinear.holding(base, factors, None, dtype=torch.float32))
+    training = TrainedPackedLinear(PackedLinear.holding(base, factors, None, dtype=torch.float32), numbers=False)
     with torch.no_grad():
         training.U.unit.normal_(generator=torch.Generator().manual_seed(0))
     added = (training.U() @ training.V()).detach()
-    assert 0.5 < float(added.square().mean().sqrt() / training.base.square().mean().sqrt()) < 2
+    assert 0.5 < float(added.square().mean().sqrt() / training.base().square().mean().sqrt()) < 2
+
+
+# ---------- training of all numbers
+
+
+def moved(training: TrainedPackedLinear, x: Tensor) -> None:
+    """One step down the gradient of what the layer gives, squared."""
+    training(x).square().sum().backward()
+    with torch.no_grad():
+        for name, parameter in training.named_parameters():
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.any()), name
+            parameter -= 0.05 * parameter.grad / parameter.grad.abs().max()
+
+
+@every_kind
+@with_and_without
+def test_all_numbers_in_training_are_the_layer_and_go_back_beside_the_same_codes(kind, rank):
+    made, weight, bias = layer(kind, rank)
+    training = TrainedPackedLinear(made, numbers=True)
+    names = [name.removesuffix(".unit").replace("/", ".") for name, _ in training.named_parameters()]
+    trained = {re.sub(r"^numbers\.", "base.", name) for name in names}
+    assert trained == {name.removesuffix(".weight") for name, _ in made.named_parameters()}
+    assert all(float(p.detach().square().mean()) == pytest.approx(1, rel=1e-4) for p in training.parameters())
+    x = normal(6, 4, INPUTS)
+    torch.testing.assert_close(training(x.float()).double(), x @ weight.mT + bias, rtol=1e-5, atol=1e-5)
+    before = {key: tensor.clone() for key, tensor in made.state_dict().items()}
+    moved(training, x.float())
+    again = training.stored(made)
+    # What is stored is what was trained, up to bfloat16: 2^-9 of each number.
+    wanted = training(x.float()).detach()
+    torch.testing.assert_close(again(x.float()).detach(), wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+    assert again.entry() == made.entry()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in made.state_dict().items())  # left as it was
+    changed = {key for key, tensor in again.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == {name for name, _ in made.named_parameters()}
+    for name, number in again.base.named_parameters():
+        assert torch.equal(number.to(torch.bfloat16).float(), number), name
+
+
+def test_numbers_that_were_not_exact_in_bfloat16_are_not_rounded_to_it():
+    base = PlainStore.holding(normal(1, OUTPUTS, INPUTS).float())
+    made = PackedLinear.holding(base, None, None, dtype=torch.float32)
+    again = TrainedPackedLinear(made, numbers=True).stored(made)
+    torch.testing.assert_close(again.base.matrix(), base.matrix(), rtol=1e-6, atol=0)
+
+
+def test_numbers_that_are_all_zeros_stay():
+    rounded = round_to_nearest(torch.zeros(OUTPUTS, INPUTS), 4, 4, symmetric=True)
+    base = UniformStore.holding(rounded, bits=4, group_size=4, dtype=torch.float32)
+    training = TrainedPackedLinear(PackedLinear.holding(base, None, None, dtype=torch.float32), numbers=True)
+    assert [*training.parameters()] == []
+    assert not training(torch.ones(2, INPUTS)).any()
+
+
+def test_a_bias_of_zeros_is_trained():
+    made = PackedLinear.holding(store("4 sym")[0], None, torch.zeros(OUTPUTS), dtype=torch.float32)
+    training = TrainedPackedLinear(made, numbers=True)
+    training(torch.ones(2, INPUTS)).sum().backward()
+    assert training.bias is not None
+    assert training.bias.unit.grad is not None
+    assert bool(training.bias.unit.grad.any())
+
+
+def test_every_store_is_among_the_kinds_trained_here():
+    """A new store needs a line in `store` (the trellis has tests of its own)."""
+    kinds = {PackedLinear.entry(layer(kind, 0)[0])["base"]["kind"] for kind in KINDS}
+    assert kinds == STORES.keys() - {"trellis"}

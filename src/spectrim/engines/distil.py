@@ -1,4 +1,4 @@
-"""Distillation: all factors trained against the dense model, for any low-rank model.
+"""Distillation: factors, or the numbers beside codes, trained against the dense model.
 
     loss = (1 - share) E[KL(dense || compressed)] + share E[-log p(next token)]       share = LABEL_SHARE
 
@@ -6,6 +6,10 @@
 2. write every low-rank layer as a product in the coordinates of that metric                     nn/spectral.py
 3. train them with Adam, one relative rate for all numbers, warm-up and cosine
 4. put them back in the codec they had
+
+Layers in few bits (`packed`) train what they keep in 16-bit numbers: scales, tables, entries apart, corrections and
+biases; codes stay. They need no metric: each tensor is trained in units of its own size (nn/packed.py). Steps, loss
+and schedule are the same, and a model may have layers of both kinds.
 
 Embeddings, norms and dense layers stay as they are. Trained in the rows and coefficients of pivot storage instead, the
 same steps end at a 14 % higher divergence; in plain balanced factors at a 2 % higher one (docs/log.md).
@@ -22,14 +26,17 @@ from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.layerwise import build_linear
 from spectrim.engines.loop import Group, Training, train
 from spectrim.engines.measure import Progress, both_logits, frozen, measure
+from spectrim.engines.pack import fill
 from spectrim.engines.parts import SavedFirst, digest_of
-from spectrim.engines.stream import low_rank_layers
+from spectrim.engines.stream import low_rank_layers, packed_layers
+from spectrim.errors import UsageError
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.metric import Root, root_of, shrink
 from spectrim.memory import Batch
 from spectrim.models.walk import Walk
 from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.packed import PackedLinear, TrainedPackedLinear
 from spectrim.nn.spectral import SpectralLinear
 from spectrim.replacement import encode
 from spectrim.stats import Stat, Stats
@@ -61,21 +68,58 @@ def distil(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> list[float]:
-    """Train the low-rank layers of `student` in place for `steps`; returns the losses.
+    """Train the low-rank and the packed layers of `student` in place for `steps`; returns the losses.
 
     On any error the layers are what they were before (a checkpoint holds the last good state). Beside the factors it
-    holds the roots of the metric: O^2 + I^2 float32 numbers a layer.
+    holds the roots of the metric: O^2 + I^2 float32 numbers a layer. UsageError when layers are all packed and hold
+    nothing but zeros beside their codes.
     """
-    layers = low_rank_layers(student, walk)
-    if not layers or steps == 0:
+    low_rank, packed = low_rank_layers(student, walk), packed_layers(student, walk)
+    if not (low_rank or packed) or steps == 0:
         return []
-    measured, checkpoint = metric_or_saved(student, walk, ids[:METRIC_WINDOWS], layers, stage, seed, checkpoint)
-    spectral = to_spectral(layers, roots_of(measured, layers))
+    spectral: dict[str, SpectralLinear] = {}
+    if low_rank:
+        measured, checkpoint = metric_or_saved(student, walk, ids[:METRIC_WINDOWS], low_rank, stage, seed, checkpoint)
+        spectral = to_spectral(low_rank, roots_of(measured, low_rank))
+    if packed:
+        checkpoint = same_codes(packed, f"{stage} codes", checkpoint)
+    unpacked = {name: TrainedPackedLinear(layer, numbers=True) for name, layer in packed.items()}
+    trained: dict[str, torch.nn.Module] = {**spectral, **unpacked}
+    require_parameters(trained)
+
+    def finished(name: str) -> torch.nn.Module:
+        if name in spectral:
+            return from_spectral(spectral[name], low_rank[name])
+        return unpacked[name].stored(packed[name]).train(packed[name].training)
+
     return train_in_place(
-        student, teacher, layers, spectral, lambda name: from_spectral(spectral[name], layers[name]), ids, steps=steps,
-        batch_size=batch_size, learning_rate=learning_rate, label_share=label_share, seed=seed, stage=stage,
-        progress=progress, checkpoint=checkpoint,
+        student, teacher, {**low_rank, **packed}, trained, finished, ids, steps=steps, batch_size=batch_size,
+        learning_rate=learning_rate, label_share=label_share, seed=seed, stage=stage, progress=progress,
+        checkpoint=checkpoint,
     )  # fmt: skip
+
+
+def require_parameters(trained: Mapping[str, torch.nn.Module]) -> None:
+    """UsageError when nothing would be trained."""
+    if not any(True for layer in trained.values() for _ in layer.parameters()):
+        raise UsageError(
+            f"distillation: all {len(trained)} layers in few bits hold only zeros beside their codes, so there is "
+            "nothing to train; leave the recovery step kl out"
+        )
+
+
+def same_codes(layers: Mapping[str, PackedLinear], stage: str, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Layers as they were when training began, and the checkpoint, which keeps them when it must.
+
+    Made again on another device, codes may be other ones, and numbers that were trained beside them mean nothing.
+    """
+    if checkpoint is None:
+        return None
+    state = {f"{name}.{key}": t for name, m in layers.items() for key, t in m.state_dict().items() if t.numel()}
+    saved = checkpoint.load(stage)
+    if saved is not None:
+        fill(state, saved.tensors, stage)
+    return SavedFirst(checkpoint, stage, lambda: Saved(1, state, {}), kept=saved is not None)
 
 
 def train_in_place(

@@ -3,7 +3,7 @@
 refit         left factors by least squares on the inputs that the compressed model produces     engines/refit.py
 reconstruct   both factors, towards a quarter of the dense model's outputs (MPIFA)               engines/refit.py
 block[:STEPS] each block trained to give what the dense block gives, STEPS a block               engines/block.py
-kl[:STEPS]    all factors trained against the dense model's distribution                         engines/distil.py
+kl[:STEPS]    all factors, or numbers beside codes, trained against the dense model's outputs    engines/distil.py
 """
 
 from collections.abc import Callable, Iterable

@@ -18,6 +18,7 @@ from spectrim.engines.pack import fill
 from spectrim.linalg.curvature import add_gram
 from spectrim.models.walk import Walk, device_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.packed import PackedLinear
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a block beside its hidden states."""
@@ -158,6 +159,12 @@ def low_rank_layers(model: PreTrainedModel, walk: Walk) -> dict[str, LowRankLine
     """The target layers that are stored in low rank, by name."""
     modules = {layer.name: model.get_submodule(layer.name) for layer in walk.layers}
     return {name: m for name, m in modules.items() if isinstance(m, LowRankLinear | PivotLinear)}
+
+
+def packed_layers(model: PreTrainedModel, walk: Walk) -> dict[str, PackedLinear]:
+    """The target layers that are stored in few bits, by name."""
+    modules = {layer.name: model.get_submodule(layer.name) for layer in walk.layers}
+    return {name: m for name, m in modules.items() if isinstance(m, PackedLinear)}
 
 
 def pivot_buffers(layers: dict[str, LowRankLinear | PivotLinear]) -> Buffers:

@@ -55,8 +55,12 @@ def trellis_account(outputs: int, inputs: int, rate: Rate) -> Account:
 
 def decode_weight(coded: Coded, rate: Rate, inputs: int, table: Tensor) -> Tensor:
     """The weight (O, I), in the dtype of `table`."""
-    unscaled = decode(coded.codes, rate, table).view(len(coded.codes), inputs, STRIP)
-    return unscaled.mT.flatten(0, 1)[: len(coded.scales)] * coded.scales.to(table.dtype)[:, None]
+    return unscaled_weight(coded.codes, rate, len(coded.scales), inputs, table) * coded.scales.to(table.dtype)[:, None]
+
+
+def unscaled_weight(codes: Tensor, rate: Rate, outputs: int, inputs: int, table: Tensor) -> Tensor:
+    """The weight (O, I) for scales of 1, in the dtype of `table`."""
+    return decode(codes, rate, table).view(len(codes), inputs, STRIP).mT.flatten(0, 1)[:outputs]
 
 
 def trellis_columns(
@@ -70,7 +74,7 @@ def trellis_columns(
     scales = as_stored(weight.square().mean(1).sqrt())
     coded = _path(weight, upper, rate, scales, importance, block)
     table = code_table(rate, weight.device, torch.float64)
-    unscaled = decode_weight(coded._replace(scales=torch.ones_like(scales)), rate, weight.shape[1], table)
+    unscaled = unscaled_weight(coded.codes, rate, len(weight), weight.shape[1], table)
     # Of either sign: a row whose errors hardly count is coded as its neighbours like it, and may come out reversed.
     return coded._replace(scales=as_stored(best_scales(weight, unscaled, upper)))
 

@@ -6,6 +6,7 @@ What the base is and whether there is a correction are choices of their own: rou
 corrected alike.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from spectrim.linalg.bits import size_of
 from spectrim.linalg.factor import Factors
+from spectrim.linalg.quantise import as_stored
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.stores import Store, store_from_entry
-from spectrim.nn.unit import Unit
+from spectrim.nn.unit import ZERO_BIAS, Unit
 
 
 class PackedLinear(StoredLinear):
@@ -94,36 +96,71 @@ class PackedLinear(StoredLinear):
         return f"{super().extra_repr()}, base={self.base.entry()}, correction={self.correction}"
 
 
-class CorrectionLinear(nn.Module):
-    """A packed layer while its correction trains: U and V in units of their own size, all else frozen.
+class TrainedPackedLinear(nn.Module):
+    """A packed layer while it trains: every trained tensor in units of its own size, codes frozen.
 
-    The base's weight is held in full meanwhile, so that a step does not unpack it.
+    Trained are U and V, and with `numbers` all that is kept in 16-bit numbers: the base's (scales, tables, entries
+    apart) and the bias. Codes are unpacked once; without `numbers` the base's weight is held in full. A tensor of the
+    base that is all zeros has no size to be relative to, and stays as it is.
     """
 
-    base: Tensor
-    bias: Tensor | None
+    frozen: Tensor | None
+    still_bias: Tensor | None
 
-    def __init__(self, before: PackedLinear) -> None:
+    def __init__(self, before: PackedLinear, *, numbers: bool) -> None:
         super().__init__()
-        assert before.U is not None, "a layer without a correction has nothing to train"
-        assert before.V is not None
         self.in_features, self.out_features = before.in_features, before.out_features
-        base = before.base.matrix(torch.float32).detach()
-        self.register_buffer("base", base, persistent=False)
-        self.register_buffer("bias", None if before.bias is None else before.bias.detach().float(), persistent=False)
+        parameters = {key: p.detach() for key, p in before.base.named_parameters()}
+        moving = {key: p for key, p in parameters.items() if numbers and bool(p.any())}
+        self.units = {key: Unit(p) for key, p in moving.items()}
+        self.numbers = nn.ModuleDict({key.replace(".", "/"): unit for key, unit in self.units.items()})
+        self.still = {key: p for key, p in parameters.items() if key not in moving}
+        self.unpacked = before.base.unpacked(torch.float32) if moving else None
+        frozen = None if moving else before.base.matrix(torch.float32).detach()
+        self.register_buffer("frozen", frozen, persistent=False)
+        bias = None if before.bias is None else before.bias.detach()
+        self.bias = Unit(bias, of_zero=ZERO_BIAS) if numbers and bias is not None else None
+        self.register_buffer("still_bias", None if numbers or bias is None else bias.float(), persistent=False)
+        self.U, self.V = self._correction(before)
+
+    def _correction(self, before: PackedLinear) -> tuple[Unit | None, Unit | None]:
+        if before.U is None or before.V is None:
+            return None, None
         # A start of zero has no size of its own: that at which the correction would be as large as the base.
         spread = float(before.V.weight.detach().double().square().mean().sqrt()) * before.correction**0.5
-        size = float(base.double().square().mean().sqrt())
-        self.U = Unit(before.U.weight, of_zero=size / spread if size and spread else 1.0)
-        self.V = Unit(before.V.weight)
+        size = float(self.base().detach().double().square().mean().sqrt())
+        return Unit(before.U.weight, of_zero=size / spread if size and spread else 1.0), Unit(before.V.weight)
+
+    def base(self) -> Tensor:
+        """The base's weight (O, I) as it is now, float32."""
+        if self.unpacked is None:
+            assert self.frozen is not None
+            return self.frozen
+        return self.unpacked(self.still | {key: unit() for key, unit in self.units.items()})
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
-        y = nn.functional.linear(x, self.base, self.bias)
+        y = nn.functional.linear(x, self.base(), self.still_bias if self.bias is None else self.bias())
+        if self.U is None or self.V is None:
+            return y
         return y + nn.functional.linear(nn.functional.linear(x, self.V()), self.U())
 
+    @torch.no_grad()
     def stored(self, like: PackedLinear) -> PackedLinear:
-        """The packed layer with the correction as it is now; base and bias are those of `like`."""
-        assert like.U is not None
-        factors = Factors(self.U.value(), self.V.value())
-        return PackedLinear.holding(like.base, factors, like.bias, dtype=like.U.weight.dtype)
+        """The packed layer as it is now; what was not trained is that of `like`, as are codes.
+
+        Numbers of the base that were exact in bfloat16 are so again, which files in 16 bits rely on.
+        """
+        dtype = next(like.parameters()).dtype
+        factors = None if self.U is None or self.V is None else Factors(self.U.value(), self.V.value())
+        bias = like.bias if self.bias is None else self.bias.value()
+        return PackedLinear.holding(self._stored_base(like.base), factors, bias, dtype=dtype)
+
+    def _stored_base(self, like: Store) -> Store:
+        if self.unpacked is None:
+            return like
+        made = copy.deepcopy(like, {id(codes): codes for codes in like.buffers()})
+        for key, unit in self.units.items():
+            old, new = made.get_parameter(key), unit.value()
+            old.copy_(as_stored(new) if torch.equal(as_stored(old), old) else new)
+        return made

@@ -10,11 +10,12 @@
     outliers   any of these, with a few entries kept apart in 16 bits                   linalg/outliers.py
 
 A store stays packed in memory: `matrix` makes the weight for one product and it is let go afterwards. Codes are
-buffers; scales and plain numbers are parameters. A new form is a file `stores_NAME.py` and a line in `STORES`.
+buffers; scales, tables and plain numbers are parameters, which can be trained (`unpacked`). A new form is a file
+`stores_NAME.py` and a line in `STORES`.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, ClassVar, Self, cast
 
@@ -35,6 +36,10 @@ STORES = {
 """Kind in the file to class, imported at first use."""
 
 
+Unpacked = Callable[[Mapping[str, Tensor]], Tensor]
+"""The matrix (O, I) that numbers, by key, give with codes that stay."""
+
+
 class Store(nn.Module):
     """A matrix (O, I) in some form."""
 
@@ -42,9 +47,16 @@ class Store(nn.Module):
     outputs: int
     inputs: int
 
-    @abstractmethod
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix (O, I), worked out in `dtype` (default: that of its numbers)."""
+        return self.unpacked(dtype)(dict(self.named_parameters()))
+
+    @abstractmethod
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
+        """Codes unpacked, once; gradients reach the numbers (parameters, by key) that the function is given.
+
+        It works in `dtype` (default: that of the numbers it is given).
+        """
 
     @abstractmethod
     def entry(self) -> dict[str, Any]:
@@ -94,8 +106,13 @@ class PlainStore(Store):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"numbers": (self.outputs, self.inputs)}
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.numbers if dtype is None else self.numbers.to(dtype)
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
+        return lambda numbers: numbers["numbers"] if dtype is None else numbers["numbers"].to(dtype)
+
+
+def part_of(numbers: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The numbers of a store inside another, under their own keys."""
+    return {key.removeprefix(f"{name}."): value for key, value in numbers.items() if key.startswith(f"{name}.")}
 
 
 def store_from_entry(outputs: int, inputs: int, entry: Any, *, device: Any = None, dtype: Any = None) -> Store:

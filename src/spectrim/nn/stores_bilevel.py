@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.linalg.bilevel import Bilevel, Levels, dequantise_bilevel, row_blocks
 from spectrim.linalg.quantise import BITS, group_count, pack, packed_width, unpack
-from spectrim.nn.stores import Store
+from spectrim.nn.stores import Store, Unpacked
 
 
 class BilevelStore(Store):
@@ -95,14 +95,19 @@ class BilevelStore(Store):
             **{f"{name}_{part}": grid for name in ("scale", "zero") for part in ("steps", "lows")},
         }
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Worked out in float32 or better: zeros are no whole numbers, and bfloat16 would round code - zero."""
-        scales = self._levels(self.scale_codes, self.scale_steps, self.scale_lows)
-        zeros = self._levels(self.zero_codes, self.zero_steps, self.zero_lows)
-        wanted = dtype or self.scale_steps.dtype
-        rounded = Bilevel(unpack(self.codes, self.bits, self.inputs), scales, zeros)
-        return dequantise_bilevel(rounded, self.rows, torch.promote_types(wanted, torch.float32)).to(wanted)
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
+        """Works in float32 or better: zeros are no whole numbers, and bfloat16 would round code - zero."""
+        codes = unpack(self.codes, self.bits, self.inputs)
+        scale_codes, zero_codes = (self._statistics(packed) for packed in (self.scale_codes, self.zero_codes))
 
-    def _levels(self, codes: Tensor, steps: Tensor, lows: Tensor) -> Levels:
-        whole = unpack(codes, self.statistic_bits, self.outputs * self.groups).reshape(self.outputs, self.groups)
-        return Levels(whole, steps, lows)
+        def matrix(numbers: Mapping[str, Tensor]) -> Tensor:
+            scales = Levels(scale_codes, numbers["scale_steps"], numbers["scale_lows"])
+            zeros = Levels(zero_codes, numbers["zero_steps"], numbers["zero_lows"])
+            wanted = dtype or scales.steps.dtype
+            wide = torch.promote_types(wanted, torch.float32)
+            return dequantise_bilevel(Bilevel(codes, scales, zeros), self.rows, wide).to(wanted)
+
+        return matrix
+
+    def _statistics(self, packed: Tensor) -> Tensor:
+        return unpack(packed, self.statistic_bits, self.outputs * self.groups).reshape(self.outputs, self.groups)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.linalg.codebook import CODEBOOK_BITS, Codebook, from_codebook
 from spectrim.linalg.quantise import pack, packed_width, unpack
-from spectrim.nn.stores import Store
+from spectrim.nn.stores import Store, Unpacked
 
 
 class CodebookStore(Store):
@@ -47,5 +47,6 @@ class CodebookStore(Store):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"codes": (self.outputs, packed_width(self.inputs, self.bits)), "table": (self.outputs, 2**self.bits)}
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        return from_codebook(Codebook(unpack(self.codes, self.bits, self.inputs), self.table), dtype)
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
+        codes = unpack(self.codes, self.bits, self.inputs)
+        return lambda numbers: from_codebook(Codebook(codes, numbers["table"]), dtype)

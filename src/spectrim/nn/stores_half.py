@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spectrim.linalg.quantise import pack, packed_width, unpack
 from spectrim.linalg.sparse24 import Half, from_half
-from spectrim.nn.stores import Store, store_from_entry
+from spectrim.nn.stores import Store, Unpacked, part_of, store_from_entry
 
 
 class HalfStore(Store):
@@ -46,8 +46,9 @@ class HalfStore(Store):
         values = {f"values.{key}": shape for key, shape in self.values.shapes().items()}
         return {"places": (self.outputs, packed_width(self.inputs // 2, 2)), **values}
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        return from_half(Half(self.values.matrix(dtype), unpack(self.places, 2, self.inputs // 2)))
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
+        places, values = unpack(self.places, 2, self.inputs // 2), self.values.unpacked(dtype)
+        return lambda numbers: from_half(Half(values(part_of(numbers, "values")), places))
 
     def after_load(self) -> None:
         self.values.after_load()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.linalg.normal_float import Form, NormalRounded, blocks_in, from_normal
 from spectrim.linalg.quantise import BITS, pack, packed_width, unpack
-from spectrim.nn.stores import Store
+from spectrim.nn.stores import Store, Unpacked
 
 
 class NormalStore(Store):
@@ -61,8 +61,8 @@ class NormalStore(Store):
             "scales": (tops,),
         }
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
         codes = unpack(self.codes, self.form.bits, self.inputs)
-        scale_codes = unpack(self.scale_codes, self.form.scale_bits, self.outputs * self.blocks)
-        rounded = NormalRounded(codes, scale_codes.reshape(self.outputs, self.blocks), self.scales)
-        return from_normal(rounded, self.form, dtype)
+        flat = unpack(self.scale_codes, self.form.scale_bits, self.outputs * self.blocks)
+        scale_codes = flat.reshape(self.outputs, self.blocks)
+        return lambda numbers: from_normal(NormalRounded(codes, scale_codes, numbers["scales"]), self.form, dtype)

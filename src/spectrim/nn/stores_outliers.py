@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.linalg.outliers import JUMP, Entries, from_gaps, most_gap_bytes, to_gaps, with_entries
-from spectrim.nn.stores import Store, store_from_entry
+from spectrim.nn.stores import Store, Unpacked, part_of, store_from_entry
 
 
 class OutlierStore(Store):
@@ -67,8 +67,9 @@ class OutlierStore(Store):
         inner = {f"inner.{key}": shape for key, shape in self.inner.shapes().items()}
         return {"numbers": (self.entries,), "gaps": (self.gap_bytes,), **inner}
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        return with_entries(self.inner.matrix(dtype), Entries(from_gaps(self.gaps), self.numbers))
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
+        positions, inner = from_gaps(self.gaps), self.inner.unpacked(dtype)
+        return lambda numbers: with_entries(inner(part_of(numbers, "inner")), Entries(positions, numbers["numbers"]))
 
     def after_load(self) -> None:
         self.inner.after_load()

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from spectrim.linalg.quantise import pack, packed_width, unpack
 from spectrim.linalg.trellis import RATES, WINDOWS, Rate, code_table, rate_of
-from spectrim.linalg.trellis_columns import Coded, decode_weight, steps_of, strips_of
-from spectrim.nn.stores import Store
+from spectrim.linalg.trellis_columns import Coded, steps_of, strips_of, unscaled_weight
+from spectrim.nn.stores import Store, Unpacked
 
 
 class TrellisStore(Store):
@@ -55,7 +55,9 @@ class TrellisStore(Store):
             "scales": (self.outputs,),
         }
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
         codes = unpack(self.codes, self.rate.step_bits, steps_of(self.inputs, self.rate))
-        table = code_table(self.rate, self.codes.device, dtype or self.scales.dtype)
-        return decode_weight(Coded(codes, self.scales), self.rate, self.inputs, table)
+        wanted = dtype or self.scales.dtype
+        table = code_table(self.rate, self.codes.device, wanted)
+        unscaled = unscaled_weight(codes, self.rate, self.outputs, self.inputs, table)
+        return lambda numbers: unscaled * numbers["scales"].to(wanted)[:, None]

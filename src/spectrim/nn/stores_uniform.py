@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.linalg.quantise import BITS, Rounded, dequantise, group_count, pack, packed_width, unpack
-from spectrim.nn.stores import Store
+from spectrim.nn.stores import Store, Unpacked
 
 
 class UniformStore(Store):
@@ -73,9 +73,9 @@ class UniformStore(Store):
             **zeros,
         }
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
         codes = unpack(self.codes, self.bits, self.inputs)
         zeros = None
         if self.zeros is not None:
             zeros = unpack(self.zeros, self.bits, self.outputs * self.groups).reshape(self.outputs, self.groups)
-        return dequantise(Rounded(codes, self.scales, zeros), self.bits, dtype)
+        return lambda numbers: dequantise(Rounded(codes, numbers["scales"], zeros), self.bits, dtype)

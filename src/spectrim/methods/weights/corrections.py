@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from spectrim.engines.distil import train_in_place
 from spectrim.model_method import Job, TrainedModelMethod
-from spectrim.nn.packed import CorrectionLinear, PackedLinear
+from spectrim.nn.packed import PackedLinear, TrainedPackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ def train_corrections(method: TrainedModelMethod, model: "PreTrainedModel", job:
         name: module for name, module in model.named_modules() if isinstance(module, PackedLinear) and module.correction
     }
     assert layers, f"{method.info.name} must refuse, before it starts, to train corrections of rank 0"
-    trained = {name: CorrectionLinear(layer) for name, layer in layers.items()}
+    trained = {name: TrainedPackedLinear(layer, numbers=False) for name, layer in layers.items()}
     with job.timed("distil"):
         return train_in_place(
             model, job.dense, layers, trained, lambda name: trained[name].stored(layers[name]), job.training,
