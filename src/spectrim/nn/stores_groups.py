@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.groups import Groups, bitmap_bytes, from_bitmap, from_groups, to_bitmap
-from spectrim.nn.stores import Store, store_from_entry
+from spectrim.nn.stores import Store, Unpacked, part_of, store_from_entry
 
 
 class GroupStore(Store):
@@ -55,8 +55,9 @@ class GroupStore(Store):
         kept = {f"kept.{key}": shape for key, shape in self.kept.shapes().items()}
         return {"bitmap": (bitmap_bytes(self.outputs, self.groups),), **kept}
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        return from_groups(Groups(self.kept.matrix(dtype), from_bitmap(self.bitmap, self.outputs, self.groups)))
+    def unpacked(self, dtype: torch.dtype | None = None) -> Unpacked:
+        mask, kept = from_bitmap(self.bitmap, self.outputs, self.groups), self.kept.unpacked(dtype)
+        return lambda numbers: from_groups(Groups(kept(part_of(numbers, "kept")), mask))
 
     def after_load(self) -> None:
         self.kept.after_load()
