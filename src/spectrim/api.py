@@ -16,7 +16,7 @@ from spectrim.integrations.folder import finalise, round_to
 from spectrim.job import Compressed, Request, compress_source
 from spectrim.linalg.fallback import listening, summary
 from spectrim.models.load import load_model, pick_device, resolve
-from spectrim.options import FACTOR_GROUP_SIZE
+from spectrim.options import FACTOR_GROUP_SIZE, METHOD, METHOD_IN_BYTES
 from spectrim.registry import make_method
 from spectrim.report.facts import environment
 
@@ -49,7 +49,7 @@ def compress(
     0.8
     """
     in_bytes = request.get("model_bytes") is not None or request.get("keep_bytes") is not None
-    method = method or ("trellis" if in_bytes else "soco")
+    method = method or (METHOD_IN_BYTES if in_bytes else METHOD)
     if isinstance(model, str):
         if calibration is not None:
             raise UsageError("calibration= takes token ids for a model in memory; for a model by name use calib=")

@@ -44,7 +44,7 @@ from spectrim.cli_options import (
     say_written,
 )
 from spectrim.errors import UsageError
-from spectrim.options import parse_bytes
+from spectrim.options import METHOD, METHOD_IN_BYTES, parse_bytes
 from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -111,7 +111,7 @@ def compress(
     if keep is None:
         keep = sizes[0] if any_size else 0.8
     request = Request(
-        model=model, keep=keep, method=method or ("trellis" if in_bytes else "soco"), preset=preset,
+        model=model, keep=keep, method=method or (METHOD_IN_BYTES if in_bytes else METHOD), preset=preset,
         options=parse_options(set_), recover=tuple(recover),
         model_bytes=None if bytes_ is None else parse_bytes(bytes_), keep_bytes=keep_bytes,
         calib=calib, calib_windows=calib_windows, calib_length=calib_length, gradient_windows=gradient_windows,

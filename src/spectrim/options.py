@@ -27,6 +27,8 @@ time and needs more to serve as well (benchmarks/README.md, without data)."""
 FACTOR_BITS = (8, 4, 3)
 """Widths of codes that low-rank layers may be quantised to."""
 FACTOR_GROUP_SIZE = 128
+METHOD, METHOD_IN_BYTES = "soco", "trellis"
+"""What compresses when nothing is said: under a share of numbers, and under a budget in bytes."""
 MOST_STEPS = 1_000_000
 RECOVERY_BATCH = 32
 """Windows in a step of distillation."""

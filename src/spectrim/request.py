@@ -13,6 +13,7 @@ from spectrim.options import (
     ANY_SIZE_STEPS,
     CALIB_WINDOWS,
     FACTOR_GROUP_SIZE,
+    METHOD,
     SELF_WINDOWS,
     Nonfinite,
     check_anchors,
@@ -41,7 +42,7 @@ class Request:
 
     model: str
     keep: float
-    method: str = "soco"
+    method: str = METHOD
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     recover: tuple[str, ...] = ()
