@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.byte_budget import settled
 from spectrim.engines.pipeline import compress_model
 from spectrim.errors import UsageError, did_you_mean
 from spectrim.evaluate.gate import FACTOR, judge_gate
@@ -62,7 +63,8 @@ def compress(
             model=model, keep=1.0 if keep is None else keep, method=method, preset=preset, options=options or {},
             seed=seed, factor_bits=factor_bits, factor_group_size=factor_group_size, **request,
         )  # fmt: skip
-        return compress_source(asked, asked.check(), resolve(model))
+        configured, source = asked.check(), resolve(model)
+        return compress_source(settled(asked, configured, source), configured, source)
     if request:
         raise UsageError(f"compress(): {', '.join(request)} only apply to a model given by name, not in memory")
     if keep is None:

@@ -242,9 +242,7 @@ def inspect(
         print_table(f"{folder}: {facts['format']}, {facts['dtype']}{at}", header, rows)
         share = facts["linear_numbers"] / facts["linear_numbers_dense"]
         codecs = {r["codec"] for r in facts["layers"]}
-        packed = any(
-            c == "packed" or c.startswith("quantised") for c in codecs
-        )  # numbers of few bits: bytes are what counts
+        packed = any(codec == "packed" or codec.startswith("quantised") for codec in codecs)  # bytes are what counts
         of_bytes = facts["linear_bytes"] / facts["linear_bytes_dense"]
         keep = f"keep {of_bytes:.4f} of {facts['linear_bytes_dense']:,} bytes" if packed else f"keep {share:.4f}"
         stdout.print(

@@ -152,7 +152,6 @@ def compress_source(
     resume: Resume | None = None,
 ) -> Compressed:
     """Load, compress and evaluate; nothing is written but states, where `resume` is given."""
-    request = settled(request, method, source)
     with listening() as fallbacks:
         return _compress_source(request, method, source, progress, resume, fallbacks)
 

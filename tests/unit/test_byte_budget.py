@@ -114,3 +114,19 @@ def test_the_method_follows_the_kind_of_budget(folder, tmp_path, words, method):
     with mock.patch("spectrim.job.run", side_effect=UsageError("stop here")) as asked:
         assert call("compress", folder, "--out", tmp_path / "out", *words).code == 2
     assert asked.call_args.args[0].method == method
+
+
+def test_in_python_the_budget_is_kept_too(folder):
+    dense, _ = sizes(folder)
+    made = spectrim.compress(
+        str(folder),
+        keep_bytes=0.98,
+        dtype="bfloat16",
+        options={"window": 8},
+        eval="none",
+        calib_windows=2,
+        calib_length=16,
+    )
+    assert made.report["request"]["keep"] < 1
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in made.model.state_dict().values()}  # tied ones once
+    assert sum(held.values()) <= 0.98 * dense
