@@ -105,6 +105,13 @@ GROUPS: dict[str, list[Row]] = {
             for start in ("eora", "svd", "lora")
         ),
     ],
+    "bits-trained": [  # the same recovery for the best method of few bits and for its rival
+        Row(label="trellis, kl:300", method="trellis", recover=("kl:300",)),
+        *(
+            Row(label=f"gptq {bits}, kl:300", method="gptq", options={"bits": bits}, recover=("kl:300",))
+            for bits in (4, 3, 2)
+        ),
+    ],
     "searched": [
         Row(label="svd-llm, global", method="svd-llm", options={"allocation": "global"}),
         Row(label="svd-llm, sensitivity", method="svd-llm", options={"allocation": "sensitivity"}),
