@@ -175,11 +175,33 @@ def pareto(rows: Sequence[dict[str, Any]], text: str, up_to: float) -> str | Non
     )  # fmt: skip
 
 
-def write(args: argparse.Namespace, rows: list[dict[str, Any]], failed: list[dict[str, Any]], texts: list[str]) -> None:
-    """All files anew."""
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """Where and how this run is made."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     del settings["merge"]
-    facts = {"environment": environment(), "command": sys.argv, "settings": settings, "rows": rows, "failed": failed}
+    return {"environment": environment(), "command": sys.argv, "settings": settings}
+
+
+def about_all(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same of runs that are put together: each environment and setting once, without where the parts lay."""
+    environments = [e for run in runs for e in run.get("environments", [run.get("environment")])]
+    settings = [
+        s for run in runs for s in (run["settings"] if isinstance(run["settings"], list) else [run["settings"]])
+    ]
+    own = ("out", "name", "rows", "keeps", "groups", "seconds")
+    alike = [{key: value for key, value in s.items() if key not in own} for s in settings]
+    return {
+        "environments": [e for i, e in enumerate(environments) if e not in environments[:i]],
+        "settings": [s for i, s in enumerate(alike) if s not in alike[:i]],
+    }
+
+
+def write(
+    args: argparse.Namespace, about: dict[str, Any], rows: list[dict[str, Any]], failed: list[dict[str, Any]],
+    texts: list[str],
+) -> None:  # fmt: skip
+    """All files anew."""
+    facts = about | {"rows": rows, "failed": failed}
     (args.out / f"{args.name}.json").write_text(json.dumps(facts, indent=1))
     (args.out / f"{args.name}.md").write_text(table(rows, texts) + "\n")
     for text in texts:
@@ -197,12 +219,19 @@ def say(row: dict[str, Any], texts: Sequence[str]) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Table and plots of several runs of the same setting; of a row that was run twice the last counts."""
+    """Table and plots of several runs of the same setting; of a row that was run twice the last counts.
+
+    Each row keeps the name of the device that it was run on.
+    """
     runs = [json.loads(path.read_text()) for path in args.merge]
-    found = {(r["label"], r["keep"]): r for run in runs for r in run["rows"]}
+    found = {
+        (r["label"], r["keep"]): r if "device" in r else {"device": run["environment"]["gpu"]} | r
+        for run in runs
+        for r in run["rows"]
+    }
     missing = {(f["label"], f["keep"]): f for run in runs for f in run["failed"]}
     texts = [name for name in found["dense", 1.0] if f"{name}.kl" in runs[-1]["rows"][-1]]
-    write(args, list(found.values()), [f for key, f in missing.items() if key not in found], texts)
+    write(args, about_all(runs), list(found.values()), [f for key, f in missing.items() if key not in found], texts)
     print(table(list(found.values()), texts))
 
 
@@ -244,7 +273,7 @@ def main() -> None:
         for keep, row in ((keep, row) for keep in args.keeps for row in rows_asked):
             if time.time() > until:
                 failed.append({"label": row.label, "keep": keep, "error": "not started: the time was up"})
-                write(args, rows, failed, texts)
+                write(args, about(args), rows, failed, texts)
                 continue
             try:
                 rows.append(bench.row(row, keep))
@@ -252,7 +281,7 @@ def main() -> None:
             except Exception as error:  # one row that fails must not take the others along
                 failed.append({"label": row.label, "keep": keep, "error": f"{type(error).__name__}: {error}"})
                 print(f"{keep:<5} {row.label:36} FAILED {failed[-1]['error']}", flush=True)
-            write(args, rows, failed, texts)
+            write(args, about(args), rows, failed, texts)
     print("\n" + table(rows, texts))
     if failed:
         sys.exit(f"{len(failed)} rows are missing: " + "; ".join(f"{f['label']} at {f['keep']}" for f in failed))

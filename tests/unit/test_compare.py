@@ -58,6 +58,36 @@ def test_every_method_of_the_registry_has_a_row_and_every_row_can_be_made(compar
     assert len({row_.label for row_ in rows}) == len(rows)
 
 
+def test_runs_put_together_keep_where_each_row_was_made_and_the_last_of_two(compare, tmp_path, monkeypatch, capsys):
+    def run(name: str, gpu: str, rows: list[dict[str, Any]], missing: list[float]) -> str:
+        failed = [{"label": "a", "keep": keep, "error": "not started"} for keep in missing]
+        facts = {"environment": {"gpu": gpu}, "settings": {"seed": 0, "out": name}, "rows": rows, "failed": failed}
+        (tmp_path / name).write_text(json.dumps(facts))
+        return str(tmp_path / name)
+
+    first = run("1.json", "old card", [DENSE, row("a", 0.8, 0.8, 14.0)], [0.6, 0.4])
+    second = run("2.json", "new card", [DENSE, row("a", 0.8, 0.8, 13.0), row("a", 0.6, 0.6, 20.0)], [])
+
+    def merged(*parts: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "all"), "--merge", *parts])
+        compare["main"]()
+        return json.loads((tmp_path / "all" / "compare.json").read_text())
+
+    found = merged(first, second)
+    assert [(r["keep"], r["news"], r["device"]) for r in found["rows"][1:]] == [
+        (0.8, 13.0, "new card"), (0.6, 20.0, "new card"),
+    ]  # fmt: skip
+    assert [f["keep"] for f in found["failed"]] == [0.4]
+    assert found["environments"] == [{"gpu": "old card"}, {"gpu": "new card"}]
+    assert found["settings"] == [{"seed": 0}]
+    (tmp_path / "all" / "compare.json").rename(tmp_path / "3.json")
+    again = merged(str(tmp_path / "3.json"), first)  # what was put together can be put together again
+    assert [(r["keep"], r["news"], r["device"]) for r in again["rows"][1:]] == [
+        (0.8, 14.0, "old card"), (0.6, 20.0, "new card"),
+    ]  # fmt: skip
+    assert len(again["environments"]) == 2
+
+
 def test_a_row_that_fails_leaves_the_others(compare, tmp_path, monkeypatch, capsys):
     class Bench:
         def __init__(self, *_: Any) -> None:

@@ -42,7 +42,7 @@ def nest(spectrum: Spectrum, scores: Tensor, levels: Tensor, bias: Tensor | None
     return Nested(
         left=(left * ratio).to(dtype).contiguous(),
         right=(right / ratio).to(dtype).contiguous(),
-        scores=scores.float().contiguous(),
+        scores=scores.to(left.device, torch.float32).contiguous(),
         levels=levels.int().contiguous(),
         bias=None if bias is None else bias.detach().to(dtype),
     )
