@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.clock import timed
 from spectrim.engines.descent import learn_order
+from spectrim.engines.fade import fade, text_loss
 from spectrim.engines.layerwise import check_weights, refuse_large_sides, swap
 from spectrim.engines.learned import skeleton
 from spectrim.engines.masked import budget_of
@@ -107,6 +108,12 @@ def compress_any_size(
             given: Any = {"steps": steps, "seed": seed, "progress": progress, "checkpoint": checkpoint}
             if isinstance(method, MaskedMethod):
                 order = learn_masked_order(method, dense, walk, spectra, anchors, ids, **given)
+
+                def loss(candidate: Order, size: float) -> float:
+                    model = build(dense, method, walk, candidate, torch.float32).at(size)
+                    return text_loss(method, model, dense, ids)
+
+                order = fade(order, loss, progress=progress)
             else:
                 assert isinstance(method, LearnedMethod)
                 order = learn_order(method, dense, walk, spectra, anchors, ids, **given)
