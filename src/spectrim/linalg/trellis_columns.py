@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.bits import VALUE_BYTES, Account
+from spectrim.linalg.outliers import Entries, entries_at
 from spectrim.linalg.quantise import as_stored, packed_width
 from spectrim.linalg.trellis import Rate, code_table, decode, viterbi
 
@@ -71,12 +72,36 @@ def trellis_columns(
     `importance` (O,) says what an error of each row counts (default: all the same). Codes are chosen for the rows'
     root mean squares as scales; the scales that are kept are the best for these codes (least squares in the metric).
     """
-    scales = as_stored(weight.square().mean(1).sqrt())
-    coded = _path(weight, upper, rate, scales, importance, block)
+    return trellis_with_entries(weight, upper, rate, None, importance=importance, block=block)[0]
+
+
+def trellis_with_entries(
+    weight: Tensor,
+    upper: Tensor,
+    rate: Rate,
+    kept: Tensor | None,
+    *,
+    importance: Tensor | None = None,
+    block: int = BLOCK,
+) -> tuple[Coded, Entries]:
+    """As `trellis_columns`, with the entries where `kept` (O, I) bool is true beside the codes, exact in bfloat16.
+
+    They take what feedback has made of them by the time their column comes, and whatever the codes say there does not
+    count.
+    """
+    others = None if kept is None else ~kept
+    own = weight if others is None else weight * others
+    scales = as_stored(own.square().mean(1).sqrt())
+    coded, stored = _path(weight, upper, rate, scales, importance, block, kept)
     table = code_table(rate, weight.device, torch.float64)
     unscaled = unscaled_weight(coded.codes, rate, len(weight), weight.shape[1], table)
+    if kept is None or others is None:
+        entries = Entries(torch.empty(0, dtype=torch.int64, device=weight.device), weight.new_empty(0))
+    else:
+        entries = entries_at(stored, kept)
+        weight, unscaled = weight - torch.where(kept, stored, 0), unscaled * others
     # Of either sign: a row whose errors hardly count is coded as its neighbours like it, and may come out reversed.
-    return coded._replace(scales=as_stored(best_scales(weight, unscaled, upper)))
+    return coded._replace(scales=as_stored(best_scales(weight, unscaled, upper))), entries
 
 
 def best_scales(weight: Tensor, unscaled: Tensor, upper: Tensor) -> Tensor:
@@ -87,12 +112,22 @@ def best_scales(weight: Tensor, unscaled: Tensor, upper: Tensor) -> Tensor:
     return torch.where(own > 0, cross / own.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
 
 
-def _path(weight: Tensor, upper: Tensor, rate: Rate, scales: Tensor, importance: Tensor | None, block: int) -> Coded:
+def _path(
+    weight: Tensor,
+    upper: Tensor,
+    rate: Rate,
+    scales: Tensor,
+    importance: Tensor | None,
+    block: int,
+    kept: Tensor | None,
+) -> tuple[Coded, Tensor]:
+    """Codes for these scales, and the weight (O, I) that they and the entries kept stand for."""
     outputs, inputs = weight.shape
     strips, device = strips_of(outputs), weight.device
     table = code_table(rate, device)
     missing = strips * STRIP - outputs
     now = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+    free = None if kept is None else torch.nn.functional.pad(kept, (0, 0, 0, missing))
     divisors = torch.nn.functional.pad(
         torch.where(scales > 0, scales, torch.ones_like(scales)), (0, missing), value=1.0
     )
@@ -106,7 +141,10 @@ def _path(weight: Tensor, upper: Tensor, rate: Rate, scales: Tensor, importance:
         stop = min(start + block, inputs)
         beyond = min(stop + 1, inputs)
         targets = (now[:, start:beyond] / divisors[:, None]).view(strips, STRIP, -1).mT.reshape(strips, -1, rate.width)
-        costs = torch.outer(rows, columns[start:beyond]).view(strips, STRIP, -1).mT.reshape(strips, -1, rate.width)
+        prices = torch.outer(rows, columns[start:beyond])
+        if free is not None:
+            prices = torch.where(free[:, start:beyond], 0, prices)
+        costs = prices.view(strips, STRIP, -1).mT.reshape(strips, -1, rate.width)
         here = (stop - start) * STRIP // rate.width
         seen = slice(0, here + AHEAD)
         path = viterbi(targets[:, seen].float(), costs[:, seen].float(), state, rate)
@@ -115,7 +153,11 @@ def _path(weight: Tensor, upper: Tensor, rate: Rate, scales: Tensor, importance:
         first = start * STRIP // rate.width
         codes[:, first : first + here] = (states & ((1 << rate.step_bits) - 1)).to(torch.uint8)
         values = table[states].double().view(strips, stop - start, STRIP).mT.reshape(-1, stop - start)
-        error = now[:, start:stop] - values * divisors[:, None]
+        stored = values * divisors[:, None]
+        if free is not None:
+            stored = torch.where(free[:, start:stop], as_stored(now[:, start:stop]), stored)
+        error = now[:, start:stop] - stored
+        now[:, start:stop] = stored
         spread = torch.linalg.solve_triangular(upper[start:stop, start:stop], error, upper=True, left=False)
         now[:, stop:] -= spread @ upper[start:stop, stop:]
-    return Coded(codes, scales)
+    return Coded(codes, scales), now[:outputs]

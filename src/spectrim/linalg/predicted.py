@@ -1,0 +1,141 @@
+"""What a weight loses in some form, to second order, known before anything is coded.
+
+    W (O, I)   A = E[x x^T] = (U^T U)^-1, damped   B = E[g g^T], shrunk, its diagonal b   s_i  root mean square of row i
+    loss of an error E:   1/2 tr(B E A E^T)        D   squared error of a code for normal weights of variance 1
+
+    codes       1/2 D sum_i b_i s_i^2 sum_j 1 / U_jj^2             column feedback leaves 1 / U_jj^2 of an input
+    a cut       1/2 sum_{k > r} e_k                                e the squared singular values of B^1/2 W A^1/2
+    a split     W = W_r + rest, the rest in codes: its rows are smaller.  W_r is the best for diag(b)^1/2 W, since
+                codes cost  D / I sum_i b_i |row i of the rest|^2 sum_j 1 / U_jj^2
+    entries     those of largest b_i w_ij^2 kept apart: as a split
+    two parts   in codes with a random rotation T between them (linalg/quantised_factors.py), t_k = e_k^1/2, k <= r:
+                1/2 D g ((1 - r / O) sum_k t_k p_k + sum_k t_k q_k sum_j 1 / U_jj^2 / I)
+                g the mean of what feedback leaves of T^T diag(t) T; p_k, q_k what component k is outside of the metric
+                (1 where B and A are the identity). r of O dimensions of the left error are made up for by the refit
+    pivots      rows P, coefficients C of the others, M = [1; C]^T B [1; C]: the same two sums, of P and C as they are
+
+Codes of two parts cost at full rank, for equal t_k, twice what codes of the weight do. Formulas for two parts are
+estimates (a rotation is drawn at random, blocks give less feedback than single rows); tests hold them to what is
+measured.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectrim.linalg.columns import inverse_root
+from spectrim.linalg.factor import Factors, Spectrum, decompose, descending_eigh, truncate
+from spectrim.linalg.metric import Root, quick_root
+from spectrim.linalg.pivot import Pivots
+from spectrim.linalg.quantised_factors import rotation
+
+
+class Measured(NamedTuple):
+    """A weight with its metric, all float64."""
+
+    weight: Tensor  # (O, I)
+    gram: Tensor  # (I, I) A, before damping
+    upper: Tensor  # (I, I) U
+    outputs: Tensor  # (O, O) B
+
+    @property
+    def columns(self) -> float:
+        """sum_j 1 / U_jj^2."""
+        return float(self.upper.diagonal().square().reciprocal().sum())
+
+    @property
+    def roots(self) -> tuple[Root, Root]:
+        """Of B and of A."""
+        eye = torch.eye(len(self.upper), dtype=self.upper.dtype, device=self.upper.device)
+        inverse = torch.linalg.solve_triangular(self.upper, eye, upper=True)
+        return quick_root(self.outputs), Root(inverse, self.upper.mT)
+
+    @property
+    def by_row(self) -> Tensor:
+        """b_i^1/2 w_ij: what codes cost, up to what inputs add."""
+        return self.outputs.diagonal().sqrt()[:, None] * self.weight
+
+
+def code_noise(measured: Measured) -> float:
+    """Loss of codes over D."""
+    return float(measured.by_row.square().sum()) / measured.weight.shape[1] * measured.columns / 2
+
+
+def split_basis(measured: Measured) -> tuple[Tensor, Tensor]:
+    """Squared singular values (K,) of diag(b)^1/2 W, and the basis (O, K) or (I, K) of its smaller side."""
+    rows = measured.by_row
+    return descending_eigh(rows @ rows.mT if rows.shape[0] <= rows.shape[1] else rows.mT @ rows)
+
+
+def split(measured: Measured, rank: int) -> Factors:
+    """W_r (left (O, r), right (r, I)), in which diag(b)^1/2 W_r has the first singular values."""
+    _, basis = split_basis(measured)
+    first = basis[:, :rank]
+    if measured.weight.shape[0] > measured.weight.shape[1]:
+        return Factors(measured.weight @ first, first.mT)
+    half = measured.outputs.diagonal().sqrt()[:, None]
+    return Factors(first / half, first.mT @ (half * measured.weight))
+
+
+def entry_shares(measured: Measured, counts: list[int]) -> list[float]:
+    """What remains of the cost of codes when so many entries are kept apart, as shares."""
+    sizes = measured.by_row.square().flatten().sort(descending=True).values.cumsum(0)
+    whole = sizes[-1].clamp(min=torch.finfo(sizes.dtype).tiny)
+    return [float(1 - sizes[count - 1] / whole) if count else 1.0 for count in counts]
+
+
+class Parts(NamedTuple):
+    """Of a weight as two factors."""
+
+    spectrum: Spectrum
+    sizes: Tensor  # (K,) t
+    left: Tensor  # (K,) sum_k t_k p_k for ranks 1 to K
+    right: Tensor  # (K,) the other sum, inputs counted
+
+    def cut(self, rank: int) -> float:
+        """Loss of the cut alone."""
+        return float(self.spectrum.energy[rank:].sum()) / 2
+
+    def noise(self, rank: int) -> float:
+        """Loss of codes of both parts at this rank over D."""
+        turn = rotation(rank, self.sizes)
+        missed = 1 - rank / len(self.spectrum.left)
+        sums = missed * self.left[rank - 1] + self.right[rank - 1]
+        return float(left_over((turn.mT * self.sizes[:rank]) @ turn).mean() * sums) / 2
+
+    def factors(self, rank: int) -> Factors:
+        """Those of the cut."""
+        return truncate(self.spectrum, rank)
+
+
+def in_parts(measured: Measured) -> Parts:
+    """The cut of least loss, and what codes of its two factors cost."""
+    spectrum = decompose(measured.weight, *measured.roots)
+    energy = spectrum.energy
+    sizes = energy.clamp(min=float(energy.sum()) * 1e-24 + 1e-300).sqrt()
+    # Components as decompose leaves them carry all of their size on one side: that side is divided by it.
+    outside = measured.outputs.diagonal() @ spectrum.left.square()
+    inside = spectrum.right.square().sum(1)
+    on_left = measured.weight.shape[0] > measured.weight.shape[1]
+    p, q = (outside / sizes.square(), inside) if on_left else (outside, inside / sizes.square())
+    share = measured.columns / measured.weight.shape[1]
+    return Parts(spectrum, sizes, (sizes * p).cumsum(0), (sizes * q).cumsum(0) * share)
+
+
+def pivot_noise(pivots: Pivots, measured: Measured) -> float:
+    """Loss of codes of pivot rows and coefficients over D."""
+    order = torch.cat([pivots.mask.nonzero().flatten(), (~pivots.mask).nonzero().flatten()])
+    outputs = measured.outputs[order][:, order]
+    rank = len(pivots.rows)
+    left = torch.cat([torch.eye(rank, dtype=outputs.dtype, device=outputs.device), pivots.coefficients])
+    seen = torch.linalg.solve_triangular(measured.upper, pivots.rows, upper=True, left=False)  # P A P^T = seen seen^T
+    rows = (left_over(left.mT @ outputs @ left) * pivots.rows.square().mean(1)).sum() * measured.columns
+    sizes = pivots.coefficients.square().mean(1) if len(pivots.coefficients) else pivots.coefficients.new_zeros(0)
+    others = (outputs.diagonal()[rank:] * sizes).sum() * left_over(seen @ seen.mT).sum() * (1 - rank / len(left))
+    return float(rows + others) / 2
+
+
+def left_over(moment: Tensor) -> Tensor:
+    """(n,) what feedback leaves of each dimension of a second moment: 1 / U_jj^2 of `columns.inverse_root`."""
+    return inverse_root(moment).diagonal().square().reciprocal()
