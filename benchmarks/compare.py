@@ -107,7 +107,8 @@ class Bench:
         found: dict[str, Any] = {
             "label": row.label, "keep": keep, "counted": counted, "bytes": size, "seconds": seconds,
             "share": linear_bytes(outcome), "forms": forms_table(outcome.model, outcome.walk),
-            "stages": outcome.seconds, "settings": method.to_config(), "recover": row.recover, "warnings": outcome.warnings,
+            "stages": outcome.seconds, "settings": method.to_config(), "recover": row.recover,
+            "warnings": outcome.warnings,
         }  # fmt: skip
         for text, ids in self.texts.items():
             quality = evaluate(outcome.model, ids, dense=self.dense, batch_size=self.batch_size)

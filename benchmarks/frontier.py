@@ -5,7 +5,8 @@
     python benchmarks/frontier.py --quick --out results        # a random model of 0.1 M weights, a minute on a CPU
 
 1. `trellis` (docs/trellis.md) at every size of --keep-bytes
-2. rivals: rtn, gptq, spqr, squeezellm at their own sizes; eora, lq-lora and low-rank presets, also in 4 bits, at several
+2. rivals: rtn, gptq, spqr, squeezellm at their own sizes; eora, lq-lora and low-rank presets, also in 4 and 8 bits, at
+   several
 3. `trellis` again at exactly the size of each rival that no other rival beats: the verdict is of these pairs
 4. other menus and allocations of `trellis` at two sizes
 

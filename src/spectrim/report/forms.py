@@ -11,7 +11,7 @@ from spectrim.nn.codecs import StoredLinear
 
 
 def form_of(module: nn.Module) -> str:
-    """Such as `trellis 2.5`, `uniform 3 + rank 64`, `factor of trellis 3, trellis 3`, `dense`; ranks of factors apart."""
+    """Such as `trellis 2.5`, `uniform 3 + rank 64`, `factor of trellis 3, trellis 3`, `dense`; no ranks of factors."""
     if not isinstance(module, StoredLinear):
         return "dense"
     entry = module.entry()
