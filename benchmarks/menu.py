@@ -1,10 +1,10 @@
 """What each form of the one budget is worth on a model: predicted losses with and without it, how often it is chosen.
 
     python benchmarks/menu.py --model FOLDER --windows 32 --length 256 --out results
-    python benchmarks/menu.py --model FOLDER --probe 0.134 0.2 --out results     # and what the model loses, by stand-ins
+    python benchmarks/menu.py --model FOLDER --probe 0.134 0.2 --out results     # and KL, by stand-ins
 
-Nothing is coded: losses are those of linalg/predicted.py, stand-ins those of engines/probe.py, judged on other text than
-the statistics were measured on. Written after every size: menu.json.
+Nothing is coded: losses are those of linalg/predicted.py, stand-ins those of engines/probe.py, judged on other text
+than the statistics were measured on. Written after every size: menu.json.
 """
 
 import argparse
@@ -13,8 +13,6 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.forms import Menu, full_menu

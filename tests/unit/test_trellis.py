@@ -12,10 +12,13 @@ from spectrim.engines.pipeline import compress_model
 from spectrim.errors import UsageError
 from spectrim.linalg.columns import gptq, inverse_root
 from spectrim.linalg.knapsack import settle
+from spectrim.linalg.predicted import InCodes
 from spectrim.linalg.quantise import dequantise, pack, unpack
 from spectrim.linalg.trellis import RATES, WINDOWS, Rate, code_table, decode, distortion, rate_of, states_of, viterbi
 from spectrim.linalg.trellis_columns import (
+    SCALES,
     STRIP,
+    RowLosses,
     best_scales,
     decode_weight,
     steps_of,
@@ -199,6 +202,12 @@ def test_entries_that_cannot_be_are_refused(entry, said):
         store_from_entry(16, 16, {"kind": "trellis", **entry})
 
 
+def worth_of(scale: float) -> InCodes:
+    """Of a layer that loses so much over D."""
+    rows = RowLosses(torch.tensor([2 * scale]).double(), torch.zeros(len(SCALES), 1).double())
+    return InCodes(torch.ones(1).double(), rows, scale * 8e-5)
+
+
 def layer_of(name: str) -> Layer:
     return Layer(name=name, block=0, outputs=32, inputs=32, has_bias=False)
 
@@ -206,7 +215,7 @@ def layer_of(name: str) -> Layer:
 def test_bits_go_where_they_are_worth_most_and_the_budget_is_kept():
     layers = [layer_of("a"), layer_of("b"), layer_of("c")]
     budget = 3 * trellis_account(32, 32, rate_of(2)).total
-    menus = [code_menu(la, worth, 8) for la, worth in zip(layers, (100.0, 1.0, 1.0), strict=True)]
+    menus = [code_menu(la, worth_of(worth), 8) for la, worth in zip(layers, (100.0, 1.0, 1.0), strict=True)]
     chosen = settle([menu.options for menu in menus], budget).choice
     errors = [float(menu.options.error[k]) for menu, k in zip(menus, chosen, strict=True)]
     assert sum(int(menu.options.cost[k]) for menu, k in zip(menus, chosen, strict=True)) <= budget

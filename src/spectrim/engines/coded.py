@@ -10,10 +10,10 @@ from spectrim.linalg.columns import gptq, inverse_root
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.outliers import Entries, largest
 from spectrim.linalg.pivot import Pivots, pack_mask, to_pivots
-from spectrim.linalg.predicted import Measured, in_parts, split
+from spectrim.linalg.predicted import Measured, entry_scores, in_parts, split
 from spectrim.linalg.quantise import Rounded, dequantise, round_to_nearest
 from spectrim.linalg.quantised_factors import BLOCKS, round_factors, round_pivots
-from spectrim.linalg.trellis import code_table
+from spectrim.linalg.trellis import WINDOW, code_table
 from spectrim.linalg.trellis_columns import STRIP, Coded, decode_weight, trellis_columns, trellis_with_entries
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
@@ -57,7 +57,8 @@ def code_store(code: Code, measured: Measured, dtype: torch.dtype, damping: floa
 
 def _with_entries(form: Form, measured: Measured, dtype: torch.dtype, damping: float) -> Store:
     weight, code = measured.weight, form.code
-    kept = largest(measured.by_row.square(), form.entries)
+    window = WINDOW if code.rate is None else code.rate.window
+    kept = largest(entry_scores(measured, window), form.entries)
     if code.rate is None:
         store = code_store(code, measured._replace(weight=torch.where(kept, 0, weight)), dtype, damping)
         positions = kept.flatten().nonzero().squeeze(-1)

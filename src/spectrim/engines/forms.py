@@ -19,16 +19,25 @@ import torch
 from spectrim.linalg.allocate import Options
 from spectrim.linalg.bits import VALUE_BYTES, Account, outliers_account, uniform_account
 from spectrim.linalg.pivot import to_pivots
-from spectrim.linalg.predicted import Measured, Parts, code_noise, entry_shares, in_parts, pivot_noise, split_basis
+from spectrim.linalg.predicted import (
+    InCodes,
+    Measured,
+    Parts,
+    entry_scores,
+    in_codes,
+    in_parts,
+    pivot_noise,
+    split,
+)
 from spectrim.linalg.quantise import dequantise, round_to_nearest
 from spectrim.linalg.trellis import RATES, Rate, distortion
-from spectrim.linalg.trellis_columns import STRIP, trellis_account
+from spectrim.linalg.trellis_columns import STRIP, trellis_account, within_table
 from spectrim.models.walk import Layer
 
 BYTE_DISTORTION = 8e-5
 """Of 8-bit codes with one grid a row of normal weights: a range of +-4.5 deviations in 255 steps, (9 / 255)^2 / 12."""
-ENTRY_SHARES = (0.001, 0.003, 0.01, 0.03)
-"""Of the entries of a weight that may be kept apart."""
+ENTRY_COUNTS, ENTRY_SHARES, MOST_ENTRIES = (16, 64, 256), (0.001, 0.003, 0.01, 0.03), 0.03
+"""Entries that may be kept apart, and shares of all, none above the last."""
 CORRECTION_RANKS, CORRECTION_BITS = (1, 2, 4, 8, 16, 32), (4, 8)
 PART_BITS = (2, 3, 4, 6, 8, 16)
 """Of the two parts of a low-rank weight."""
@@ -122,19 +131,23 @@ def part_codes(window: int) -> tuple[Code, ...]:
     return tuple(code for code in (*codes_of(window), PLAIN) if code.bits in PART_BITS)
 
 
-def code_menu(layer: Layer, noise: float, window: int) -> Menu:
-    """Codes alone; `noise` is their loss over D."""
-    forms = [*(Form("codes", code) for code in codes_of(window)), DENSE]
-    return menu_of(layer, forms, [noise * form.code.error for form in forms])
+def code_losses(codes: Sequence[Code], own: InCodes) -> list[float]:
+    """What codes of a weight lose."""
+    return [own.byte if code.rate is None else own.at(within_table(code.rate)) for code in codes]
+
+
+def code_menu(layer: Layer, own: InCodes, window: int) -> Menu:
+    """Codes alone."""
+    codes = codes_of(window)
+    return menu_of(layer, [*(Form("codes", code) for code in codes), DENSE], [*code_losses(codes, own), 0.0])
 
 
 def full_menu(layer: Layer, measured: Measured, window: int) -> Menu:
     """All forms."""
-    noise = code_noise(measured)
-    plain = code_menu(layer, noise, window)
+    plain = code_menu(layer, in_codes(measured, window), window)
     found = list(zip(plain.forms, plain.options.error.tolist(), strict=True))
-    found += _with_entries(layer, measured, noise, window)
-    found += _with_correction(layer, measured, noise, window)
+    found += _with_entries(layer, measured, window)
+    found += _with_correction(layer, measured, window)
     found += _low_rank(layer, in_parts(measured), measured, window, plain)
     return menu_of(layer, [form for form, _ in found], [loss for _, loss in found])
 
@@ -145,28 +158,33 @@ def menu_of(layer: Layer, forms: Sequence[Form], losses: Sequence[float]) -> Men
     return Menu(list(forms), Options(torch.tensor(losses, dtype=torch.float64), cost))
 
 
-def _with_entries(layer: Layer, measured: Measured, noise: float, window: int) -> list[tuple[Form, float]]:
-    counts = [int(share * layer.weight_numbers) for share in ENTRY_SHARES]
-    pairs = [(n, left) for n, left in zip(counts, entry_shares(measured, counts), strict=True) if n]
-    return [
-        (Form("entries", code, entries=count), noise * code.error * left)
-        for code in codes_of(window)
-        for count, left in pairs
-    ]
+def _with_entries(layer: Layer, measured: Measured, window: int) -> list[tuple[Form, float]]:
+    order = entry_scores(measured, window).flatten().argsort(descending=True, stable=True)
+    counts = sorted({*ENTRY_COUNTS, *(int(share * layer.weight_numbers) for share in ENTRY_SHARES)})
+    found: list[tuple[Form, float]] = []
+    for count in counts:
+        if 0 < count <= MOST_ENTRIES * layer.weight_numbers:
+            rest = measured.weight.flatten().index_fill(0, order[:count], 0.0).view_as(measured.weight)
+            losses = code_losses(codes_of(window), in_codes(measured, window, rest))
+            forms = [Form("entries", code, entries=count) for code in codes_of(window)]
+            found += zip(forms, losses, strict=True)
+    return found
 
 
-def _with_correction(layer: Layer, measured: Measured, noise: float, window: int) -> list[tuple[Form, float]]:
-    energy, _ = split_basis(measured)
-    within = (energy.cumsum(0) / energy.sum().clamp(min=1e-300)).tolist()
-    return [
-        # What is left is in codes, and the correction's own rounding, of both its parts, is left too.
-        (Form("correction", code, rank=r, side_bits=bits), noise * code.error * (1 - within[r - 1] * (1 - 2 * side)))
-        for r in CORRECTION_RANKS
-        if r <= len(within) // 4
-        for bits in CORRECTION_BITS
-        for side in [uniform_distortion(bits)]
-        for code in codes_of(window)
-    ]
+def _with_correction(layer: Layer, measured: Measured, window: int) -> list[tuple[Form, float]]:
+    found: list[tuple[Form, float]] = []
+    ranks = [r for r in CORRECTION_RANKS if 4 * r <= min(layer.outputs, layer.inputs)]
+    whole = split(measured, max(ranks, default=0))
+    for rank in ranks:
+        rest = measured.weight - whole.left[:, :rank] @ whole.right[:rank]
+        own = in_codes(measured, window, rest)
+        before = float(measured.by_row.square().sum() / measured.by_row_of(rest).square().sum().clamp(min=1e-300))
+        for bits in CORRECTION_BITS:
+            # The correction's own rounding, of both its parts, is left for the codes too.
+            grown = 1 + 2 * uniform_distortion(bits) * max(before - 1, 0.0)
+            for code, loss in zip(codes_of(window), code_losses(codes_of(window), own), strict=True):
+                found.append((Form("correction", code, rank=rank, side_bits=bits), grown * loss))
+    return found
 
 
 def _low_rank(layer: Layer, parts: Parts, measured: Measured, window: int, plain: Menu) -> list[tuple[Form, float]]:

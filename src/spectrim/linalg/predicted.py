@@ -4,10 +4,13 @@
     loss of an error E:   1/2 tr(B E A E^T)        D   squared error of a code for normal weights of variance 1
 
     codes       1/2 D sum_i b_i s_i^2 sum_j 1 / U_jj^2             column feedback leaves 1 / U_jj^2 of an input
+                and, of weights beyond the end z s_i of the table,   1/2 sum_ij b_i (|w_ij| - z s_i)^2 / U_jj^2;
+                rows take the scale, s_i or a multiple of it, that is best for both
+    8 bits      D_i = (2 max_j |w_ij| / 255)^2 / 12 of each row in the place of D s_i^2
     a cut       1/2 sum_{k > r} e_k                                e the squared singular values of B^1/2 W A^1/2
     a split     W = W_r + rest, the rest in codes: its rows are smaller.  W_r is the best for diag(b)^1/2 W, since
                 codes cost  D / I sum_i b_i |row i of the rest|^2 sum_j 1 / U_jj^2
-    entries     those of largest b_i w_ij^2 kept apart: as a split
+    entries     kept apart, those that cost most in codes: what is left is smaller, and may end within the table
     two parts   in codes with a random rotation T between them (linalg/quantised_factors.py), t_k = e_k^1/2, k <= r:
                 1/2 D g ((1 - r / O) sum_k t_k p_k + sum_k t_k q_k sum_j 1 / U_jj^2 / I)
                 g the mean of what feedback leaves of T^T diag(t) T; p_k, q_k what component k is outside of the metric
@@ -29,6 +32,7 @@ from spectrim.linalg.factor import Factors, Spectrum, decompose, descending_eigh
 from spectrim.linalg.metric import Root, quick_root
 from spectrim.linalg.pivot import Pivots
 from spectrim.linalg.quantised_factors import rotation
+from spectrim.linalg.trellis_columns import RowLosses, code_end, row_losses
 
 
 class Measured(NamedTuple):
@@ -54,12 +58,49 @@ class Measured(NamedTuple):
     @property
     def by_row(self) -> Tensor:
         """b_i^1/2 w_ij: what codes cost, up to what inputs add."""
-        return self.outputs.diagonal().sqrt()[:, None] * self.weight
+        return self.by_row_of(self.weight)
+
+    def by_row_of(self, weight: Tensor) -> Tensor:
+        """The same of another weight (O, I)."""
+        return self.outputs.diagonal().sqrt()[:, None] * weight
 
 
 def code_noise(measured: Measured) -> float:
-    """Loss of codes over D."""
+    """Loss of codes over D, up to what lies beyond the end of a table."""
     return float(measured.by_row.square().sum()) / measured.weight.shape[1] * measured.columns / 2
+
+
+class InCodes(NamedTuple):
+    """What codes of a weight, or of what is left of one, lose."""
+
+    counts: Tensor  # (O,) b
+    rows: RowLosses
+    byte: float
+
+    def at(self, distortion: float) -> float:
+        """In trellis codes of this D."""
+        return float(self.counts @ self.rows.best(distortion).losses) / 2
+
+
+def in_codes(measured: Measured, window: int, rest: Tensor | None = None) -> InCodes:
+    """Of the weight, or of the `rest` (O, I) that is to be coded in its place."""
+    weight = measured.weight if rest is None else rest
+    counts = measured.outputs.diagonal()
+    grid = (2 / 255 * weight.abs().amax(1)).square() / 12
+    return InCodes(counts, row_losses(weight, measured.upper, window), float(counts @ grid) * measured.columns / 2)
+
+
+RANKING = 0.0056
+"""D at which entries are ranked: that of 4 bits."""
+
+
+def entry_scores(measured: Measured, window: int) -> Tensor:
+    """(O, I) what codes lose by each entry: its share of its row's size, and what of it lies beyond the table."""
+    columns = measured.upper.diagonal().square().reciprocal()
+    ends = code_end(window) * measured.weight.square().mean(1, keepdim=True).sqrt()
+    beyond = (measured.weight.abs() - ends).clamp(min=0).square() * columns
+    size = RANKING * measured.weight.square() * columns.mean()
+    return measured.outputs.diagonal()[:, None] * (beyond + size)
 
 
 def split_basis(measured: Measured) -> tuple[Tensor, Tensor]:
@@ -76,13 +117,6 @@ def split(measured: Measured, rank: int) -> Factors:
         return Factors(measured.weight @ first, first.mT)
     half = measured.outputs.diagonal().sqrt()[:, None]
     return Factors(first / half, first.mT @ (half * measured.weight))
-
-
-def entry_shares(measured: Measured, counts: list[int]) -> list[float]:
-    """What remains of the cost of codes when so many entries are kept apart, as shares."""
-    sizes = measured.by_row.square().flatten().sort(descending=True).values.cumsum(0)
-    whole = sizes[-1].clamp(min=torch.finfo(sizes.dtype).tiny)
-    return [float(1 - sizes[count - 1] / whole) if count else 1.0 for count in counts]
 
 
 class Parts(NamedTuple):

@@ -21,7 +21,7 @@ Source: QTIP (Tseng, Sun, Hou, De Sa 2024, arXiv 2406.11235), bitshift trellis; 
 
 from functools import cache, lru_cache
 from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,7 +179,7 @@ class _Recorded:
 
 
 @cache
-def _pool(device: torch.device) -> tuple[int, int]:
+def _pool(device: torch.device) -> Any:
     with torch.cuda.device(device):
         return torch.cuda.graph_pool_handle()
 

@@ -35,7 +35,7 @@ from spectrim.linalg.columns import DAMPING, inverse_root
 from spectrim.linalg.factor import drift_target, token_share
 from spectrim.linalg.knapsack import settle
 from spectrim.linalg.metric import shrink
-from spectrim.linalg.predicted import Measured, code_noise
+from spectrim.linalg.predicted import Measured, in_codes
 from spectrim.linalg.solver import LinAlgError, SolverError
 from spectrim.linalg.trellis import WINDOW, WINDOWS
 from spectrim.method import MethodInfo, require_choice, require_range
@@ -146,7 +146,7 @@ class Trellis(ModelMethod):
         """Step 1."""
         measured = self.measured(job, layer.name)
         if self.forms == "codes":
-            return code_menu(layer, code_noise(measured), self.window)
+            return code_menu(layer, in_codes(measured, self.window), self.window)
         return full_menu(layer, measured, self.window)
 
     def measured(self, job: Job, name: str) -> Measured:
