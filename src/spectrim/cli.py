@@ -124,6 +124,7 @@ def compress(
     from spectrim.evaluate.gate import refuse_failed
     from spectrim.job import run
     from spectrim.report.card import table
+    from spectrim.report.forms import FORMS_HEADER, forms_rows
     from spectrim.resume import ResumeOptions
 
     options = ResumeOptions(
@@ -140,6 +141,7 @@ def compress(
             ["", "dense", "compressed"],
             [list(row) for row in table(report)],
         )
+        print_table("by form", FORMS_HEADER, forms_rows(report["forms"]))
         say_written(out, report)
 
     emit(report, json_, show)
@@ -235,8 +237,8 @@ def inspect(
             s = r.get("spectrum")
             values = [f"{s[k]:.4g}" for k in ("largest", "smallest", "stable_rank")] if s else ["", "", ""]
             shape = "x".join(map(str, r["shape"]))
-            rows.append([r["name"], shape, r["codec"], str(r["rank"]), f"{r['numbers']:,}", *values])
-        header = ["layer", "shape", "codec", "rank", "numbers", "largest s", "smallest s", "stable rank"]
+            rows.append([r["name"], shape, r["form"], str(r["rank"]), f"{r['numbers']:,}", *values])
+        header = ["layer", "shape", "form", "rank", "numbers", "largest s", "smallest s", "stable rank"]
         all_sizes = facts["any_size"]
         at = f", size {facts['size_ratio']:g}" if all_sizes else ""
         print_table(f"{folder}: {facts['format']}, {facts['dtype']}{at}", header, rows)

@@ -42,7 +42,7 @@ def estimate(
     budget = budget_of(method, walk, keep)
     if isinstance(method, ModelMethod):
         method.check_model(source.config, walk, keep)
-        uniform, layers = False, _unplanned(walk, " or ".join(method.codecs) or "dense")
+        uniform, layers = False, _unplanned(walk, _codecs(method))
         after = method.stored(walk, budget) // PER_NUMBER[method.budget_unit]  # bytes as numbers of 16 bits
     else:
         assert isinstance(method, LayerMethod)
@@ -73,6 +73,13 @@ def estimate(
         "seconds": operations / (rate * EFFICIENCY),
         "device": str(device),
     }
+
+
+def _codecs(method: ModelMethod) -> str:
+    """What its layers may become, in few words."""
+    if len(method.codecs) > 2:
+        return f"{method.codecs[0]} or another"
+    return " or ".join(method.codecs) or "dense"
 
 
 def sum_weights(walk: Walk) -> int:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from spectrim.report.forms import FORMS_HEADER, forms_rows
+
 
 def model_card(report: Mapping[str, Any]) -> str:
     """Markdown with the measured table; every figure is from the report."""
@@ -20,6 +22,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         "|---|---|---|",
         *(_row(*cells) for cells in table(report)),
         "",
+        *_forms(report),
         "## Load",
         "",
         "```python",
@@ -91,6 +94,15 @@ def bytes_row(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _forms(report: Mapping[str, Any]) -> list[str]:
+    """What the layers became, by form."""
+    found = report.get("forms", [])
+    if is_plain(report) or not found:
+        return []
+    return ["## Forms", "", _row(*FORMS_HEADER), "|---" * len(FORMS_HEADER) + "|",
+            *(_row(*cells) for cells in forms_rows(found)), ""]  # fmt: skip
 
 
 def _texts(report: Mapping[str, Any]) -> list[str]:

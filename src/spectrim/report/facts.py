@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from spectrim import version
+from spectrim.report.forms import form_of, forms_table
 
 
 def build_report(
@@ -38,11 +39,13 @@ def build_report(
                 "name": layer.name,
                 "shape": [layer.outputs, layer.inputs],
                 "codec": codec_of(outcome, layer.name),
+                "form": form_of(outcome.model.get_submodule(layer.name)),
                 "rank": outcome.placed[layer.name].rank,
                 "numbers": outcome.placed[layer.name].numbers,
             }
             for layer in outcome.walk.layers
         ],
+        "forms": forms_table(outcome.model, outcome.walk),
         "factor_quantization": None if rounded is None else rounded._asdict(),
         "untouched": [{"name": n, "numbers": k, "why": why} for n, k, why in outcome.walk.untouched],
         "learning": describe_learning(outcome),
