@@ -44,13 +44,15 @@ class Clock:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.began: dict[str, tuple[float, int]] = {}
+        self.last: dict[str, int] = {}
 
     def read(self, stage: str, done: int, total: int) -> Moment:
         """The moment of a call."""
         now = time.monotonic()
         first, before = self.began.setdefault(str(stage), (now, done))
-        if done <= before:  # the same stage again, as in a second round of statistics
+        if done < self.last.get(str(stage), done):  # the same stage again, as in a second round of statistics
             first, before = self.began[str(stage)] = now, done
+        self.last[str(stage)] = done
         left = (now - first) / (done - before) * (total - done) if before < done < total else None
         return Moment(str(stage), done, total, getattr(stage, "where", ""), now - self.started, left)
 

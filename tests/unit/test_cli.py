@@ -28,6 +28,7 @@ from spectrim.job import Request
 from spectrim.linalg import divergence
 from spectrim.methods.weights import soco
 from spectrim.registry import all_methods
+from spectrim.report import documents
 from spectrim.store import verify_manifest
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -130,7 +131,7 @@ def test_the_folder_holds_what_a_user_needs_and_its_checksums_hold(run: Run) -> 
     names = {path.name for path in run.folder.iterdir()}
     assert names >= {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "report.json",
-        "recipe.json", "manifest.json",
+        "report.html", "recipe.json", "manifest.json",
     }  # fmt: skip
     assert not any(name.endswith((".py", ".bin", ".tmp")) for name in names)
     assert (run.folder / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
@@ -429,10 +430,10 @@ def test_save_pretrained_refuses_what_exists_and_is_atomic(tmp_path: Path) -> No
     assert hashes(out) == before
     with pytest.raises(spectrim.errors.UsageError, match="source model itself"):
         small.save_pretrained(model, overwrite=True)
-    with mock.patch.object(job, "model_card", side_effect=RuntimeError("in the middle")), pytest.raises(RuntimeError):
+    with mock.patch.object(documents, "model_card", side_effect=RuntimeError("in the middle")), pytest.raises(RuntimeError):
         small.save_pretrained(out, overwrite=True)
     assert hashes(out) == before
-    with mock.patch.object(job, "model_card", side_effect=RuntimeError("in the middle")), pytest.raises(RuntimeError):
+    with mock.patch.object(documents, "model_card", side_effect=RuntimeError("in the middle")), pytest.raises(RuntimeError):
         small.save_pretrained(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     shutil.rmtree(out)

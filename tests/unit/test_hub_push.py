@@ -123,8 +123,9 @@ def test_a_push_creates_the_repository_and_uploads_every_file(hub: Hub, folder: 
 @pytest.mark.parametrize(
     ("refuse", "code", "says"),
     [
-        ({"/repos/create": 401}, 2, "does not let this token write to ada/small"),
-        ({"/repos/create": 403}, 2, "does not let this token write"),
+        ({"/repos/create": 401, "/api/models/": 404}, 2, "does not let this token write to ada/small"),
+        ({"/repos/create": 403, "/api/models/": 404}, 2, "does not let this token write"),
+        ({"/repos/create": 500}, 4, "with HTTP 500"),
         ({"/preupload/": 404}, 4, "refused the push to ada/small with HTTP 404"),
         ({"/commit/": 403}, 2, "does not let this token write"),
         ({"/commit/": 400}, 4, "with HTTP 400"),

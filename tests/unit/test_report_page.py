@@ -229,9 +229,10 @@ def test_hostile_texts_are_shown_as_text(learned: Path, any_size: Path) -> None:
         assert "49" not in page.text.replace(HOSTILE, "")[:200]
 
 
-@pytest.mark.parametrize("replacement", ["x", -1, 1.5, None, [], {}, [[]], True, "9" * 5000])
+@pytest.mark.parametrize("replacement", ["x", -1, None, [[]], {}])
 def test_a_report_of_wrong_kinds_is_a_page_or_an_input_error(learned: Path, replacement: Any) -> None:
     original = report_of(learned)
+    original["layers"] = original["layers"][:1]
     paths = [(key,) for key in original]
     paths += [(key, inner) for key in original if isinstance(original[key], dict) for inner in original[key]]
     paths += [("layers", 0, key) for key in original["layers"][0]]

@@ -148,7 +148,7 @@ def _cell(layer: Layer | None, low: float, high: float) -> dict[str, Any] | None
     return {"text": layer.shown, "strength": strength, "title": f"{layer.name}: {layer.codec}{part}"}
 
 
-HEADER = ("", "folder", "model", "method", "keep", "share of all", "perplexity", "KL", "same top token", "time", "gate")
+HEADER = ("", "method", "keep", "share of all", "perplexity", "KL", "same top token", "time", "gate", "model", "folder")
 
 
 def row_of(point: dict[str, Any]) -> list[Any]:
@@ -157,8 +157,6 @@ def row_of(point: dict[str, Any]) -> list[Any]:
     seconds, passed = point["seconds"], point["gate_passed"]
     return [
         point["label"],
-        point["folder"],
-        point["model"] or sections.NOTHING,
         point["method"] or sections.NOTHING,
         sections.NOTHING if keep is None else sections.Value(f"{keep:.4f} of {unit}", keep),
         sections.plain(point["share"], ".4f"),
@@ -167,6 +165,8 @@ def row_of(point: dict[str, Any]) -> list[Any]:
         sections.plain(point["agreement"], ".4f"),
         sections.NOTHING if seconds is None else sections.Value(sections.span(seconds), seconds),
         {True: "passed", False: "failed"}.get(passed, "not judged"),
+        point["model"] or sections.NOTHING,
+        point["folder"],
     ]
 
 

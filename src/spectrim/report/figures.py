@@ -13,11 +13,13 @@ from spectrim.report.plot import ticks
 
 WIDTH, HEIGHT = 420, 250
 LEFT, TOP, BOTTOM = 52, 28, 40
-LETTER = 6.6
+LETTER = 7.4
 """About the width of a letter at the font's size."""
 LABEL_GAP = 15
 MOST_LABEL = 16
 POINTS_MOST = 256
+LOG_FROM = 3.0
+"""A logarithmic axis tells more only where the values span at least this factor."""
 MINI_WIDTH, MINI_HEIGHT = 160, 64
 FLOOR = 1e-6
 """Singular values below this share of the largest are drawn at it."""
@@ -77,7 +79,7 @@ def chart(
 ) -> str:
     """Lines and points over two axes; `references` are dashed horizontal lines. `label` says in words what it shows.
 
-    `log`: powers of ten upwards, where all values are above 0. `reach` are values that the x axis reaches in any case.
+    `log`: powers of ten upwards, where all values are above 0 and far apart. `reach` are values that the x axis reaches in any case.
 
     Raises ValueError where there is nothing to draw, or a number that is not finite.
     """
@@ -88,9 +90,9 @@ def chart(
     if not all(map(math.isfinite, xs + ys)):
         raise ValueError("a chart takes finite numbers only")
     names = [line.name for line in lines if not line.dots] + [name for name, _ in references]
-    right = WIDTH - 10 - LETTER * min(max(map(len, names), default=0), MOST_LABEL)
+    right = WIDTH - 16 - LETTER * min(max(map(len, names), default=0), MOST_LABEL)
     across = linear_axis([*xs, *reach], LEFT, right)
-    up = (log_axis if log and min(ys) > 0 else linear_axis)(ys, HEIGHT - BOTTOM, TOP)
+    up = (log_axis if log and min(ys) > 0 and max(ys) > LOG_FROM * min(ys) else linear_axis)(ys, HEIGHT - BOTTOM, TOP)
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
     parts += _frame(across, up, x, y)
     ends: list[tuple[float, str, str]] = []
@@ -176,7 +178,7 @@ def _names(ends: list[tuple[float, str, str]], right: float) -> list[str]:
         places[i] = min(places[i], room)
         room = places[i] - LABEL_GAP
     return [
-        f'<text class="end {style}" x="{right + 6:.1f}" y="{place + 4:.1f}">{escape(clipped(name, MOST_LABEL))}</text>'
+        f'<text class="end {style}" x="{right + 8:.1f}" y="{place + 4:.1f}">{escape(clipped(name, MOST_LABEL))}</text>'
         for place, (_, name, style) in zip(places, ordered, strict=True)
     ]
 
