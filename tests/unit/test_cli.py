@@ -430,10 +430,16 @@ def test_save_pretrained_refuses_what_exists_and_is_atomic(tmp_path: Path) -> No
     assert hashes(out) == before
     with pytest.raises(spectrim.errors.UsageError, match="source model itself"):
         small.save_pretrained(model, overwrite=True)
-    with mock.patch.object(documents, "model_card", side_effect=RuntimeError("in the middle")), pytest.raises(RuntimeError):
+    with (
+        mock.patch.object(documents, "model_card", side_effect=RuntimeError("in the middle")),
+        pytest.raises(RuntimeError),
+    ):
         small.save_pretrained(out, overwrite=True)
     assert hashes(out) == before
-    with mock.patch.object(documents, "model_card", side_effect=RuntimeError("in the middle")), pytest.raises(RuntimeError):
+    with (
+        mock.patch.object(documents, "model_card", side_effect=RuntimeError("in the middle")),
+        pytest.raises(RuntimeError),
+    ):
         small.save_pretrained(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     shutil.rmtree(out)

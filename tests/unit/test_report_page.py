@@ -2,6 +2,7 @@
 
 import copy
 import json
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import spectrim
 from command_line import call, small_model, small_text
@@ -16,6 +19,7 @@ from html_page import Page, assert_safe_and_whole
 from spectrim import any_size_job, job
 from spectrim.errors import InputError
 from spectrim.evaluate.samples import compare_samples, greedy, same_at_first
+from spectrim.report.figures import Line, chart
 from spectrim.report.page import report_page
 from spectrim.report.record import places, points_for, spectrum_of
 from spectrim.store import verify_manifest
@@ -125,7 +129,7 @@ def test_the_report_holds_what_the_page_needs_in_little(learned: Path) -> None:
     assert [point[0] for point in path] == [0, 1, 2, 3, 4, 5, 6]
     assert path[0][1:] == [1.0, 1.0, 1.0]
     assert all(low <= middle <= high for _, low, middle, high in path)
-    minis = [given for tag, given in page.elements if tag == "svg" and given.get("class") == "mini"]
+    minis = [attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("class") == "mini"]
     assert len(minis) == len(report["layers"])
     assert len(report["samples"]) == 2
     for sample in report["samples"]:
@@ -137,8 +141,8 @@ def test_sizes_of_a_folder_with_all_of_them(any_size: Path) -> None:
     page, report = page_of(any_size), report_of(any_size)
     assert {row["quality"]["perplexity"] for row in report["sizes"]} <= page.numbers()
     assert report["dense"]["perplexity"] in page.numbers()
-    names = [given for tag, given in page.elements if tag == "svg" and given.get("class") == "chart"]
-    assert any("Perplexity over size" in str(given["aria-label"]) for given in names)
+    names = [attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("class") == "chart"]
+    assert any("Perplexity over size" in str(attributes["aria-label"]) for attributes in names)
     for layer in report["layers"]:
         codec, rank = layer["sizes"]["0.8"]
         assert layer["spectrum"]["kept"] == (min(layer["shape"]) if codec == "dense" else rank)
@@ -194,14 +198,14 @@ def test_reports_of_older_versions_have_pages(name: str) -> None:
 
 def test_the_report_of_an_exported_size_has_a_page() -> None:
     stored = {"linear_numbers_dense": 100, "linear_numbers": 60, "keep": 0.6, "model_numbers": 90, "model_bytes": 180}
-    given = {
+    report = {
         "tool": "spectrim",
         "exported_from": "all",
         "size_ratio": 0.6,
         "method": {"method": "svd"},
         "stored": stored,
     }
-    page = Page(report_page(given))
+    page = Page(report_page(report))
     assert_safe_and_whole(page)
     assert "all at keep 0.6000" in page.text
 
@@ -229,7 +233,7 @@ def test_hostile_texts_are_shown_as_text(learned: Path, any_size: Path) -> None:
         assert "49" not in page.text.replace(HOSTILE, "")[:200]
 
 
-@pytest.mark.parametrize("replacement", ["x", -1, None, [[]], {}])
+@pytest.mark.parametrize("replacement", ["x", -1, None, [[]], {}, 10**60, 1e304])
 def test_a_report_of_wrong_kinds_is_a_page_or_an_input_error(learned: Path, replacement: Any) -> None:
     original = report_of(learned)
     original["layers"] = original["layers"][:1]
@@ -254,6 +258,32 @@ def test_a_report_of_wrong_kinds_is_a_page_or_an_input_error(learned: Path, repl
 
 
 # ---- small things
+
+
+numbers = st.floats(-1e305, 1e305) | st.floats(0.999, 1.001) | st.sampled_from([0.0, 5e-324, 1e16, 1e16 + 2])
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=5), st.booleans(), st.booleans())
+def test_a_chart_of_any_numbers_is_drawn_inside_its_frame(
+    points: list[tuple[float, float]], dots: bool, log: bool
+) -> None:
+    drawn = Page(chart([Line("a", points, dots=dots)], label="all", x="x", y="y", references=[("r", 1.0)], log=log))
+    places = [(found["cx"], found["cy"]) for tag, found in drawn.elements if tag == "circle"]
+    assert len(places) == len(points)
+    assert all(0 <= float(x or "nan") <= 420 and 0 <= float(y or "nan") <= 250 for x, y in places)
+
+
+def test_points_stand_where_the_ticks_say() -> None:
+    root = ET.fromstring(chart([Line("", [(0.25, 10.0), (1.0, 1000.0)])], label="l", x="x", y="y", log=True))
+    ticks = {t.text: t for t in root.iter("text") if t.get("class") == "tick"}
+    first, last = ((float(c.get("cx", "")), float(c.get("cy", ""))) for c in root.iter("circle"))
+    assert float(ticks["10"].get("y", "")) - 4 == pytest.approx(first[1], abs=0.2)
+    assert float(ticks["1000"].get("y", "")) - 4 == pytest.approx(last[1], abs=0.2)
+    assert float(ticks["1"].get("x", "")) == pytest.approx(last[0], abs=0.2)
+    with pytest.raises(ValueError, match="at least one"):
+        chart([], label="l", x="x", y="y")
+    with pytest.raises(ValueError, match="finite"):
+        chart([Line("", [(0.0, float("nan"))])], label="l", x="x", y="y")
 
 
 def test_a_large_model_has_a_small_report_and_a_small_page() -> None:

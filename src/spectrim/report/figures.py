@@ -18,6 +18,7 @@ LETTER = 7.4
 LABEL_GAP = 15
 MOST_LABEL = 16
 POINTS_MOST = 256
+ONE_VALUE, TINY = 1e-9, 1e-290
 LOG_FROM = 3.0
 """A logarithmic axis tells more only where the values span at least this factor."""
 MINI_WIDTH, MINI_HEIGHT = 160, 64
@@ -51,8 +52,11 @@ class Axis(NamedTuple):
 
 
 def linear_axis(values: Sequence[float], start: float, end: float, count: int = 5) -> Axis:
-    """Round ticks around all values."""
-    marks = ticks(min(values), max(values), count)
+    """Round ticks around all values; values that no plot could tell apart are one."""
+    low, high = float(min(values)), float(max(values))
+    if high - low <= ONE_VALUE * max(abs(low), abs(high)):
+        low = high = high if abs(high) > TINY else 0.0
+    marks = ticks(low, high, count)
     return Axis(marks[0], marks[-1], start, end, marks)
 
 
@@ -79,9 +83,8 @@ def chart(
 ) -> str:
     """Lines and points over two axes; `references` are dashed horizontal lines. `label` says in words what it shows.
 
-    `log`: powers of ten upwards, where all values are above 0 and far apart. `reach` are values that the x axis reaches in any case.
-
-    Raises ValueError where there is nothing to draw, or a number that is not finite.
+    `log`: powers of ten upwards, where all values are above 0 and far apart. `reach` are values that the x axis reaches
+    in any case. Raises ValueError where there is nothing to draw, or a number that is not finite.
     """
     if not lines or not all(line.points for line in lines):
         raise ValueError("a chart needs at least one series, each with at least one point")

@@ -5,8 +5,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from spectrim.linalg.allocate import factor_cost, pivot_cost
 from spectrim.report.figures import spectrum_figure
 from spectrim.report.reading import Facts
@@ -78,7 +76,8 @@ def numbers_at(outputs: int, inputs: int, codec: str, rank: int | None) -> int |
         return outputs * inputs
     if rank is None or codec not in ("factor", "pivot"):
         return None
-    return int((factor_cost if codec == "factor" else pivot_cost)(outputs, inputs, torch.tensor(rank)))
+    cost: Any = factor_cost if codec == "factor" else pivot_cost  # of tensors, but they serve whole numbers as well
+    return cost(outputs, inputs, rank)
 
 
 def heat_map(layers: Sequence[Layer]) -> dict[str, Any] | None:

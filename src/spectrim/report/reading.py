@@ -3,7 +3,6 @@
 A key that is not there is None (older folders lack some); a value of the wrong kind is an `InputError` that names it.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from spectrim.store import read_json
 from spectrim.store.files import shown
 
 REPORT, CONFIG, MANIFEST = "report.json", "config.json", "manifest.json"
+LARGEST = 1e305
+"""Of numbers: a perplexity may be e^700, and nothing honest is above it."""
 VERSION = 1
 """The newest `format_version` of report.json, config.json and manifest.json that is read here."""
 
@@ -41,7 +42,7 @@ class Facts:
         value = self.raw(*path)
         if value is None:
             return None
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= LARGEST:
             raise self._wrong(path, value, "a finite number")
         return value
 
