@@ -19,19 +19,19 @@ def report(
     """Compare compressed folders: size against quality, figures, ranks layer by layer."""
     if out is not None and out.exists() and not overwrite:
         raise UsageError(f"{out}: exists; choose another --out, or add --overwrite to replace it")
-    from spectrim.report.compare import HEADER, compare_page, differences, points_of, read_folders, row_of
+    from spectrim.report.compare import HEADER, compare_page, differences, only_model, points_of, read_folders, row_of
     from spectrim.report.sections import Value
     from spectrim.store.writer import replace_text
 
     found = read_folders(folders)
     points = [point for folder in found for point in points_of(folder)]
-    said = differences(found)
+    said, only = differences(found), only_model(points)
     if out is not None:
         replace_text(out, compare_page(found))
 
     def show() -> None:
-        cells = [[cell.shown if isinstance(cell, Value) else str(cell) for cell in row_of(p)] for p in points]
-        print_table("folders", list(HEADER), cells)
+        cells = [[cell.shown if isinstance(cell, Value) else str(cell) for cell in row_of(p, only)] for p in points]
+        print_table("folders" if only is None else f"folders from {only}", list(HEADER), cells)
         for line in said:
             stderr.print(f"warning: {line}")
         if out is not None:

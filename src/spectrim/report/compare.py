@@ -148,11 +148,17 @@ def _cell(layer: Layer | None, low: float, high: float) -> dict[str, Any] | None
     return {"text": layer.shown, "strength": strength, "title": f"{layer.name}: {layer.codec}{part}"}
 
 
-HEADER = ("", "method", "keep", "share of all", "perplexity", "KL", "same top token", "time", "gate", "model", "folder")
+HEADER = ("", "method", "keep", "share of all", "perplexity", "KL", "same top token", "time", "gate", "folder")
 
 
-def row_of(point: dict[str, Any]) -> list[Any]:
-    """A point as cells under HEADER."""
+def only_model(points: Sequence[dict[str, Any]]) -> str | None:
+    """The model that all come from, if it is one."""
+    names = {point["model"] for point in points}
+    return names.pop() if len(names) == 1 else None
+
+
+def row_of(point: dict[str, Any], only: str | None) -> list[Any]:
+    """A point as cells under HEADER; its model is named unless it is the `only` one."""
     keep, unit = point["keep"], point["unit"]
     seconds, passed = point["seconds"], point["gate_passed"]
     return [
@@ -165,15 +171,14 @@ def row_of(point: dict[str, Any]) -> list[Any]:
         sections.plain(point["agreement"], ".4f"),
         sections.NOTHING if seconds is None else sections.Value(sections.span(seconds), seconds),
         {True: "passed", False: "failed"}.get(passed, "not judged"),
-        point["model"] or sections.NOTHING,
-        point["folder"],
+        point["folder"] if only is not None else f"{point['folder']} (from {point['model'] or 'an unnamed model'})",
     ]
 
 
 def compare_page(folders: Sequence[Folder]) -> str:
     """The page of several folders."""
     points = [point for folder in folders for point in points_of(folder)]
-    dense = dense_perplexity(folders)
+    dense, only = dense_perplexity(folders), only_model(points)
     figures = [
         ("Perplexity", curve(points, "perplexity", "perplexity", dense)),
         ("KL to the dense model", curve(points, "kl", "KL, nats a token", None)),
@@ -187,7 +192,8 @@ def compare_page(folders: Sequence[Folder]) -> str:
         differences=differences(folders),
         dense=sections.perplexity(dense),
         header=HEADER,
-        rows=[row_of(point) for point in points],
+        rows=[row_of(point, only) for point in points],
+        model=only,
         figures=[(name, figure) for name, figure in figures if figure],
         ranks=rank_table(folders),
     )  # fmt: skip

@@ -95,7 +95,9 @@ def chart(
     names = [line.name for line in lines if not line.dots] + [name for name, _ in references]
     right = WIDTH - 16 - LETTER * min(max(map(len, names), default=0), MOST_LABEL)
     across = linear_axis([*xs, *reach], LEFT, right)
-    up = (log_axis if log and min(ys) > TINY and max(ys) > LOG_FROM * min(ys) else linear_axis)(ys, HEIGHT - BOTTOM, TOP)
+    up = (log_axis if log and min(ys) > TINY and max(ys) > LOG_FROM * min(ys) else linear_axis)(
+        ys, HEIGHT - BOTTOM, TOP
+    )
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
     parts += _frame(across, up, x, y)
     ends: list[tuple[float, str, str]] = []
