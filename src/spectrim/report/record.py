@@ -47,7 +47,7 @@ def spectrum_of(energy: Tensor, kept: Tensor | None, rank: int | None, *, most: 
     }
     if kept is None and rank is None:
         return facts
-    mask = (torch.arange(len(wide)) < rank if kept is None else kept.detach().cpu())[order]
+    mask = (torch.arange(len(wide)) < (rank or 0) if kept is None else kept.detach().cpu())[order]
     count, total = int(mask.sum()), float(wide.sum())
     facts |= {"kept": count, "energy_kept": rounded(float(wide[mask].sum()) / total) if total > 0 else 1.0}
     if bool(mask[count:].any()):
