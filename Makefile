@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types slow audit clean
+.PHONY: demo test lint types slow browser audit clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spectrim needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -30,6 +30,10 @@ types: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Needs Chromium on the PATH; screenshots stay in shots/.
+browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser tests/browser --basetemp shots
 
 # Known vulnerabilities in what is installed; fails too where it cannot find out. .ci/run goes on without it.
 audit: $(STAMP)

@@ -12,19 +12,22 @@ import torch
 
 from spectrim.data import Windows
 from spectrim.engines.any_size import AnySize, compress_any_size
+from spectrim.engines.clock import timed
 from spectrim.engines.measure import Progress
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
+from spectrim.evaluate.samples import compare_samples
 from spectrim.integrations.folder import copy_in, round_to, write_nested
 from spectrim.job import LOGIT_TOLERANCE, foresee, peak_memory, reload_difference
 from spectrim.linalg.fallback import Fallback, listening, summary
 from spectrim.method import LayerMethod, MaskedMethod, Method
 from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
 from spectrim.models.walk import Walk, find_layers
-from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
+from spectrim.report.any_size import build_any_size_report
+from spectrim.report.documents import write_documents
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
-from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_manifest
 from spectrim.unsolved import unsolved_saved
 from spectrim.windows_in_use import cut_windows, read_text
 
@@ -76,6 +79,7 @@ def _run(
             }
             report["seconds"]["total"] = time.perf_counter() - started
             report["peak_memory_bytes"] = peak_memory(device)
+            report["command"] = list(options.command)
             write_documents(stage, report)
             facts = {"tool": "spectrim", "method": method.to_config(), "source": source.name, "any_size": True}
             write_manifest(stage, facts={**facts, "quality_gate": report["quality_gate"]})
@@ -117,11 +121,18 @@ def compress_sizes(
             checkpoint=resume,
         )
     sizes.warnings = (*sizes.warnings, *said, *texts.warnings, *resume.warnings)
-    quality = judge_sizes(sizes, texts.evaluation, dtype, progress, allow_nonfinite=skips)
+    with timed(sizes.seconds, "evaluate"):
+        quality = judge_sizes(sizes, texts.evaluation, dtype, progress, allow_nonfinite=skips)
+    samples: list[dict[str, Any]] = []
+    if texts.evaluation is not None:
+        with timed(sizes.seconds, "samples"):
+            default = sizes.at(request.keep)
+            round_to(default, dtype, allow_nonfinite=skips)
+            samples = compare_samples(dense, default, texts.evaluation.ids, text.tokenizer)
     verdict = gate_of_sizes(quality, request.keep, request.quality_gate)
     sizes.warnings += (*filter(None, [gate_warning(verdict)]), *summary(fallbacks))
     report = build_any_size_report(dataclasses.asdict(request), source, sizes, texts, quality, dtype)
-    report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
+    report |= {"quality_gate": verdict, "fallbacks": [f._asdict() for f in fallbacks], "samples": samples}
     report["resumed"] = resume.resumed
     return sizes, report
 
@@ -169,12 +180,3 @@ def gate_of_sizes(quality: dict[float | str, Quality] | None, size: float, facto
     if measured is None:
         return judge_gate(None, None, factor)
     return judge_gate(quality["dense"].perplexity, quality[measured].perplexity, factor, size=measured)
-
-
-def write_documents(stage: Path, report: dict[str, Any]) -> None:
-    """Report, request, card and size curve."""
-    write_json(stage / "report.json", report)
-    write_json(stage / "recipe.json", report["request"])
-    write_text(stage / "README.md", any_size_card(report))
-    if report["dense"]:
-        write_text(stage / CURVE, size_curve(report))

@@ -4,10 +4,11 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from spectrim.cli_any_size import compress_any_size
 from spectrim.cli_eval import eval_
 from spectrim.cli_left import clean, resume, status, verify
 from spectrim.cli_options import (
@@ -43,6 +44,8 @@ from spectrim.cli_options import (
     parse_options,
     say_written,
 )
+from spectrim.cli_push import PushTo, check_push_to, push, push_result
+from spectrim.cli_report import report
 from spectrim.errors import UsageError
 from spectrim.options import METHOD, METHOD_IN_BYTES, parse_bytes
 from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
@@ -50,7 +53,7 @@ from spectrim.terminal import emit, exit_codes, print_table, progress_printer, s
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 app.command(name="eval")(eval_)
-for command in (verify, status, resume, clean):
+for command in (verify, status, resume, clean, push, report):
     app.command()(command)
 
 
@@ -99,6 +102,7 @@ def compress(
     restart: Annotated[bool, typer.Option("--restart", help="discard OUT.resume of a stopped run, start anew")] = False,
     take_lock: TakeLock = False,
     save_every: Annotated[float, typer.Option(help="seconds between saved states", min=0)] = 60.0,
+    push_to: PushTo = None,
     json_: Json = False,
 ) -> None:
     """Compress a model and write a folder that plain transformers loads."""
@@ -121,6 +125,7 @@ def compress(
         allow_nonfinite=allow_nonfinite,  # type: ignore[arg-type]  checked there
     )  # fmt: skip
     request.check()  # before transformers is imported: a mistake is told at once
+    check_push_to(push_to)
     from spectrim.evaluate.gate import refuse_failed
     from spectrim.job import run
     from spectrim.report.card import table
@@ -131,8 +136,8 @@ def compress(
         save_every_s=save_every, restart=restart, take_lock=take_lock, command=given_command("compress")
     )
     if any_size:
-        _compress_any_size(request, out, overwrite, options, json_)
-        return
+        refuse_failed(compress_any_size(request, out, overwrite, options, json_))
+        return push_result(out, push_to)
     report = run(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_)).report
 
     def show() -> None:
@@ -146,21 +151,7 @@ def compress(
 
     emit(report, json_, show)
     refuse_failed(report)
-
-
-def _compress_any_size(request: Any, out: Path, overwrite: bool, options: Any, json_: bool) -> None:
-    from spectrim.any_size_job import run_any_size
-    from spectrim.evaluate.gate import refuse_failed
-    from spectrim.report.any_size import size_header, size_table
-
-    report = run_any_size(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_))
-
-    def show() -> None:
-        print_table(f"{request.model}, {report['method']['method']}", size_header(report), size_table(report))
-        say_written(out, report, f", size_ratio={request.keep:g}")
-
-    emit(report, json_, show)
-    refuse_failed(report)
+    push_result(out, push_to)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from spectrim.byte_budget import settled
 from spectrim.data import Windows
+from spectrim.engines.clock import timed
 from spectrim.engines.layerwise import refuse_large_sides
 from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
@@ -33,6 +34,7 @@ from spectrim.engines.quantise_factors import check_groups
 from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
+from spectrim.evaluate.samples import compare_samples
 from spectrim.integrations.folder import COMPANIONS, finalise, round_to, write_folder
 from spectrim.linalg.bits import PER_NUMBER, Unit, stored_size
 from spectrim.linalg.fallback import Fallback, listening, summary
@@ -50,7 +52,7 @@ from spectrim.models.load import (
     resolve,
 )
 from spectrim.models.walk import find_layers
-from spectrim.report.card import model_card
+from spectrim.report.documents import write_documents
 from spectrim.report.facts import build_report
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
@@ -60,9 +62,7 @@ from spectrim.store import (
     open_checkpoint,
     preflight,
     staged,
-    write_json,
     write_manifest,
-    write_text,
 )
 from spectrim.unsolved import unsolved_saved
 from spectrim.windows_in_use import cut_windows, read_text
@@ -88,6 +88,7 @@ class Compressed:
         preflight(out, source=self.source.folder if self.source else None, overwrite=overwrite, bytes_needed=needed)
         with staged(out, overwrite=overwrite) as stage:
             _fill(stage, self)
+            write_documents(stage, self.report)
             _seal(stage, self)
         return out
 
@@ -122,7 +123,8 @@ def run(
             compressed.report["reload"] = {"relative_logit_difference": difference, "allowed": LOGIT_TOLERANCE}
             compressed.report["seconds"]["total"] = time.perf_counter() - started
             compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
-            _write_documents(stage, compressed.report)
+            compressed.report["command"] = list(options.command)
+            write_documents(stage, compressed.report)
             _seal(stage, compressed)
     compressed.report["folder"] = str(out)
     return compressed
@@ -200,13 +202,17 @@ def _compress_source(
     outcome.seconds["load"] = load_s
     outcome.warnings += [*said, *texts.warnings]
     round_to(outcome.model, dtype, allow_nonfinite=request.allow_nonfinite == "skip")
-    quality = judge(outcome, dense, texts.evaluation, progress)
+    with timed(outcome.seconds, "evaluate"):
+        quality = judge(outcome, dense, texts.evaluation, progress)
+    with timed(outcome.seconds, "samples"):
+        shown = [] if texts.evaluation is None else [outcome.model, texts.evaluation.ids, text.tokenizer]
+        samples = compare_samples(dense, *shown) if shown else []
     verdict = gate_of(quality, request.quality_gate)
     outcome.warnings += [*filter(None, [gate_warning(verdict)]), *summary(fallbacks)]
     if resume is not None:
         outcome.warnings.extend(resume.warnings)
     report = build_report(dataclasses.asdict(request), source, outcome, texts, quality, dtype)
-    report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
+    report |= {"quality_gate": verdict, "fallbacks": [f._asdict() for f in fallbacks], "samples": samples}
     if resume is not None:
         report["resumed"] = resume.resumed
     model = finalise(outcome, dtype, base_model=request.model)
@@ -236,18 +242,10 @@ def gate_of(quality: Mapping[str, Quality] | None, factor: float) -> dict[str, A
 
 
 def _fill(stage: Path, compressed: Compressed) -> None:
-    """Model, tokenizer, report, card."""
+    """Model and tokenizer; what they hold is counted for the report."""
     write_folder(stage, compressed.model, compressed.source, compressed.extra)
     written = open_checkpoint(stage)
     compressed.report["stored"] = {**compressed.report["stored"], **_count(written, compressed)}
-    _write_documents(stage, compressed.report)
-
-
-def _write_documents(stage: Path, report: Mapping[str, Any]) -> None:
-    write_json(stage / "report.json", report)
-    if "method" in report["request"]:  # a model that was given in memory cannot be found again
-        write_json(stage / "recipe.json", report["request"])
-    write_text(stage / "README.md", model_card(report))
 
 
 def _seal(stage: Path, compressed: Compressed) -> None:

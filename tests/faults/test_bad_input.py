@@ -37,6 +37,7 @@ from command_line import (
 from spectrim import job, terminal
 from spectrim.errors import Interrupted
 from spectrim.registry import all_methods
+from spectrim.report import documents
 from spectrim.store import target
 
 pytestmark = pytest.mark.faults
@@ -561,7 +562,7 @@ def test_out_of_memory_is_no_bug_of_ours(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_bug_of_ours_says_so_and_publishes_nothing(model: Path, tmp_path: Path) -> None:
-    with mock.patch.object(job, "model_card", side_effect=KeyError("perplexity")):
+    with mock.patch.object(documents, "model_card", side_effect=KeyError("perplexity")):
         answer = call("compress", model, "--out", tmp_path / "out", *PLAIN, "--method", "svd")
     assert answer.code == INTERNAL
     assert "internal error: KeyError: 'perplexity'" in answer.err

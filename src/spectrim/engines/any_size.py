@@ -49,6 +49,9 @@ class AnySize:
     losses: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    energies: Mapping[str, Tensor] = field(default_factory=dict)
+    """Squared singular values (K,) of each layer in the method's metric, in the order in which components are kept;
+    of masked methods, which keep no record of that order, descending."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def plan(self, size: float) -> Plan:
@@ -122,6 +125,8 @@ def compress_any_size(
             order = closed_order(method, walk, spectra, anchors)
     sizes = build(dense, method, walk, order, dtype, seconds=clock)
     sizes.warnings = (*warnings, *told, *sizes.warnings)
+    in_order = spectra if isinstance(method, MaskedMethod) else order.spectra
+    sizes.energies = {name: spectrum.energy for name, spectrum in in_order.items()}
     return sizes
 
 

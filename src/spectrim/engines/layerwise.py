@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
+from spectrim.engines.measure import Progress
 from spectrim.engines.parts import Parts, digest_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan
 from spectrim.errors import NumericalError, UsageError
@@ -24,6 +25,7 @@ from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
 from spectrim.options import Nonfinite
 from spectrim.replacement import Replacement, Target, dense_replacement, encode, with_mean_kept
+from spectrim.stage import at
 from spectrim.stats import Stat, Stats
 
 
@@ -103,6 +105,7 @@ def decompose_all(
     *,
     checkpoint: Checkpoint | None = None,
     stage: str = "spectra",
+    progress: Progress | None = None,
 ) -> dict[str, Spectrum]:
     """The spectrum of every layer in the method's metric, float64 on the weight's device.
 
@@ -118,6 +121,8 @@ def decompose_all(
             weight = weights[layer.name].detach().double()
             spectra[layer.name] = decompose_layer(method, layer, weight, stats[layer.name])
             parts.add(layer.name, spectrum_tensors(layer.name, spectra[layer.name]))
+        if progress is not None:
+            progress(at("decompose", layer.name), len(spectra), len(walk.layers))
     parts.finish()
     return spectra
 

@@ -20,6 +20,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,9 +63,8 @@ CPU_BATCH, GPU_BATCH = 4, 32
 """Windows in one calibration batch."""
 
 
-@torch.random.fork_rng(
-    devices=[]
-)  # empty layers start from torch's own random numbers: the caller's stay where they were
+# Empty layers start from torch's own random numbers: the caller's stay where they were.
+@torch.random.fork_rng(devices=[])
 def compress_model(
     dense: PreTrainedModel,
     method: Method,
@@ -103,11 +103,8 @@ def compress_model(
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
     run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint)
     training = calibration if training is None else training
-    made = (
-        as_a_whole(run, calibration, training)
-        if isinstance(method, ModelMethod)
-        else by_layers(run, calibration, training)
-    )
+    make = as_a_whole if isinstance(method, ModelMethod) else by_layers
+    made = make(run, calibration, training)
     recovered = recover(
         steps, made.student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed,
         progress=progress, checkpoint=made.checkpoint,
@@ -125,6 +122,7 @@ def compress_model(
         learned=made.learned,
         recovered=tuple(recovered),
         factor_quantization=rounded,
+        energies=run.energies,
         seconds=clock,
         gradient_windows=gradient_windows,
         warnings=[*warnings, *run.warnings, *(made.learned.warnings if made.learned else ())],
@@ -136,6 +134,7 @@ def by_layers(run: "_Run", calibration: Tensor, training: Tensor) -> Made:
     method, clock = run.by_layer, run.clock
     learns = method.windows_trained > 0 and run.keep < 1
     spectra, plan, checkpoint = run.closed_form_or_saved(calibration, learned=learns)
+    run.energies = {name: spectrum.energy for name, spectrum in spectra.items()}
     student = skeleton(run.dense)
     if not learns:
         with timed(clock, "encode"):
@@ -210,6 +209,7 @@ class _Run:
     one_size: bool = True
     again_at: tuple[float, ...] = ()
     warnings: list[str] = field(default_factory=list)
+    energies: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
     """Of the inputs of every layer, where biases make up for them."""
 
@@ -338,9 +338,8 @@ class _Run:
         if self.method.centres:
             self.means = {name: own.get(Stat.MEAN) for name, own in stats.items()}
         with timed(self.clock, "decompose"):
-            spectra = decompose_all(
-                self.by_layer, self.dense, self.walk, stats, checkpoint=self.checkpoint, stage=f"spectra {again}"
-            )
+            told: dict[str, Any] = {"checkpoint": self.checkpoint, "progress": self.progress}
+            spectra = decompose_all(self.by_layer, self.dense, self.walk, stats, stage=f"spectra {again}", **told)
         if isinstance(self.method, OrderedMethod) and self.method.allocation == "order":
             with timed(self.clock, "allocate"):
                 return spectra, ordered_plan(self.method, self.dense, self.walk, spectra, stats, self.keep)

@@ -30,6 +30,7 @@ BUILTIN = {"builtin:tiny": "tiny"}
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab*", "*.jinja", "LICENSE*"]
+HUB_FILES += ["README.md"]  # its metadata state the licence
 
 
 @dataclass(frozen=True, kw_only=True)
