@@ -67,6 +67,18 @@ QualityGate = Annotated[
     float,
     typer.Option(help="mark the result as failed (exit 5) if its perplexity is this many times the dense; 0: off"),
 ]
+Recipe = Annotated[
+    str | None, typer.Option("--recipe", help="a name of `spectrim recipe list` or a YAML file; flags override it")
+]
+CalibLength = Annotated[int, typer.Option(help="tokens in a window")]
+GradientWindows = Annotated[
+    int | None, typer.Option(help="windows that give gradients (default: all on a GPU, a quarter on a CPU)")
+]
+TrainWindows = Annotated[
+    int | None, typer.Option(help="windows for learned steps, at most (default: as many as the steps go through)")
+]
+Eval = Annotated[str, typer.Option("--eval", help="evaluation text, as for --calib, or none")]
+EvalWindows = Annotated[int, typer.Option(help="evaluation windows")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
 
 

@@ -8,9 +8,6 @@ Its state is kept in OUT.resume until then: resume.py.
 
 import dataclasses
 import resource
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.byte_budget import settled
 from spectrim.data import Windows
+from spectrim.engines.clock import timed
 from spectrim.engines.layerwise import refuse_large_sides
 from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.engines.quantise_factors import check_groups
-from spectrim.errors import InputError, NumericalError, UsageError
+from spectrim.errors import NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.integrations.folder import COMPANIONS, finalise, round_to, write_folder
@@ -50,6 +46,8 @@ from spectrim.models.load import (
     resolve,
 )
 from spectrim.models.walk import find_layers
+from spectrim.recipe import RESOLVED, resolved_yaml
+from spectrim.reloaded import LOGIT_TOLERANCE, reload_difference
 from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
 from spectrim.request import Request
@@ -66,9 +64,6 @@ from spectrim.store import (
 )
 from spectrim.unsolved import unsolved_saved
 from spectrim.windows_in_use import cut_windows, read_text
-
-LOGIT_TOLERANCE = 1e-3
-"""Largest difference between the logits before saving and after reloading, relative to the largest logit."""
 
 
 @dataclass(kw_only=True)
@@ -115,12 +110,16 @@ def run(
     with unsolved_saved(out), kept as resume:
         compressed = compress_source(request, method, source, progress=progress, resume=resume)
         with staged(out, overwrite=overwrite, needed_bytes=needed) as stage:
+            clock = compressed.report["seconds"]
             _say(progress, "write", 0, 1)
-            _fill(stage, compressed)
+            with timed(clock, "write"):
+                _fill(stage, compressed)
             _say(progress, "reload in a fresh process", 0, 1)
-            difference = reload_difference(stage, compressed.model, allow_nonfinite=request.allow_nonfinite == "skip")
+            with timed(clock, "reload"):
+                skips = request.allow_nonfinite == "skip"
+                difference = reload_difference(stage, compressed.model, allow_nonfinite=skips)
             compressed.report["reload"] = {"relative_logit_difference": difference, "allowed": LOGIT_TOLERANCE}
-            compressed.report["seconds"]["total"] = time.perf_counter() - started
+            clock["total"] = time.perf_counter() - started
             compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
             _write_documents(stage, compressed.report)
             _seal(stage, compressed)
@@ -141,6 +140,12 @@ def foresee(request: Request, method: Method, source: Source) -> None:
     budget_of(method, walk, request.keep)
     if isinstance(method, ModelMethod):
         method.check_model(source.config, walk, request.keep)
+
+
+def foresee_all(request: Request, method: Method, source: Source) -> None:
+    """The same for a request of one size or of all, of which the smallest is the hardest."""
+    hardest = dataclasses.replace(request, keep=request.anchors[-1]) if request.any_size else request
+    foresee(hardest, method, source)
 
 
 def compress_source(
@@ -171,14 +176,17 @@ def _compress_source(
         )
     device = pick_device(request.device)
     dtype = pick_dtype(request.dtype, source.dtype)
-    text = read_text(request, source)
-    clock = time.perf_counter()
+    clock: dict[str, float] = {}
+    with timed(clock, "text"):
+        text = read_text(request, source)
     _say(progress, "load", 0, 1)
     said: list[str] = []
     extra: dict[str, TensorInfo] = {}
-    dense = load_dense(source, device, allow_nonfinite=request.allow_nonfinite == "skip", warnings=said, extra=extra)
-    load_s = time.perf_counter() - clock
-    texts = cut_windows(request, method, dense, text, progress=progress)
+    skips = request.allow_nonfinite == "skip"
+    with timed(clock, "load"):
+        dense = load_dense(source, device, allow_nonfinite=skips, warnings=said, extra=extra)
+    with timed(clock, "text"):
+        texts = cut_windows(request, method, dense, text, progress=progress)
     if resume is not None:
         resume.folder.claim(text_fields(texts))
     with nullcontext() if resume is None else resume.signals():
@@ -197,10 +205,11 @@ def _compress_source(
             progress=progress,
             checkpoint=resume,
         )
-    outcome.seconds["load"] = load_s
+    outcome.seconds |= clock
     outcome.warnings += [*said, *texts.warnings]
-    round_to(outcome.model, dtype, allow_nonfinite=request.allow_nonfinite == "skip")
-    quality = judge(outcome, dense, texts.evaluation, progress)
+    round_to(outcome.model, dtype, allow_nonfinite=skips)
+    with timed(outcome.seconds, "evaluate"):
+        quality = judge(outcome, dense, texts.evaluation, progress)
     verdict = gate_of(quality, request.quality_gate)
     outcome.warnings += [*filter(None, [gate_warning(verdict)]), *summary(fallbacks)]
     if resume is not None:
@@ -247,6 +256,7 @@ def _write_documents(stage: Path, report: Mapping[str, Any]) -> None:
     write_json(stage / "report.json", report)
     if "method" in report["request"]:  # a model that was given in memory cannot be found again
         write_json(stage / "recipe.json", report["request"])
+        write_text(stage / RESOLVED, resolved_yaml(report["request"]))
     write_text(stage / "README.md", model_card(report))
 
 
@@ -294,41 +304,6 @@ def _is_inside(tensor: str, names: set[str]) -> bool:
     """Whether a tensor belongs to one of the named modules."""
     parts = tensor.split(".")
     return any(".".join(parts[:i]) in names for i in range(1, len(parts)))
-
-
-def reload_difference(folder: Path, model: PreTrainedModel, *, allow_nonfinite: bool = False) -> float:
-    """Largest logit difference, relative, between `model` and `folder` loaded in a fresh process.
-
-    Logits that are not finite are an error; where they are allowed they must be the same ones on both sides.
-    """
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(16)[None] * 7919 % vocabulary
-    with torch.no_grad():
-        here = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-    there = _logits_elsewhere(folder, ids, model.device)
-    bad = ~torch.isfinite(there)
-    if there.shape != here.shape or (bool(bad.any()) and not (allow_nonfinite and torch.equal(bad, ~here.isfinite()))):
-        raise NumericalError(f"{folder}: the reloaded model gives logits of shape {tuple(there.shape)} or not finite")
-    here, there = here.masked_fill(bad, 0), there.masked_fill(bad, 0)
-    difference = float((here - there).abs().max() / here.abs().max().clamp(min=1e-30))
-    if not difference <= LOGIT_TOLERANCE:  # also where NaN came before saving
-        raise NumericalError(
-            f"the reloaded model's logits differ by {difference:.2e} (relative), allowed {LOGIT_TOLERANCE:.0e}; "
-            "nothing was published. This is a bug of spectrim or of this transformers version, please report it"
-        )
-    return difference
-
-
-def _logits_elsewhere(folder: Path, ids: Tensor, device: torch.device) -> Tensor:
-    with tempfile.TemporaryDirectory() as scratch:
-        save_file({"ids": ids}, Path(scratch) / "in.safetensors")
-        command = [sys.executable, "-m", "spectrim.integrations.reload", str(folder), scratch, str(device)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise InputError(
-                f"{folder}: the written folder cannot be loaded in a fresh process:\n{done.stderr.strip()[-2000:]}"
-            )
-        return load_file(Path(scratch) / "out.safetensors")["logits"]
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
