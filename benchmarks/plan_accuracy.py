@@ -21,6 +21,7 @@ from typing import Any
 
 QUICK = ["--calib-windows", "32", "--calib-length", "128", "--eval-windows", "16"]
 TRAINED = ["--set", "steps=10", "--set", "batch_size=8"]
+BITS = ["--factor-group-size", "16", "--factor-bits"]
 ROWS: dict[str, list[str]] = {
     "svd": ["--method", "svd"],
     "svd, 512": ["--method", "svd", "--calib-length", "512"],
@@ -33,8 +34,8 @@ ROWS: dict[str, list[str]] = {
     "svd-llm, kl:5": ["--method", "svd-llm", "--recover", "kl:5"],
     "svd-llm, block:5": ["--method", "svd-llm", "--recover", "block:5"],
     "svd-llm, refit": ["--method", "svd-llm", "--recover", "refit"],
-    "two-sided, 4 bits": ["--method", "two-sided", "--factor-bits", "4"],
-    "svd, 3 bits": ["--method", "svd", "--set", "storage=pivot", "--keep", "0.5", "--factor-bits", "3"],
+    "two-sided, 4 bits": ["--method", "two-sided", *BITS, "4"],
+    "svd, 3 bits": ["--method", "svd", "--set", "storage=pivot", "--keep", "0.5", *BITS, "3"],
     "any size": ["--method", "svd-llm", "--any-size"],
     "gptq": ["--method", "gptq", "--keep", "0.3"],
     "trellis in bytes": ["--keep-bytes", "0.5", "--dtype", "bfloat16", "--set", "window=8"],
@@ -130,7 +131,10 @@ def called(command: str, model: str, words: list[str]) -> dict[str, Any]:
     """The JSON of a command, with its seconds; or the end of what it said when it failed."""
     clock, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "spectrim", command, model, "--json", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "spectrim", command, model, "--json", *words],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 5):  # 5: a result that the quality gate marks, written all the same

@@ -154,7 +154,10 @@ def test_a_reload_that_differs_publishes_nothing(
 def test_logits_that_were_nan_before_saving_are_not_taken_for_equal(model: Path, tmp_path: Path) -> None:
     change_weights(model, "model.layers.0.input_layernorm.weight", lambda tensor: tensor.fill_(3e38))
     finite = torch.zeros(1, 16, 8192)
-    with mock.patch.object(reloaded, "logits_elsewhere", return_value=finite), pytest.raises(NumericalError, match="nan"):
+    with (
+        mock.patch.object(reloaded, "logits_elsewhere", return_value=finite),
+        pytest.raises(NumericalError, match="nan"),
+    ):
         run(request(model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
