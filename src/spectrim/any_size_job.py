@@ -26,6 +26,7 @@ from spectrim.models.walk import find_layers
 from spectrim.recipe import RESOLVED, resolved_yaml
 from spectrim.reloaded import LOGIT_TOLERANCE, reload_difference
 from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
+from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
 from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_json, write_manifest, write_text
@@ -42,7 +43,7 @@ def run_any_size(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The whole job; returns the report. On any error the target is what it was before; `options` as in job.run."""
-    with unsolved_saved(out), listening() as fallbacks:
+    with unsolved_saved(out), deterministic(request.deterministic), listening() as fallbacks:
         return _run(request, out, overwrite, options, progress, fallbacks)
 
 
@@ -135,7 +136,7 @@ def compress_sizes(
     sizes.warnings += (*filter(None, [gate_warning(verdict)]), *summary(fallbacks))
     report = build_any_size_report(dataclasses.asdict(request), source, sizes, texts, quality, dtype)
     report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
-    report["resumed"] = resume.resumed
+    report |= {"resumed": resume.resumed, "determinism": determinism()}
     return sizes, report
 
 

@@ -21,6 +21,7 @@ from spectrim.cli_options import (
     Calib,
     CalibLength,
     CalibWindows,
+    Deterministic,
     Device,
     Dtype,
     Eval,
@@ -42,6 +43,7 @@ from spectrim.cli_options import (
     Size,
     TakeLock,
     Tokenizer,
+    Track,
     TrainWindows,
     given_command,
     say_written,
@@ -51,6 +53,7 @@ from spectrim.cli_recipe import recipe_app
 from spectrim.cli_request import request_from
 from spectrim.errors import UsageError
 from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
+from spectrim.track import check_trackers, track_run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -99,6 +102,8 @@ def compress(
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
+    deterministic: Deterministic = False,
+    track: Track = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="discard OUT.resume of a stopped run, start anew")] = False,
     take_lock: TakeLock = False,
@@ -108,6 +113,7 @@ def compress(
     """Compress a model and write a folder that plain transformers loads."""
     request = request_from(context, locals())
     request.check()  # before transformers is imported: a mistake is told at once
+    trackers = check_trackers(track)
     from spectrim.evaluate.gate import refuse_failed
     from spectrim.job import run
     from spectrim.report.card import table
@@ -118,7 +124,7 @@ def compress(
         save_every_s=save_every, restart=restart, take_lock=take_lock, command=given_command("compress")
     )
     if request.any_size:
-        _compress_any_size(request, out, overwrite, options, json_)
+        _compress_any_size(request, out, overwrite, options, json_, trackers)
         return
     report = run(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_)).report
 
@@ -131,11 +137,12 @@ def compress(
         print_table("by form", FORMS_HEADER, forms_rows(report["forms"]))
         say_written(out, report)
 
+    track_run(trackers, report, out)
     emit(report, json_, show)
     refuse_failed(report)
 
 
-def _compress_any_size(request: Any, out: Path, overwrite: bool, options: Any, json_: bool) -> None:
+def _compress_any_size(request: Any, out: Path, overwrite: bool, options: Any, json_: bool, trackers: Any) -> None:
     from spectrim.any_size_job import run_any_size
     from spectrim.evaluate.gate import refuse_failed
     from spectrim.report.any_size import size_header, size_table
@@ -146,6 +153,7 @@ def _compress_any_size(request: Any, out: Path, overwrite: bool, options: Any, j
         print_table(f"{request.model}, {report['method']['method']}", size_header(report), size_table(report))
         say_written(out, report, f", size_ratio={request.keep:g}")
 
+    track_run(trackers, report, out)
     emit(report, json_, show)
     refuse_failed(report)
 

@@ -79,6 +79,12 @@ TrainWindows = Annotated[
 ]
 Eval = Annotated[str, typer.Option("--eval", help="evaluation text, as for --calib, or none")]
 EvalWindows = Annotated[int, typer.Option(help="evaluation windows")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="only algorithms that give the same bits every time; slower on a GPU")
+]
+Track = Annotated[
+    list[str], typer.Option(help="log losses and figures to tensorboard, wandb, mlflow, ...; off by default")
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
 
 

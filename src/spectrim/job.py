@@ -50,6 +50,7 @@ from spectrim.recipe import RESOLVED, resolved_yaml
 from spectrim.reloaded import LOGIT_TOLERANCE, reload_difference
 from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
+from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
 from spectrim.store import (
@@ -157,7 +158,7 @@ def compress_source(
     resume: Resume | None = None,
 ) -> Compressed:
     """Load, compress and evaluate; nothing is written but states, where `resume` is given."""
-    with listening() as fallbacks:
+    with deterministic(request.deterministic), listening() as fallbacks:
         return _compress_source(request, method, source, progress, resume, fallbacks)
 
 
@@ -216,6 +217,7 @@ def _compress_source(
         outcome.warnings.extend(resume.warnings)
     report = build_report(dataclasses.asdict(request), source, outcome, texts, quality, dtype)
     report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
+    report["determinism"] = determinism()
     if resume is not None:
         report["resumed"] = resume.resumed
     model = finalise(outcome, dtype, base_model=request.model)

@@ -65,7 +65,7 @@ def is_hit(answer: str, accepted: Sequence[str]) -> bool:
 
 
 def retained(right: Sequence[bool], dense_right: Sequence[bool]) -> tuple[float, Interval] | None:
-    """Of the items that the dense model has right, the share that the model has too, and its interval; None: no item."""
+    """Of the items that the dense model has right, the share that the model has too, with interval; None: no item."""
     kept = [mine for mine, theirs in zip(right, dense_right, strict=True) if theirs]
     if not kept:
         return None
