@@ -1,8 +1,8 @@
 """Seconds of a run, stage by stage: what is to be computed, over what this machine does in a second (machine.py).
 
 Products count by their operations, in the precision they run in; what only moves numbers, by its bytes; softmax over
-the vocabulary and eigenvalues by rates of their own. Nothing is fitted to a model; the constants of a stage say how
-often it goes through its data, and `START_S` is what Python takes to import torch and transformers.
+the vocabulary and eigenvalues by rates of their own. The constants say how often a stage goes through its data, and were set by
+runs of a few small models on CPUs (benchmarks/plan_accuracy.py); `START_S` is what importing torch and transformers takes.
 
 Methods that treat the model as a whole solve for their form in ways of their own: `known` is then False for those that
 no constants are given for, and their seconds are left out rather than guessed.
@@ -23,6 +23,8 @@ START_S = 5.0
 """Of a process until it can work; the written folder is read again in a fresh one, which starts once more."""
 TEXT_S = 2.0
 """Reading and tokenising the text of a run: as much as `builtin:stdlib` takes."""
+EFFICIENCY = 0.6
+"""Share of the clocked rate that products of a model's many shapes reach."""
 MOVED = 24
 """Bytes that go through memory for every number that a layer reads or writes in a forward pass: casts, norms,
 activations, the residual stream."""
@@ -32,8 +34,8 @@ SAMPLED = 8.0
 """Passes over the vocabulary to sample labels and go back from them, in units of log_softmax."""
 JUDGED = 5.0
 """The same to compare two distributions."""
-EIGEN_OF_SVD = 3.0
-"""A singular value decomposition, in units of the eigenvalues of a matrix of the shorter side."""
+SINGULAR, ROOT = 1.1, 0.4
+"""Singular value decompositions and roots of covariances, in units of the eigenvalues of as many cubed rows."""
 COLUMN_SWEEPS = {"gptq": 1.0, "rtn": 0.0, "eora": 1.0}
 """Methods of few bits whose time is known: sweeps over the columns of each weight."""
 
@@ -124,7 +126,7 @@ class Costs:
     def sums(self, method: Method, windows: float, gradient_windows: float) -> Work:
         """Second moments; inputs that layers share (q, k, v; gate, up) are summed once, which is about half of them."""
         own, found = self.sizes, Work()
-        inputs = sum(float(n) ** 2 for block in _distinct_inputs(own.walk) for n in block)
+        inputs = sum(float(n) ** 2 for block in distinct_inputs(own.walk) for n in block)
         tokens, steep = windows * own.length, gradient_windows * own.length
         if Stat.GRAM in method.needs:
             found += Work(full=2.0 * inputs * tokens)
@@ -150,9 +152,9 @@ class Costs:
         """Roots of the metric and the singular components of every weight."""
         cubes = 0.0
         for layer in self.sizes.walk.layers:
-            cubes += EIGEN_OF_SVD * min(layer.outputs, layer.inputs) ** 2 * max(layer.outputs, layer.inputs)
-            cubes += layer.inputs**3 if Stat.GRAM in method.needs else 0
-            cubes += layer.outputs**3 if Stat.OUTPUT_GRAD in method.needs else 0
+            cubes += SINGULAR * min(layer.outputs, layer.inputs) ** 2 * max(layer.outputs, layer.inputs)
+            cubes += ROOT * layer.inputs**3 if Stat.GRAM in method.needs else 0
+            cubes += ROOT * layer.outputs**3 if Stat.OUTPUT_GRAD in method.needs else 0
         return Work(cubes=cubes)
 
     def training_step(self, batch: int, share: float, *, trained: bool, teacher: bool = True) -> Work:
@@ -164,7 +166,7 @@ class Costs:
         )
 
 
-def _distinct_inputs(walk: Walk) -> list[list[int]]:
+def distinct_inputs(walk: Walk) -> list[list[int]]:
     """Widths of inputs, block by block: layers of one width in a row read the same tensor, but for the last one."""
     blocks: dict[int, list[int]] = {}
     for layer in walk.layers:
@@ -194,7 +196,7 @@ def seconds_by_stage(method: Method, sizes: Sizes, rates: Rates) -> tuple[dict[s
     for step in sizes.steps:
         _recovery(costs, step, share)
     if sizes.factor_bits is not None:
-        gram = sum(float(n) ** 2 for block in _distinct_inputs(sizes.walk) for n in block)
+        gram = sum(float(n) ** 2 for block in distinct_inputs(sizes.walk) for n in block)
         tokens = sizes.windows * sizes.length
         costs.add("quantise", costs.forward(2 * sizes.windows, share=share) + Work(full=2.0 * gram * tokens))
         costs.add("quantise", columns(sizes.walk, 2.0))
@@ -242,7 +244,7 @@ def _by_layers(costs: Costs, method: LayerMethod) -> None:
 def _for_one_size(costs: Costs, method: LayerMethod, share: float) -> None:
     """What fits one size only: propagation, searched ranks, Newton steps."""
     own = costs.sizes
-    gram = sum(float(n) ** 2 for block in _distinct_inputs(own.walk) for n in block)
+    gram = sum(float(n) ** 2 for block in distinct_inputs(own.walk) for n in block)
     if method.error_share > 0:
         windows = own.gradient_windows
         costs.add("propagate", costs.forward(4 * windows) + Work(full=4.0 * gram * windows * own.length))
@@ -281,8 +283,8 @@ def _recovery(costs: Costs, step: Step, share: float) -> None:
         return
     blocks = len(own.walk.block_names)
     one = costs.forward(batch, share=share, back=1.0, trained=True)
-    costs.add("refine", (1.0 / blocks) * one, step.steps * blocks)  # each block alone, in turn
-    costs.add("refine", costs.forward(2 * min(1024, step.steps * batch)))
+    costs.add("block", (1.0 / blocks) * one, step.steps * blocks)  # each block alone, in turn
+    costs.add("block", costs.forward(2 * min(1024, step.steps * batch)))
 
 
 def searched_windows(method: LayerMethod, layers: int) -> int:
