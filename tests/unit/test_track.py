@@ -81,7 +81,7 @@ def test_a_tracker_that_fails_leaves_the_result(tmp_path: Path) -> None:
 
     with (
         mock.patch.dict("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"tensorboard": Fails}),
-        pytest.raises(ResourceError, match="result in .* is complete") as caught,
+        pytest.raises(ResourceError, match=r"result in .* is complete") as caught,
     ):
         track_run(("tensorboard",), REPORT, tmp_path / "out")
     assert "abcdefgh" not in str(caught.value)

@@ -1,8 +1,8 @@
 """Seconds of a run, stage by stage: what is to be computed, over what this machine does in a second (machine.py).
 
 Products count by their operations, in the precision they run in; what only moves numbers, by its bytes; softmax over
-the vocabulary and eigenvalues by rates of their own. The constants say how often a stage goes through its data, and were set by
-runs of a few small models on CPUs (benchmarks/plan_accuracy.py); `START_S` is what importing torch and transformers takes.
+the vocabulary and eigenvalues by rates of their own. The constants say how often a stage goes through its data, and
+were set by runs of a small model on a CPU (benchmarks/plan_accuracy.py); `START_S` is what importing torch takes.
 
 Methods that treat the model as a whole solve for their form in ways of their own: `known` is then False for those that
 no constants are given for, and their seconds are left out rather than guessed.
@@ -86,7 +86,7 @@ class Work:
     def on(self, rates: Rates) -> float:
         """Seconds."""
         return (
-            self.low / rates.products + self.full / rates.full_products + self.moved / rates.copied
+            self.low / (EFFICIENCY * rates.products) + self.full / (EFFICIENCY * rates.full_products) + self.moved / rates.copied
             + self.entries / rates.softmax + self.cubes * rates.eigen + self.seconds
         )  # fmt: skip
 
