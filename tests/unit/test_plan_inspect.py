@@ -170,10 +170,10 @@ def test_a_plan_for_all_sizes_is_what_the_folder_takes(models: dict[str, Path], 
 
 
 def test_a_plan_in_bytes_keeps_to_them(models: dict[str, Path]) -> None:
-    options = ("--keep-bytes", "0.95", "--dtype", "bfloat16")
+    options = ("--keep-bytes", "0.98", "--dtype", "bfloat16")
     plan = planned(models["untied"], *options)
     assert plan["method"]["method"] == "trellis"
-    assert plan["model_bytes"]["after"] <= 0.95 * plan["model_bytes"]["before"] / 2 + 2  # of a source in float32
+    assert plan["model_bytes"]["after"] <= 0.98 * plan["model_bytes"]["before"] / 2 + 2  # of a source in float32
     assert (plan["linear_numbers"]["after"], plan["seconds"]) == (None, None)
     shown = call("plan", models["untied"], *options)
     assert "counted in bytes" in shown.out

@@ -85,10 +85,9 @@ class Work:
 
     def on(self, rates: Rates) -> float:
         """Seconds."""
-        return (
-            self.low / (EFFICIENCY * rates.products) + self.full / (EFFICIENCY * rates.full_products) + self.moved / rates.copied
-            + self.entries / rates.softmax + self.cubes * rates.eigen + self.seconds
-        )  # fmt: skip
+        products = self.low / rates.products + self.full / rates.full_products
+        others = self.moved / rates.copied + self.entries / rates.softmax + self.cubes * rates.eigen
+        return products / EFFICIENCY + others + self.seconds
 
 
 @dataclass
