@@ -63,6 +63,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     until, done = time.time() + args.seconds, []
     earlier = json.loads(args.replan.read_text())["rows"] if args.replan else []
+    folders = {Path(model).name: model for model in args.models}  # results hold names, not paths
+    for row in earlier:
+        row["model"] = folders.get(Path(row["model"]).name, row["model"])
     wanted = earlier or [{"model": model, "row": name} for model in args.models for name in rows]
     for row in wanted:
         if time.time() > until:
@@ -71,7 +74,9 @@ def main() -> None:
             done.append(row if "error" in row else compared(row, planned_here(row["model"], row["words"])))
         else:
             done.append(measured_row(row["model"], row["row"], args.device, [] if args.full else QUICK))
-        facts = {"command": sys.argv, "environment": environment(), "rows": done}
+        named = [{**row, "model": Path(row["model"]).name} for row in done]
+        command = [Path(word).name for word in sys.argv]
+        facts = {"command": command, "environment": environment(), "rows": named}
         (args.out / f"{args.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
         print(line(done[-1]), flush=True)
     outside = [f"{row['row']}: {key}" for row in done for key, ratio in row.get("ratio", {}).items()
