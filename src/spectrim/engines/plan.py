@@ -99,7 +99,7 @@ def planned_layers(source: Source, method: Method, request: Request, walk: Walk)
     """One row a layer, and whether ranks follow from the shapes."""
     if isinstance(method, ModelMethod):
         method.check_model(source.config, walk, request.keep)
-        return _unplanned(walk, " or ".join(method.codecs) or "dense"), False
+        return _unplanned(walk, _codecs(method)), False
     assert isinstance(method, LayerMethod)
     if request.any_size:
         return _unplanned(walk, "nested"), False
@@ -174,6 +174,13 @@ def sizes_of(
         anchors=request.anchors if request.any_size else (),
         any_size_steps=request.any_size_steps,
     )
+
+
+def _codecs(method: ModelMethod) -> str:
+    """What its layers may become, in few words."""
+    if len(method.codecs) > 2:
+        return f"{method.codecs[0]} or another"
+    return " or ".join(method.codecs) or "dense"
 
 
 def sum_weights(walk: Walk) -> int:

@@ -19,6 +19,11 @@ class Interval(NamedTuple):
     high: float
 
 
+def named(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A `dict_factory` of dataclasses.asdict that gives intervals as {low, high}."""
+    return {key: value._asdict() if isinstance(value, Interval) else value for key, value in pairs}
+
+
 def grouped_mean(values: Sequence[float], groups: Sequence[str]) -> float:
     """Mean over the groups of the mean in each."""
     sums: dict[str, list[float]] = {}
