@@ -131,7 +131,7 @@ def test_the_folder_holds_what_a_user_needs_and_its_checksums_hold(run: Run) -> 
     names = {path.name for path in run.folder.iterdir()}
     assert names >= {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "report.json",
-        "report.html", "recipe.json", "manifest.json",
+        "report.html", "recipe.json", "recipe.yaml", "manifest.json",
     }  # fmt: skip
     assert not any(name.endswith((".py", ".bin", ".tmp")) for name in names)
     assert (run.folder / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from spectrim import version
+from spectrim.evaluate.intervals import named
 from spectrim.method import MaskedMethod
 from spectrim.report.card import head, licence_lines
 from spectrim.report.facts import describe_source, describe_windows, environment
@@ -43,11 +44,11 @@ def build_any_size_report(
                 "linear_numbers": plan.numbers_after,
                 "keep": plan.keep,
                 "model_numbers": outside + plan.numbers_after,
-                "quality": None if quality is None else asdict(quality[size]),
+                "quality": None if quality is None else asdict(quality[size], dict_factory=named),
             }
             for size, plan in plans.items()
         ],
-        "dense": None if quality is None else asdict(quality["dense"]),
+        "dense": None if quality is None else asdict(quality["dense"], dict_factory=named),
         "text": {
             "calibration": describe_windows(texts.calibration),
             "training": None if texts.training is None else describe_windows(texts.training),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spectrim.recipe import RESOLVED, resolved_yaml
 from spectrim.report.any_size import CURVE, any_size_card, size_curve
 from spectrim.report.card import model_card
 from spectrim.report.page import report_page
@@ -18,6 +19,7 @@ def write_documents(stage: Path, report: Mapping[str, Any]) -> None:
     write_json(stage / REPORT, report)
     if "method" in report["request"]:  # a model that was given in memory cannot be found again
         write_json(stage / RECIPE, report["request"])
+        write_text(stage / RESOLVED, resolved_yaml(report["request"]))
     write_text(stage / CARD, any_size_card(report) if any_size else model_card(report))
     if any_size and report["dense"]:
         write_text(stage / CURVE, size_curve(report))

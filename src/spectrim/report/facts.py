@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from spectrim import version
+from spectrim.evaluate.intervals import named
 from spectrim.linalg.bits import size_of
 from spectrim.report.forms import form_of, forms_table
 from spectrim.report.licence import carried_over
@@ -30,7 +31,7 @@ def build_report(
             "linear_numbers_dense": plan.numbers_before,
             "linear_numbers_planned": plan.numbers_after,
         },
-        "quality": None if quality is None else {name: asdict(q) for name, q in quality.items()},
+        "quality": None if quality is None else {name: asdict(q, dict_factory=named) for name, q in quality.items()},
         "text": {
             "calibration": describe_windows(texts.calibration),
             "training": None if texts.training is None else describe_windows(texts.training),
