@@ -23,7 +23,7 @@ IDS = (torch.arange(36) * 7 % 64).view(3, 12)
 
 
 def test_a_folder_is_refused():
-    with pytest.raises(InputError, match="rope_theta.*wrong logits"):
+    with pytest.raises(InputError, match=r"rope_theta.*wrong logits"):
         AutoModelForCausalLM.from_pretrained(GOLDEN / "pivot")
 
 

@@ -82,7 +82,8 @@ class Portable(nn.Module):
             raise ValueError(f"format_version {found['format_version']} of a spectrim folder; this file reads 1")
         for path, entry in found["modules"].items():
             old = self.get_submodule(path)
-            outputs, inputs = old.weight.shape if isinstance(old, nn.Linear) else reversed(old.weight.shape)
-            options = {"device": old.weight.device, "dtype": old.weight.dtype}
+            weight: Any = old.weight
+            outputs, inputs = weight.shape if isinstance(old, nn.Linear) else weight.shape[::-1]
+            options = {"device": weight.device, "dtype": weight.dtype}
             new = CODECS[entry["codec"]](inputs, outputs, entry["rank"], entry["bias"], **options)
             self.set_submodule(path, new)

@@ -109,7 +109,8 @@ class ServedLinear:
         layer.get_submodule(owner_name).register_parameter(attribute, parameter)
 
     def _from_file(self, key: str, parameter: Tensor, tensor: Tensor, shard: Any = None) -> None:
-        self.keep(key, tensor, SHARDS.get(shard, shard), like=parameter)
+        part = SHARDS[shard] if shard in SHARDS else int(shard)
+        self.keep(key, tensor, part, like=parameter)
 
     def _bias_of(self, layer: nn.Module, _: Tensor, tensor: Tensor, shard: Any = None) -> None:
         """The bias of a factor belongs to the layer, which adds it."""
@@ -169,7 +170,7 @@ class ServedLinear:
             at, end = at + entry.get("rank", 0), end + len(second)
             found.clear()
         if self.gathers:
-            order = torch.cat(orders).to(layer.first.device)
+            order = torch.cat(orders).to(firsts[0].device)
             layer.register_buffer("order", order, persistent=False)
 
     def _second(self, part: int, at: int, end: int) -> tuple[Tensor, Tensor]:
