@@ -107,11 +107,8 @@ class SpectrimHfQuantizer(HfQuantizer):
     quantization_config: SpectrimConfig
     slices: Slices | None = None  # between the two hooks, of a folder that holds all sizes
 
-    def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Called first."""
-        check_release(transformers.__version__)
-
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_release(transformers.__version__)
         config, files = self.quantization_config, kwargs.get("checkpoint_files")
         if config.any_size is None:
             install_modules(model, config, files)
