@@ -70,11 +70,6 @@ def test_the_same_greedy_text_as_transformers(storage, tmp_path):
     assert by_vllm(folder, enforce_eager=True) == by_transformers(folder)
 
 
-def test_compiled_by_vllm(tmp_path):
-    folder = compress(tmp_path / "small", "two-sided", storage="pivot")
-    assert by_vllm(folder) == by_transformers(folder)
-
-
 def test_two_processes_that_share_every_layer(tmp_path, monkeypatch):
     """Tensor parallelism: outputs of q, k, v, gate and up are cut, inputs of o and down."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
