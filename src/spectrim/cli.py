@@ -11,6 +11,7 @@ import typer
 from spectrim.cli_any_size import compress_any_size
 from spectrim.cli_doctor import doctor
 from spectrim.cli_eval import eval_
+from spectrim.cli_export import export
 from spectrim.cli_left import clean, resume, status, verify
 from spectrim.cli_options import (
     ANCHORS,
@@ -233,33 +234,7 @@ def generate(
     emit({"prompt": prompt, "text": text}, json_, lambda: stdout.print(prompt + text, soft_wrap=True))
 
 
-@app.command()
-def export(
-    folder: ModelArg,
-    out: Annotated[Path, typer.Option(help="folder to write")],
-    to: Annotated[
-        str | None,
-        typer.Option(help="dense: multiply the factors back; size: one of all sizes, the default with --keep"),
-    ] = None,
-    keep: Annotated[float | None, typer.Option(help="the size to take from a folder that holds all sizes")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
-    json_: Json = False,
-) -> None:
-    """Write a compressed folder in another form."""
-    to = to or ("dense" if keep is None else "size")
-    if to not in ("dense", "size"):
-        raise UsageError(f"--to {to}: not supported; known: dense, size")
-    if to == "size" and keep is None:
-        raise UsageError("--to size needs --keep, the size to write")
-    from spectrim.integrations.export import export_dense, export_size
-    from spectrim.models.load import resolve
-
-    source = resolve(folder)
-    if to == "size" and keep is not None:
-        facts = export_size(source, out, size=keep, overwrite=overwrite)
-    else:
-        facts = export_dense(source, out, size=keep, overwrite=overwrite)
-    emit(facts, json_, lambda: stdout.print(f"written to {out}: {facts['numbers']:,} numbers", soft_wrap=True))
+app.command()(export)
 
 
 @app.command()

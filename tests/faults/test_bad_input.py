@@ -193,7 +193,10 @@ def test_a_gpu_that_is_not_there(model: Path, tmp_path: Path) -> None:
         (("eval", "MODEL", "--windows", "0"), "greater than or equal to 1"),
         (("eval", "MODEL", "--length", "1"), "greater than or equal to 2"),
         (("export", "MODEL", "--out", "OUT"), "not a spectrim folder; it is dense already"),
-        (("export", "MODEL", "--out", "OUT", "--to", "gguf"), "--to gguf: not supported; known: dense"),
+        (
+            ("export", "MODEL", "--out", "OUT", "--to", "gguf"),
+            "--to gguf: not supported; known: dense, size, portable, onnx",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
