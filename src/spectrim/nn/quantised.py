@@ -108,6 +108,8 @@ class QuantisedFactorLinear(QuantisedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
+        if self.few is not None and self.few.takes(x):
+            return self.few.product(self, x)
         right, left = self.stores.values()
         return nn.functional.linear(nn.functional.linear(x, right.matrix()), left.matrix(), self.bias)
 
@@ -176,6 +178,8 @@ class QuantisedPivotLinear(QuantisedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
+        if self.few is not None and self.few.takes(x):
+            return self.few.product(self, x)
         rows, rest = self.stores.values()
         pivots = nn.functional.linear(x, rows.matrix())
         others = nn.functional.linear(pivots, rest.matrix())
