@@ -325,39 +325,51 @@ def alignment(bench: Bench, ranks: tuple[int, ...], lines: int) -> dict[str, Any
     return made
 
 
-CONFIGURATIONS = [(keep, storage) for keep in (0.5, 0.8, 0.3) for storage in ("pivot", "factor")]
-
-
 def main(bench: Bench) -> None:
-    """All rows, the most asked for first."""
-    rows, prefill = (1, 16), 32 if bench.quick else 2048
-    bench.row("ceilings", lambda: ceilings(bench))
-    bench.row("dense", lambda: whole(bench, 1.0, "dense", kernels=False, rows=rows, prefill=prefill))
+    """All rows, the most asked for first; the kernels after what does not depend on them."""
     able = missing() is None and not bench.quick
-    for keep, storage in CONFIGURATIONS:
-        given = {"rows": rows, "prefill": prefill}
-        name = f"keep {keep} {storage}"
-        bench.row(name, lambda k=keep, s=storage, g=given: whole(bench, k, s, kernels=False, **g))
+    bench.row("ceilings", lambda: ceilings(bench))
+    bench.row("dense", lambda: in_torch(bench, 1.0, "dense"))
+    for storage in ("pivot", "factor"):
+        bench.row(f"keep 0.5 {storage}", lambda s=storage: in_torch(bench, 0.5, s))
+    ranks = (16, 15) if bench.quick else (1024, 1023, 1020, 1016, 1008, 1000, 992, 960, 896)
+    for lines in (1, 16, 2048):
+        bench.row(f"ranks, {lines} rows", lambda n=lines: alignment(bench, ranks, n))
+    for storage in ("pivot", "factor") if able else ():
+        bench.row(f"keep 0.5 {storage}, kernels", lambda s=storage: by_kernels(bench, 0.5, s))
+    for storage in ("factor-8", "factor-4"):
+        name = f"keep 0.5 {storage}{', kernels' if able else ''}"
+        bench.row(name, lambda s=storage: by_kernels(bench, 0.5, s, rows=(1,), multiple=32, kernels=able))
+    for keep, storage in ((0.8, "pivot"), (0.3, "pivot"), (0.8, "factor"), (0.3, "factor")):
+        bench.row(f"keep {keep} {storage}", lambda k=keep, s=storage: in_torch(bench, k, s))
         if able:
-            bench.row(f"{name}, kernels", lambda k=keep, s=storage: whole(bench, k, s, kernels=True, rows=rows, prefill=0))
-        if keep == 0.5 and storage == "factor":
-            for coded in ("factor-8", "factor-4"):
-                run = lambda c=coded, k=able: whole(bench, 0.5, c, kernels=k, rows=(1,), prefill=0, multiple=32)  # noqa: E731  # fmt: skip
-                bench.row(f"keep 0.5 {coded}{', kernels' if able else ''}", run)
-            ranks = (16, 15) if bench.quick else (1024, 1023, 1020, 1016, 1008, 1000, 992, 960, 896)
-            for lines in (1, 16, 2048):
-                bench.row(f"ranks, {lines} rows", lambda n=lines: alignment(bench, ranks, n))
-            wide, tall = bench.shape["hidden_size"], bench.shape["intermediate_size"]
-            for storage_ in ("factor", "pivot"):
-                for shape in ((wide, wide), (tall, wide), (wide, tall)):
-                    for lines in (1, 2048):
-                        bench.row(f"layer {shape} {storage_} {lines} rows", lambda s=shape, n=lines, t=storage_: micro(bench, *s, 0.5, t, n))  # noqa: E501  # fmt: skip
+            bench.row(f"keep {keep} {storage}, kernels", lambda k=keep, s=storage: by_kernels(bench, k, s))
+    single_layers(bench)
     tuned = {"coordinate_descent_tuning": True}
-    if able:
-        for keep, storage in ((1.0, "dense"), (0.5, "factor")):
-            run = lambda k=keep, s=storage: whole(bench, k, s, kernels=False, rows=(1,), prefill=0, options=tuned)  # noqa: E731  # fmt: skip
-            bench.row(f"keep {keep} {storage}, compiled with coordinate descent", run)
+    for keep, storage in ((1.0, "dense"), (0.5, "factor")) if able else ():
+        name = f"keep {keep} {storage}, compiled with coordinate descent"
+        bench.row(name, lambda k=keep, s=storage: by_kernels(bench, k, s, rows=(1,), kernels=False, options=tuned))
     table(bench)
+
+
+def in_torch(bench: Bench, keep: float, storage: str) -> dict[str, Any]:
+    """A whole model by torch.compile alone."""
+    return whole(bench, keep, storage, kernels=False, rows=(1, 16), prefill=32 if bench.quick else 2048)
+
+
+def by_kernels(bench: Bench, keep: float, storage: str, **given: Any) -> dict[str, Any]:
+    """A whole model with the kernels where they win; they have no part in prefill."""
+    return whole(bench, keep, storage, **{"kernels": True, "rows": (1, 16), "prefill": 0, **given})
+
+
+def single_layers(bench: Bench) -> None:
+    """The three shapes of the model by themselves."""
+    wide, tall = bench.shape["hidden_size"], bench.shape["intermediate_size"]
+    for storage in ("factor", "pivot"):
+        for shape in ((wide, wide), (tall, wide), (wide, tall)):
+            for lines in (1, 2048):
+                name = f"layer {shape[0]}x{shape[1]} {storage}, {lines} rows"
+                bench.row(name, lambda s=shape, n=lines, t=storage: micro(bench, *s, 0.5, t, n))
 
 
 def table(bench: Bench) -> None:
