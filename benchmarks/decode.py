@@ -5,9 +5,9 @@
 
 A Llama of 7B shape with random weights is built by the format's own code (ranks from the keep). Its decoder layers are
 compiled by torch.compile one by one (the same code for all) over transformers' static cache, and a whole step is
-recorded as one CUDA graph, dense and compressed alike. Ceilings (copy, matmul) are measured first. The floor of
-a decoded token is all weights and the key/value cache read once at the copy rate; that of prefill all products at the
-matmul rate. The JSON file is written after every row; rows for which the seconds did not suffice are named.
+recorded as one CUDA graph, dense and compressed alike. Ceilings (memory, matmul) are measured first. The floor of
+a decoded token is all weights and the key/value cache read once at the best rate of memory; that of prefill all
+products at the matmul rate. The JSON file is written after every row; rows for which the seconds did not suffice are named.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.out, self.seconds = arguments.out, arguments.seconds
         self.began = time.perf_counter()
-        self.quick = arguments.quick
+        self.quick, self.only = arguments.quick, arguments.only
         self.device = torch.device("cpu" if arguments.quick else "cuda")
         self.shape = {**(SHAPE_QUICK if self.quick else SHAPE_7B)}
         if arguments.layers:
@@ -64,6 +64,8 @@ class Bench:
 
     def row(self, name: str, make: Callable[[], dict[str, Any]]) -> None:
         """One row, or why there is none; written at once."""
+        if self.only and name != "ceilings" and not any(part in name for part in self.only):
+            return
         if self.left() < 0:
             self.facts["skipped"].append(name)
         else:
@@ -92,14 +94,23 @@ class Bench:
 
 
 def ceilings(bench: Bench) -> dict[str, Any]:
-    """Bytes a second of a large copy (read and written), and operations a second of a large product."""
-    count, side = (2**20, 256) if bench.quick else (2**30, 8192)
-    a = torch.randn(count // 2, device=bench.device).to(bench.dtype)
+    """Bytes a second and operations a second: the best of what plain large operations reach.
+
+    Bytes: a copy, counted read and written, a product that writes what it reads, and a sum, which only reads.
+    """
+    count, side = (2**20, 256) if bench.quick else (2**32, 8192)
+    a = torch.empty(count // 2, device=bench.device, dtype=bench.dtype).normal_()
     b = torch.empty_like(a)
-    bench.copy_rate = 2 * a.nbytes / bench.clock(lambda: b.copy_(a))
+    total = torch.empty((), device=bench.device, dtype=torch.float32)
+    rates = {
+        "copy": 2 * a.nbytes / bench.clock(lambda: b.copy_(a)),
+        "product": 2 * a.nbytes / bench.clock(lambda: torch.mul(a, 2, out=b)),
+        "sum": a.nbytes / bench.clock(lambda: torch.sum(a, dtype=torch.float32, dim=0, out=total)),
+    }
+    bench.copy_rate = max(rates.values())
     m, n = (torch.randn(side, side, device=bench.device, dtype=bench.dtype) for _ in range(2))
     bench.matmul_rate = 2 * side**3 / bench.clock(lambda: m @ n)
-    return {"copy_tb_s": bench.copy_rate / 1e12, "matmul_tflop_s": bench.matmul_rate / 1e12,
+    return {"tb_s": {name: rate / 1e12 for name, rate in rates.items()}, "matmul_tflop_s": bench.matmul_rate / 1e12,
             "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
             "torch": torch.__version__}  # fmt: skip
 
@@ -137,7 +148,9 @@ def build(bench: Bench, keep: float, storage: str, multiple: int = 16) -> LlamaF
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(bench.dtype)
     if keep < 1:
-        entries = {la.name: entry_for(la.outputs, la.inputs, keep, storage, multiple) for la in find_layers(model).layers}
+        entries = {
+            la.name: entry_for(la.outputs, la.inputs, keep, storage, multiple) for la in find_layers(model).layers
+        }
         install_modules(model, SpectrimConfig(modules=entries))
     model.to_empty(device=bench.device)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(bench.device)
@@ -298,6 +311,7 @@ def micro(bench: Bench, outputs: int, inputs: int, keep: float, storage: str, li
     small = [kind.from_entry(inputs, outputs, entry, **given) for _ in range(copies)]
     for layer in small:
         fill_codes(layer)
+    torch._dynamo.reset()
     compiled = torch.compile(lambda layer, y: layer(y), dynamic=False, backend=bench.backend)
     with torch.no_grad():
         runs = {
@@ -307,7 +321,8 @@ def micro(bench: Bench, outputs: int, inputs: int, keep: float, storage: str, li
         }
         made: dict[str, Any] = {name: bench.clock(run) / copies * 1e6 for name, run in runs.items()}
     size = stored_bytes(small[0])
-    floor = max(size / bench.copy_rate, 2 * entry["rank"] * (inputs + outputs) * lines / bench.matmul_rate)
+    rest = outputs - (entry["rank"] if storage == "pivot" else 0)
+    floor = max(size / bench.copy_rate, 2 * entry["rank"] * (inputs + rest) * lines / bench.matmul_rate)
     return {"shape": f"{outputs}x{inputs}", "rank": entry["rank"], "lines": lines, "floor_us": floor * 1e6, **made}
 
 
@@ -346,9 +361,15 @@ def main(bench: Bench) -> None:
             bench.row(f"keep {keep} {storage}, kernels", lambda k=keep, s=storage: by_kernels(bench, k, s))
     single_layers(bench)
     tuned = {"coordinate_descent_tuning": True}
-    for keep, storage in ((1.0, "dense"), (0.5, "factor")) if able else ():
-        name = f"keep {keep} {storage}, compiled with coordinate descent"
-        bench.row(name, lambda k=keep, s=storage: by_kernels(bench, k, s, rows=(1,), kernels=False, options=tuned))
+    for keep, storage, kernels in ((1.0, "dense", False), (0.5, "factor", False), (0.5, "factor", True), (0.5, "pivot", True)) if able else ():  # noqa: E501  # fmt: skip
+        name = f"keep {keep} {storage}{', kernels' if kernels else ''}, coordinate descent"
+        given = {"rows": (1,), "kernels": kernels, "options": tuned}
+        bench.row(name, lambda k=keep, s=storage, g=given: by_kernels(bench, k, s, **g))
+    overlapped = {"triton.enable_pdl": True}
+    for keep, storage, kernels in ((1.0, "dense", False), (0.5, "factor", True)) if able else ():
+        name = f"keep {keep} {storage}{', kernels' if kernels else ''}, overlapping launches"
+        given = {"rows": (1,), "kernels": kernels, "options": overlapped}
+        bench.row(name, lambda k=keep, s=storage, g=given: by_kernels(bench, k, s, **g))
     table(bench)
 
 
@@ -376,7 +397,7 @@ def table(bench: Bench) -> None:
     """The rows of whole models, beside the dense one."""
     found = [row for row in bench.facts["rows"] if "keep" in row]
     dense = next((row for row in found if row["keep"] == 1.0), {})
-    print(f"copy {bench.copy_rate / 1e12:.2f} TB/s, matmul {bench.matmul_rate / 1e12:.0f} TFLOP/s; x: times dense")
+    print(f"memory {bench.copy_rate / 1e12:.2f} TB/s, matmul {bench.matmul_rate / 1e12:.0f} TFLOP/s; x: times dense")
     print(f"{'':34}{'GB':>7} {'batch 1':>24} {'batch 16':>24} {'prefill':>24}")
     for row in found:
         cells = []
@@ -397,7 +418,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--layers", type=int, help="decoder layers (default: 32)")
+    parser.add_argument("--only", nargs="+", help="rows whose names hold one of these (ceilings always)")
     parser.add_argument("--quick", action="store_true")
     parsed = parser.parse_args()
     parsed.command = f"python benchmarks/decode.py --seconds {parsed.seconds:g}{' --quick' if parsed.quick else ''}"
+    parsed.command += f" --only {' '.join(map(repr, parsed.only))}" if parsed.only else ""
     main(Bench(parsed))

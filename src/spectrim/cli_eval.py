@@ -43,7 +43,7 @@ def eval_(
 
     from spectrim.data import held_out_samples, load_tasks
     from spectrim.evaluate.language import evaluate
-    from spectrim.evaluate.speed import decode_tokens_per_s
+    from spectrim.evaluate.speed import decode_tokens_per_s, speed_note
     from spectrim.evaluate.tasks import evaluate_tasks
     from spectrim.models.load import check_vocabulary, context_length, load_model, pick_device, resolve
     from spectrim.report import tasks as task_table
@@ -74,6 +74,8 @@ def eval_(
         for name, model in models.items():
             torch.nn.Module.to(model, sources[name].dtype)  # in place; transformers' own `to` has no usable type
             facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model)
+        if "dense" in models:
+            facts["speed_note"] = speed_note(*(facts[name]["decode_tokens_per_s"] for name in ("model", "dense")))
 
     def show() -> None:
         keys = ["perplexity", "kl", "agreement", "decode_tokens_per_s"]
@@ -83,6 +85,8 @@ def eval_(
             ["", "perplexity", "KL (nats)", "agreement", "decode tokens/s"],
             rows,
         )
+        if facts.get("speed_note"):
+            typer.echo(f"note: {facts['speed_note']}")
         if asked is not None:
             task_table.show(results, asked.skipped)
 

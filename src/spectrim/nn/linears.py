@@ -112,6 +112,7 @@ class PivotLinear(RankLinear):
 
     def refresh_order(self) -> None:
         """Recompute `order` after the mask has changed (loading does this)."""
+        self.few = None  # it knows the places of the outputs
         if self.mask.is_meta:
             return
         self.order = order_of(self.mask, self.out_features, self.rank)

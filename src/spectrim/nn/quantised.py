@@ -173,6 +173,7 @@ class QuantisedPivotLinear(QuantisedLinear):
 
     def refresh_order(self) -> None:
         """Recompute `order` after the mask has changed (loading does this)."""
+        self.few = None  # it knows the places of the outputs
         if not self.mask.is_meta:
             self.order = order_of(self.mask, self.out_features, self.rank)
 

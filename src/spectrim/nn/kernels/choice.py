@@ -16,7 +16,11 @@ from spectrim.nn.kernels.launch import MOST_LAYERS, MOST_LINES, Tile
 
 MATVEC_TILES = (Tile(2, 1024, 4, 1), Tile(4, 512, 4, 3), Tile(4, 1024, 4, 2), Tile(8, 512, 4, 3), Tile(1, 2048, 4, 2), Tile(8, 1024, 8, 2))  # noqa: E501  # fmt: skip
 LINES_TILES = (Tile(16, 256, 4, 3), Tile(16, 512, 4, 3), Tile(32, 256, 4, 3), Tile(16, 512, 8, 2))
-CODED_TILES = (Tile(4, 8, 4, 1), Tile(4, 8, 4, 2), Tile(8, 4, 4, 2), Tile(2, 16, 4, 1), Tile(8, 8, 8, 1))
+CODED_TILES = tuple(
+    Tile(*sizes) for sizes in (
+        (8, 8, 8, 1), (2, 16, 4, 1), (4, 32, 4, 1), (8, 32, 4, 1), (8, 16, 4, 1), (16, 16, 4, 1), (8, 4, 4, 2),
+    )
+)  # fmt: skip
 TIMED_GROUPS = 12
 """Groups of the same shapes in one timing, at most: more tell nothing new."""
 MARGIN = 0.98

@@ -56,6 +56,7 @@ def coded(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1, b2
     codes = w + real.to(tl.int64)[:, None, None] * width + units[None, :, :] * SIZE
     inputs = x + line * k + units * COUNT
     total = tl.zeros([BLOCK_N, GROUPS, UNITS], tl.float32)
+    below = tl.zeros([BLOCK_N, GROUPS], tl.float32)
     for start in tl.range(0, groups, GROUPS, num_stages=STAGES):
         inside = (start + parts < groups)[:, None]
         words = tl.zeros([BLOCK_N, GROUPS, UNITS], tl.int32)
@@ -75,6 +76,8 @@ def coded(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1, b2
             zero = tl.full([BLOCK_N, GROUPS], 1 << (BITS - 1), tl.float32)
         else:
             zero = _zeros(zeros, index, known, (n * g * BITS + 7) // 8, BITS)
-        total += scale[:, :, None] * (found - zero[:, :, None] * seen[None, :, :])
-    value = tl.sum(tl.sum(total, 2), 1)[None, :]
+        # Zeros meet the sum of a group's inputs, once for the group: an instruction for each weight would show.
+        total += scale[:, :, None] * found
+        below += scale * zero * tl.sum(seen, 1)[None, :]
+    value = (tl.sum(tl.sum(total, 2), 1) - tl.sum(below, 1))[None, :]
     keep(value, line + tl.arange(0, 1), rows, M, n, raw, y, place, bias, stride, RAW, OUT, PLACED, BIAS)

@@ -24,17 +24,23 @@ CODED = (QuantisedFactorLinear, QuantisedPivotLinear)
 
 @dataclass(eq=False)
 class FewRows:
-    """A group of layers and, for numbers of rows for which the kernels won, the tiles that won."""
+    """A group of layers and, for numbers of rows for which the kernels won, the tiles that won.
+
+    `dtype` and `device` are those of the layers when the clock ran: after `model.to(...)` the torch products are back.
+    """
 
     layers: tuple[StoredLinear, ...]
     tiles: dict[int, Tiles]
+    dtype: torch.dtype
+    device: torch.device
     places: list[Tensor] = field(default_factory=list)
     seen: Tensor | None = None
     made: list[Tensor] = field(default_factory=list)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernels won for this many rows, and no gradient is asked for."""
-        return x.numel() // x.shape[-1] in self.tiles and not torch.is_grad_enabled()
+        as_timed = x.dtype == self.dtype and x.device == self.device
+        return as_timed and x.numel() // x.shape[-1] in self.tiles and not torch.is_grad_enabled()
 
     def product(self, layer: StoredLinear, x: Tensor) -> Tensor:
         """y (..., O) of one layer of the group for x (..., I)."""
@@ -123,8 +129,10 @@ def _unsuited_codes(layers: Sequence[StoredLinear]) -> str | None:
 def group_of(layers: Sequence[StoredLinear], tiles: dict[int, Tiles]) -> FewRows:
     """A group ready to run, not yet attached."""
     placed = [layer for layer in layers if isinstance(layer, PivotLinear | QuantisedPivotLinear)]
+    like = next(parameter for parameter in layers[0].parameters())
     # `order` says where each output comes from, `places` where each result goes.
-    return FewRows(tuple(layers), tiles, [layer.order.argsort().int() for layer in placed])
+    places = [layer.order.argsort().int() for layer in placed]
+    return FewRows(tuple(layers), tiles, like.dtype, like.device, places)
 
 
 def attach(group: FewRows) -> None:

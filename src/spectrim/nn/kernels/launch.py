@@ -146,10 +146,9 @@ def products_in_torch(
 
 
 def shared_group(sizes: Sequence[int], bits: int) -> int | None:
-    """Inputs of a kernel's group for groups of these sizes: a power of two that divides all; None if it would be < 32."""
+    """Inputs of a kernel's group: the largest power of two that divides the groups of all; None if below 32."""
     most = 64 * code_unit(bits)[0]
-    group = next((g for g in (1024, 512, 256, 128, 64, 32) if g <= most and all(s % g == 0 for s in sizes)), None)
-    return group
+    return next((g for g in (512, 256, 128, 64, 32) if g <= most and all(s % g == 0 for s in sizes)), None)
 
 
 def _results(
@@ -195,7 +194,7 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
         return
     from spectrim.nn.kernels import plain
 
-    kernel = plain.matvec if lines == 1 else plain.few_rows
+    kernel: Any = plain.matvec if lines == 1 else plain.few_rows
     even = all(width % tile.columns == 0 for width in side.widths)
     kernel[(blocks,)](*given, EVEN=even, PDL=(2 if ahead else 1) if tile.pdl else 0, BLOCK_K=tile.columns, **flags)
 
@@ -206,7 +205,8 @@ def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Til
     count, size = code_unit(side.bits)
     counts = [scales.shape[1] for scales in side.scales]
     extra = [*_three(side.scales, side.scales[0]), *_three(side.zeros, side.weights[0]), *_three(counts, counts[0])]
-    coded.coded[grid](
+    kernel: Any = coded.coded
+    kernel[grid](
         *given, *extra, PDL=tile.pdl, SYMMETRIC=not len(side.zeros), BITS=side.bits, COUNT=count, SIZE=size,
         UNITS=side.group // count, GROUPS=tile.columns, **flags,
     )  # fmt: skip
