@@ -7,11 +7,13 @@ A Llama of 7B shape with random weights is built by the format's own code (ranks
 compiled by torch.compile one by one (the same code for all) over transformers' static cache, and a whole step is
 recorded as one CUDA graph, dense and compressed alike. Ceilings (memory, matmul) are measured first. The floor of
 a decoded token is all weights and the key/value cache read once at the best rate of memory; that of prefill all
-products at the matmul rate. The JSON file is written after every row; rows for which the seconds did not suffice are named.
+products at the matmul rate. The JSON file is written after every row; rows for which the seconds did not suffice are
+named.
 """
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import time
@@ -256,6 +258,7 @@ def whole(bench: Bench, keep: float, storage: str, *, kernels: bool, rows: tuple
           multiple: int = 16, options: Any = None) -> dict[str, Any]:  # fmt: skip
     """Decode at each number of rows, and prefill, of one model."""
     gpu = bench.device.type == "cuda"
+    gc.collect()  # a group of layers and its layers refer to each other
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
