@@ -18,7 +18,7 @@ from spectrim.evaluate.intervals import Interval
 from spectrim.evaluate.kick import load_questions, recall
 from spectrim.evaluate.language import evaluate
 from spectrim.evaluate.metrics import check_metrics, measure_metrics
-from spectrim.evaluate.speed import decode_tokens_per_s
+from spectrim.evaluate.speed import decode_tokens_per_s, speed_note
 from spectrim.evaluate.tasks import TaskResult, evaluate_tasks
 from spectrim.models.load import Source, check_vocabulary, context_length, load_model, pick_device, resolve
 from spectrim.report import tasks as task_table
@@ -104,6 +104,8 @@ def run_eval(request: EvalRequest, *, progress: Progress | None = None) -> tuple
         for name, model in models.items():
             nn.Module.to(model, sources[name].dtype)  # in place; transformers' own `to` has no usable type
             facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model)
+        if "dense" in models:
+            facts["speed_note"] = speed_note(*(facts[name]["decode_tokens_per_s"] for name in ("model", "dense")))
     return facts, results
 
 

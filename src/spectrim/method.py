@@ -107,6 +107,8 @@ class LayerMethod(Method):
     generations: int = 40
     offspring: int = 16
     """Of allocation="evopress", see engines/search.py."""
+    rank_multiple: int = 0
+    """Ranks are multiples of it, as GPUs like them; 0: of 8 in layers of at least 512 x 512, any in smaller ones."""
 
     def __post_init__(self) -> None:
         require_choice(self.info.name, "storage", self.storage, ("factor", "pivot"))
@@ -114,6 +116,7 @@ class LayerMethod(Method):
         require_range(self.info.name, "rounds", self.rounds, 0, 8)
         require_range(self.info.name, "generations", self.generations, 1, 100_000)
         require_range(self.info.name, "offspring", self.offspring, 1, 100_000)
+        require_range(self.info.name, "rank_multiple", self.rank_multiple, 0, 1024)
 
     @property
     def error_share(self) -> float:

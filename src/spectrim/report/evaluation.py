@@ -22,6 +22,8 @@ def show_evaluation(facts: Mapping[str, Any], results: Sequence[TaskResult]) -> 
     rows = [[name, *(_with_interval(facts[name], key) for key in COLUMNS)] for name in models]
     title = f"{facts['text']}: {facts['windows']} windows of {facts['length']} tokens, no overlap"
     print_table(title, ["", *COLUMNS.values()], rows)
+    if facts.get("speed_note"):
+        stdout.print(f"note: {facts['speed_note']}", soft_wrap=True)
     if "tasks" in facts:
         task_table.show(results, facts["tasks_skipped"])
     for name, found in facts.get("metrics", {}).items():
