@@ -1,22 +1,32 @@
 """Speed and memory of compressing at scale, on random weights: time and memory are measured, never quality.
 
-    python benchmarks/scale.py --what drivers --out results/scale --seconds 240
+    python benchmarks/scale.py --what drivers fast soco-steps growth --out results/scale --seconds 540
 
 Rows go to OUT/scale.json, one after the other; a row that fails says why and the next one runs.
 """
 
 import argparse
 import json
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import scale_drivers
+import torch
+from scale_models import MATRIX_RATE, QUICK, Shape, build, forward_operations, gram_operations, walk_of
+from torch import Tensor
+
+from spectrim.engines import large, recompute
+from spectrim.engines.measure import default_gradient_windows
+from spectrim.engines.pipeline import compress_model
+from spectrim.linalg.fallback import listening, summary
+from spectrim.registry import make_method
 
 Row = dict[str, Any]
+WHAT = ("drivers", "fast")
+ALLOWED = {"fast": {"seconds": 240, "gpu_gb": 60}}
 
 
 class Rows:
@@ -25,7 +35,8 @@ class Rows:
     def __init__(self, out: Path, facts: Row, seconds: float) -> None:
         self.path, self.end = out / "scale.json", time.perf_counter() + seconds
         out.mkdir(parents=True, exist_ok=True)
-        self.found: Row = {"facts": facts, "rows": {}}
+        before = json.loads(self.path.read_text()) if self.path.exists() else {"rows": {}}
+        self.found: Row = {"facts": facts, "rows": before["rows"]}
 
     def add(self, name: str, work: Callable[[], Row]) -> Row | None:
         """Measure one row; None where it was not measured."""
@@ -33,13 +44,17 @@ class Rows:
             self._keep(name, {"skipped": "no time left"})
             return None
         started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         try:
             row = work()
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         row["wall_s"] = time.perf_counter() - started
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            row["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row["host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         self._keep(name, row)
         return None if "error" in row else row
 
@@ -55,19 +70,81 @@ def _short(row: Row) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "wall_s")
 
 
+class Stages:
+    """Seconds between the first and the last word of each stage, as progress tells them; said while it runs."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.last = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self.last or done == total:
+            print(f"    {time.perf_counter() - self.begun:7.1f} s  {stage} {done}/{total}", flush=True)
+            self.last = stage
+
+
+def windows(count: int, length: int, vocabulary: int) -> Tensor:
+    """Random tokens (count, length)."""
+    return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def fast(shape: Shape, device: torch.device, count: int, length: int, method: str = "soco", **options: Any) -> Row:
+    """`--preset fast` in memory, as the command runs it, with its floors."""
+    model = build(shape, device)
+    walk = walk_of(model)
+    ids = windows(count, length, shape.vocabulary)
+    configured = make_method(method, preset="fast" if method == "soco" else None, options=options)
+    stages = Stages()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    with listening() as fallbacks:
+        outcome = compress_model(model, configured, 0.8, ids, progress=stages)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    took = time.perf_counter() - started
+    given = default_gradient_windows(count, device, length)
+    tokens, gradient_tokens = count * length, given * length
+    # The first measurement and the second, which takes the windows that give gradients alone.
+    forward = forward_operations(model, tokens + gradient_tokens, length) / MATRIX_RATE
+    way_back = 2 * forward_operations(model, 2 * gradient_tokens, length) / MATRIX_RATE
+    grams = gram_operations(walk, tokens + gradient_tokens, 2 * gradient_tokens) / MATRIX_RATE
+    measured = outcome.seconds.get("calibrate", 0.0)
+    return {
+        "seconds": took,
+        "stages": {k: round(v, 2) for k, v in outcome.seconds.items()},
+        "calibrate_floor_s": {"forward": forward, "recompute and backward": way_back, "statistics": grams},
+        "calibrate_of_floor": (forward + way_back + grams) / measured if measured else None,
+        "keep": outcome.plan.keep,
+        "run": large.run_of(model, walk, configured).__name__,
+        "warnings": outcome.warnings + summary(fallbacks),
+    }
+
+
 def main() -> None:
+    """Measure what was asked for, one row after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", default=["drivers"], choices=["drivers"])
+    parser.add_argument("--what", nargs="+", default=[*WHAT], choices=WHAT)
     parser.add_argument("--out", type=Path, default=Path("results/scale"))
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no row after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the script on a CPU")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    given = parser.parse_args()
+    device = torch.device(given.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    rows = Rows(arguments.out, {"device": name, "torch": torch.__version__, "quick": arguments.quick}, arguments.seconds)
-    if "drivers" in arguments.what:
-        for label, work in scale_drivers.rows(device, arguments.quick):
+    rows = Rows(given.out, {"device": name, "torch": torch.__version__, "quick": given.quick}, given.seconds)
+    shape, count, length = (QUICK, 8, 64) if given.quick else (Shape(), 256, 2048)
+    if given.quick:  # the way that large models take
+        for module in (large, recompute):
+            module.fits_whole = lambda _device, _nbytes: False
+    if "fast" in given.what:
+        if not given.quick:  # libraries load and kernels compile on the first use: not what is measured
+            rows.add("warm up", lambda: fast(Shape(1024, 2816, 2, 1000), device, 8, 512))
+        row = rows.add("fast", lambda: fast(shape, device, count, length))
+        if row is not None:
+            print({key: (row.get(key), "at most", most) for key, most in ALLOWED["fast"].items()})
+    if "drivers" in given.what:
+        for label, work in scale_drivers.rows(device, given.quick):
             rows.add(label, work)
 
 

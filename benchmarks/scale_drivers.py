@@ -153,8 +153,9 @@ def _grams(n: int, wide: int, tokens: int, device: torch.device) -> Iterator[tup
             yield f"gram {width} bf16 to float32", lambda w=width: timed_gram(w, narrow_product, torch.bfloat16)
             yield f"gram {width} bf16 added in place", lambda w=width: timed_gram(w, in_place, torch.bfloat16)
             for count in (2, 4, 8):
-                yield f"gram {width} bf16, upper {count} strips", lambda w=width, c=count: timed_gram(
-                    w, lambda total, x: in_blocks(total, x, c), torch.bfloat16
+                yield (
+                    f"gram {width} bf16, upper {count} strips",
+                    lambda w=width, c=count: timed_gram(w, lambda total, x: in_blocks(total, x, c), torch.bfloat16),
                 )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memory_checkpoint import Killed, MemoryCheckpoint, kill_at
 from spectrim.engines import distil as distil_engine
-from spectrim.engines import pipeline
+from spectrim.engines import run as pipeline
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import InputError, NumericalError
 from spectrim.methods.weights.soco import SoCo

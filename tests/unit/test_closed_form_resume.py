@@ -72,7 +72,7 @@ def whole() -> dict[str, Outcome]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many batches gave statistics, and how many weights were decomposed."""
     counts = {"batches": 0, "layers": 0}
-    check, decompose = measure_engine._check_finite, layerwise.decompose_layer
+    check, decompose = measure_engine.check_sums, layerwise.decompose_layer
 
     def counting(sums: Any, start: int) -> None:
         counts["batches"] += 1
@@ -82,7 +82,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["layers"] += 1
         return decompose(*arguments)
 
-    monkeypatch.setattr(measure_engine, "_check_finite", counting)
+    monkeypatch.setattr(measure_engine, "check_sums", counting)
     monkeypatch.setattr(layerwise, "decompose_layer", counting_layers)
     return counts
 

@@ -20,6 +20,8 @@ from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, both_logits, frozen
 from spectrim.engines.pack import fill, with_prefix
 from spectrim.engines.ranks import Plan, plan_from_facts, plan_ranks, plan_to_facts
+from spectrim.engines.recompute import recomputed, recomputes
+from spectrim.engines.shelf import components_of
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.method import Components, LearnedMethod
 from spectrim.models.walk import Walk
@@ -71,6 +73,7 @@ def train_scores(
     student = skeleton(teacher)
     support = Support(method, walk, relax(student, walk, spectra), keep, plan)
 
+    again = recomputes(teacher, walk, method.batch_size * ids.shape[1])
     training = Training(
         stage=STAGE,
         label="learn scores",
@@ -84,10 +87,11 @@ def train_scores(
         seed=seed,
         before_step=support.before_step,
         after_backward=lambda _: remember(support.scored, support.gradients),
+        recorded=not again,
         state=support.state,
         restore=support.restore,
     )
-    with frozen(student), frozen(teacher):
+    with frozen(student), frozen(teacher), recomputed(student, walk, wanted=again):
         losses = train(training, ids, progress=progress, checkpoint=checkpoint)
     warnings = support.come_down()
     if method.steps:
@@ -180,7 +184,9 @@ def relax(student: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum])
     scored = {}
     for layer in walk.layers:
         bias = student.get_submodule(layer.name).bias
-        scored[layer.name] = ScoredLinear(spectra[layer.name], bias if isinstance(bias, Tensor) else None)
+        scored[layer.name] = ScoredLinear(
+            components_of(spectra, layer.name), bias if isinstance(bias, Tensor) else None
+        )
         student.set_submodule(layer.name, scored[layer.name])
     return scored
 

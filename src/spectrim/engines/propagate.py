@@ -16,7 +16,7 @@ error overfits the calibration text, on which C and S are measured.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def propagate(
     method: LayerMethod,
     dense: PreTrainedModel,
     walk: Walk,
-    spectra: dict[str, Spectrum],
+    spectra: MutableMapping[str, Spectrum],
     plan: Plan,
     stats: Mapping[str, Stats],
     ids: Tensor,
@@ -79,11 +79,12 @@ def propagate(
                         spectra[name] = _corrected(method, layers[name], weight, stats[name], moments, ids.numel())
                     elif block >= finished:
                         unpaired.append(name)
+                        if name not in spectra:  # only the energies were worked out (large.py)
+                            weight = weight_of(dense.get_submodule(name)).double()
+                            spectra[name] = decompose_layer(method, layers[name], weight, stats[name])
                     place_cut(student, dense, name, spectra[name], plan.targets[name])
             if block >= finished:
-                paired = [name for group in here for name in group if name not in unpaired]
-                tensors = {k: t for name in paired for k, t in spectrum_tensors(name, spectra[name]).items()}
-                parts.add({"paired": paired, "unpaired": list(unpaired)}, tensors)
+                _keep(parts, [name for group in here for name in group if name not in unpaired], unpaired, spectra)
             for stream in (full, small):
                 stream.advance(block)
             if progress is not None:
@@ -92,10 +93,17 @@ def propagate(
     return [_warning(unpaired)] if unpaired else []
 
 
+def _keep(parts: Parts, paired: list[str], unpaired: list[str], spectra: Mapping[str, Spectrum]) -> None:
+    """One more block is done."""
+    if parts.checkpoint is not None:
+        tensors = {k: t for name in paired for k, t in spectrum_tensors(name, spectra[name]).items()}
+        parts.add({"paired": paired, "unpaired": list(unpaired)}, tensors)
+
+
 def _restore(
     parts: Parts,
     dense: PreTrainedModel,
-    spectra: dict[str, Spectrum],
+    spectra: MutableMapping[str, Spectrum],
     unpaired: list[str],
 ) -> int:
     """Take up the blocks that are in a checkpoint; how many. Each item names the unpaired layers up to it."""

@@ -83,7 +83,7 @@ def options_of(layer: Layer, storage: Codec, energy: Tensor, extra: int = 0) -> 
     pays = cost < layer.weight_numbers
     tail = energy.flip(0).cumsum(0).flip(0)  # tail[r] = error of rank r
     error = torch.cat([tail[1:], tail.new_zeros(1)])
-    targets = [Target(rank=int(r), codec=storage) for r in ranks[pays]]
+    targets = [Target(rank=rank, codec=storage) for rank in ranks[pays].tolist()]
     targets.append(Target(rank=min(layer.outputs, layer.inputs), codec="dense"))
     return (
         Options(

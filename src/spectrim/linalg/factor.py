@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectrim.linalg.metric import Root
-from spectrim.linalg.solver import eigh, svd
+from spectrim.linalg.metric import Root, safe_cholesky
+from spectrim.linalg.solver import eigh, eigvalsh, quick_eigh, svd
 
 
 class Spectrum(NamedTuple):
@@ -73,8 +73,14 @@ def decompose(weight: Tensor, left: Root | None = None, right: Root | None = Non
 
 def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, clamped at 0) and eigenvectors of a symmetric non-negative matrix."""
-    values, vectors = eigh((gram + gram.mT) / 2)
+    values, vectors = quick_eigh((gram + gram.mT) / 2)
     return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def squared_singular_values(measured: Tensor) -> Tensor:
+    """Of a matrix (O, I), descending: the eigenvalues (K,) of its Gram matrix on the smaller side."""
+    gram = measured @ measured.mT if measured.shape[0] <= measured.shape[1] else measured.mT @ measured
+    return eigvalsh((gram + gram.mT) / 2).flip(0).clamp(min=0)
 
 
 def truncate(spectrum: Spectrum, rank: int) -> Factors:
@@ -196,7 +202,10 @@ def drift_target(weight: Tensor, cross: Tensor, gram: Tensor, *, mix: float, rid
     if mix == 0 or gram.diagonal().max() <= 0:
         return weight
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return weight + mix * solve_symmetric(gram + damping * eye, (weight @ (cross - gram)).mT).mT
+    system, missing = gram + damping * eye, (weight @ (cross - gram)).mT
+    lower = safe_cholesky(system)  # the ridge makes it safe but for inputs of wildly different sizes
+    solved = solve_symmetric(system, missing) if lower is None else torch.cholesky_solve(missing, lower)
+    return weight + mix * solved.mT
 
 
 def solve_symmetric(system: Tensor, target: Tensor) -> Tensor:

@@ -61,13 +61,24 @@ def quick_root(covariance: Tensor) -> Root:
     Any root gives the same decomposition of a weight. Where the factorisation fails or is close to it (no shrinkage and
     fewer tokens than dimensions), the eigen root is taken, which never fails.
     """
-    symmetric = (covariance + covariance.mT) / 2
-    lower, failed = torch.linalg.cholesky_ex(symmetric)
-    pivots = lower.diagonal().square()
-    if int(failed) or not bool(pivots.min() > pivots.max() * SAFE_PIVOT):
+    lower = safe_cholesky(covariance)
+    if lower is None:
         return root_of(covariance)
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return Root(lower, torch.linalg.solve_triangular(lower, eye, upper=False).mT)
+
+
+def lower_root(covariance: Tensor) -> Tensor:
+    """The root alone that `quick_root` takes, (n, n)."""
+    lower = safe_cholesky(covariance)
+    return root_of(covariance).root if lower is None else lower
+
+
+def safe_cholesky(covariance: Tensor) -> Tensor | None:
+    """The Cholesky factor (n, n) of a symmetric matrix; None where it fails or leaves too little to the inverse."""
+    lower, failed = torch.linalg.cholesky_ex((covariance + covariance.mT) / 2)
+    pivots = lower.diagonal().square()
+    return None if int(failed) or not bool(pivots.min() > pivots.max() * SAFE_PIVOT) else lower
 
 
 def diagonal_root(weights: Tensor, *, floor: float = RELATIVE_FLOOR) -> Root:

@@ -82,11 +82,10 @@ def _generic_basis(left: Tensor) -> Tensor:
 def _starting_rows(basis: Tensor) -> Tensor:
     """Row order (O,) of LU with partial pivoting of `basis` (O, R): the first R rows are the starting pivots."""
     _, swaps = torch.linalg.lu_factor(basis)
-    index = torch.arange(basis.shape[0], device=basis.device)
+    index = list(range(basis.shape[0]))  # thousands of swaps: on the host
     for row, other in enumerate((swaps - 1).tolist()):
-        if row != other:
-            index[[row, other]] = index[[other, row]]
-    return index
+        index[row], index[other] = index[other], index[row]
+    return torch.tensor(index, device=basis.device)
 
 
 def _swap_until_bounded(

@@ -24,8 +24,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from spectrim.linalg.factor import Spectrum, decompose
-from spectrim.linalg.metric import quick_root, shrink
+from spectrim.linalg.factor import Spectrum, decompose, squared_singular_values
+from spectrim.linalg.metric import lower_root, quick_root, shrink
 from spectrim.method import Allocation, LayerMethod, MethodInfo, require_choice, require_range
 from spectrim.replacement import Storage
 from spectrim.stats import Coupling, Stat, Stats
@@ -76,6 +76,17 @@ class TwoSided(TwoSidedMetric):
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """Components in the metric (root of the gradient covariance, root of the input Gram)."""
         return two_sided_spectrum(weight, stats, self.input_shrinkage, self.output_shrinkage)
+
+    def energies(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Of those components."""
+        return two_sided_energies(weight, stats, self.input_shrinkage, self.output_shrinkage)
+
+
+def two_sided_energies(weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float) -> Tensor:
+    """Squared singular values (K,) of L^T W R for one weight (O, I), float64; no root is inverted for them."""
+    left = lower_root(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage))
+    right = lower_root(shrink(stats.get(Stat.GRAM), input_shrinkage))
+    return squared_singular_values(left.mT @ weight @ right)
 
 
 def two_sided_spectrum(weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float) -> Spectrum:

@@ -1,0 +1,169 @@
+"""Models measured block by block: the same statistics, the same result, and memory that runs out on the way."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectrim.engines import large, measure_blocks, recompute
+from spectrim.engines import measure as whole
+from spectrim.engines.large import LargeRun, run_of
+from spectrim.engines.measure import measure
+from spectrim.engines.pipeline import compress_model
+from spectrim.engines.relay import Relay
+from spectrim.engines.run import Run
+from spectrim.engines.shelf import Shelf, StatsShelf
+from spectrim.errors import UsageError
+from spectrim.models.walk import find_layers
+from spectrim.registry import make_method
+from spectrim.stats import Stat
+from tiny_models import tiny, token_ids
+
+IDS = token_ids(6, 10)
+EVERYTHING = frozenset({Stat.GRAM, Stat.MEAN, Stat.MEAN_ABS, Stat.OUTPUT_GRAD, Stat.FISHER})
+ARCHITECTURES = ("llama-gqa-bias", "gpt2", "opt", "phi3")
+
+
+@pytest.fixture(autouse=True)
+def float32_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in bf16, where the CPU has them, would hide errors of a per cent."""
+    for module in (whole, measure_blocks):
+        monkeypatch.setattr(module, "autocast", lambda _device: nullcontext())
+
+
+@pytest.fixture
+def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing fits whole."""
+    for module in (large, recompute):
+        monkeypatch.setattr(module, "fits_whole", lambda _device, _nbytes: False)
+
+
+def off_by(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_statistics_are_those_of_all_layers_at_once(architecture: str, batch_size: int) -> None:
+    model, needs = tiny(architecture), EVERYTHING
+    walk = find_layers(model)
+    wanted = measure(model, walk, IDS, needs, batch_size=batch_size, gradient_windows=3, seed=5)
+    shelf = StatsShelf(torch.device("cpu"))
+    measure_blocks.measure_blocks(model, walk, IDS, needs, shelf, batch_size=batch_size, gradient_windows=3, seed=5)
+    assert [*shelf] == [la.name for la in walk.layers]
+    for name, own in wanted.items():
+        assert shelf[name].tokens == own.tokens
+        for key, value in own.measured().items():
+            assert off_by(shelf[name].measured()[key], value) < 1e-5, (name, key)
+
+
+def test_a_share_is_taken_once_however_often_a_measurement_starts_again() -> None:
+    model, needs = tiny("llama"), frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
+    walk, other = find_layers(model), token_ids(6, 10, seed=3)
+    first, second = (measure(model, walk, ids, needs, seed=s) for s, ids in ((0, IDS), (1, other)))
+    shelf = StatsShelf(torch.device("cpu"))
+    told = {"batch_size": 4, "gradient_windows": 6}
+    measure_blocks.measure_blocks(model, walk, IDS, needs, shelf, seed=0, again=0, **told)
+    for _ in range(2):
+        measure_blocks.measure_blocks(model, walk, other, needs, shelf, seed=1, again=1, share=0.5, **told)
+    for name in first:
+        wanted = first[name].blend(second[name])
+        assert shelf[name].tokens == wanted.tokens
+        assert off_by(shelf[name].get(Stat.GRAM), wanted.get(Stat.GRAM)) < 1e-5
+        assert off_by(shelf[name].get(Stat.OUTPUT_GRAD), wanted.get(Stat.OUTPUT_GRAD)) < 1e-5
+
+
+def test_layers_that_share_an_input_share_the_tensor() -> None:
+    model = tiny("llama")
+    walk = find_layers(model)
+    shelf = StatsShelf(torch.device("cpu"))
+    measure_blocks.measure_blocks(
+        model, walk, IDS, frozenset({Stat.GRAM}), shelf, batch_size=2, gradient_windows=0, seed=0
+    )
+    q, k = (shelf[f"model.layers.0.self_attn.{which}_proj"].get(Stat.GRAM) for which in "qk")
+    assert q is k
+    assert len(shelf.shelf.kept) == 4 * len(walk.block_names)  # q k v; o; gate up; down
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("soco", {"steps": 0, "coupling": "none", "newton": 1}),
+        ("soco", {"steps": 3, "coupling": "none", "batch_size": 2}),
+        ("two-sided", {"coupling": "none", "propagate": 0.0}),
+        ("svd-llm", {}),
+        ("asvd", {}),
+        ("svd", {}),
+        ("afm", {}),
+    ],
+    ids=str,
+)
+def test_the_result_is_that_of_all_layers_at_once(
+    method: str, options: dict[str, object], request: pytest.FixtureRequest
+) -> None:
+    configured = make_method(method, options=options)
+    wanted = compress_model(tiny("llama"), configured, 0.6, IDS, gradient_windows=4, seed=2)
+    request.getfixturevalue("too_large")
+    assert run_of(tiny("llama"), wanted.walk, configured) is LargeRun
+    found = compress_model(tiny("llama"), configured, 0.6, IDS, gradient_windows=4, seed=2)
+    assert found.plan == wanted.plan
+    assert found.warnings == wanted.warnings
+    for name, own in wanted.placed.items():
+        assert off_by(found.placed[name].dense(), own.dense()) < 2e-4, name
+
+
+def test_small_models_run_as_before() -> None:
+    model = tiny("llama")
+    assert run_of(model, find_layers(model), make_method("soco", preset="fast")) is Run
+
+
+@pytest.mark.parametrize("options", [{"rounds": 2, "coupling": "none"}, {"coupling": "sequence"}])
+def test_what_needs_all_layers_at_once_is_refused_by_name(too_large: None, options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"rounds=2|coupling=sequence"):
+        compress_model(tiny("llama"), make_method("two-sided", options=options), 0.6, IDS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_relay_leaves_no_trace(architecture: str) -> None:
+    model = tiny(architecture)
+    relay = Relay(model, find_layers(model))
+    relay.check()
+    hidden, calls = relay.enter(IDS)
+    assert len(calls) == len(relay.blocks)
+    assert hidden.shape[:2] == IDS.shape
+    assert all("forward" not in vars(block) for block in relay.blocks)
+
+
+def test_a_model_whose_blocks_hand_on_more_is_refused() -> None:
+    model = tiny("llama")
+
+    class Counting(nn.Module):
+        """Stands for a block that reads what others left: it counts how often any of them ran."""
+
+        ran = 0
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+            Counting.ran += 1
+            return self.inner(hidden, *args, **kwargs).roll(Counting.ran, -1)
+
+    model.model.layers[1] = Counting(model.model.layers[1])
+    with pytest.raises(UsageError, match="more than hidden states"):
+        Relay(model, find_layers(model)).check()
+
+
+def test_a_shelf_writes_over_what_has_the_same_shape_and_keeps_no_view() -> None:
+    shelf = Shelf(torch.device("cpu"))
+    given = torch.ones(2, 3, dtype=torch.float64)
+    shelf.put("a", given[:, :2])
+    first = shelf.kept["a"]
+    given.zero_()
+    assert shelf.get("a").tolist() == [[1, 1], [1, 1]]
+    shelf.put("a", given[:, :2])
+    assert shelf.kept["a"] is first
+    assert shelf.get("a").dtype == torch.float64
+    assert first.untyped_storage().nbytes() == 16
