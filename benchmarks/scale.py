@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/scale"))
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no row after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="of the drivers, those whose names hold this")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the script on a CPU")
     given = parser.parse_args()
     device = torch.device(given.device)
@@ -145,7 +146,8 @@ def main() -> None:
             print({key: (row.get(key), "at most", most) for key, most in ALLOWED["fast"].items()})
     if "drivers" in given.what:
         for label, work in scale_drivers.rows(device, given.quick):
-            rows.add(label, work)
+            if given.only in label:
+                rows.add(label, work)
 
 
 if __name__ == "__main__":

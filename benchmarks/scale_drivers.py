@@ -4,6 +4,7 @@ Called by scale.py (`--what drivers`); its rows decide the defaults of linalg/so
 have the sizes of a 7B model (4096 and 11008) and a spectrum that falls like 1 / k^1.5; `--quick` takes a sixteenth.
 """
 
+import mmap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -199,8 +200,20 @@ def _pivots(n: int, wide: int, device: torch.device) -> Iterator[tuple[str, Call
         right = torch.randn(rank, n, device=device, dtype=dtype)
         return {"seconds": seconds(lambda: to_pivots(Factors(left, right)), device, repeats=1)}
 
+    def parts(rank: int) -> Row:
+        left = torch.randn(n, rank, device=device, dtype=torch.float64)
+        square = left[:rank]
+        return {
+            "seconds": seconds(lambda: torch.linalg.qr(left), device),
+            "draw": seconds(lambda: torch.randn(rank, rank, dtype=torch.float64), device),
+            "lu": seconds(lambda: torch.linalg.lu_factor(left), device),
+            "solve": seconds(lambda: torch.linalg.solve(square, left, left=False), device),
+            "largest entry": seconds(lambda: int(left.abs().argmax()), device),
+        }
+
+    yield f"parts of pivots of {n} at rank {n // 2}", lambda: parts(n // 2)
     for outputs in (n, wide):
-        for dtype in (torch.float64, torch.float32):
+        for dtype in (torch.float64,):
             name = f"pivots of {outputs} x {n} at rank {n // 2} {str(dtype).removeprefix('torch.')}"
             yield name, lambda o=outputs, d=dtype: stored(o, n // 2, d)
 
@@ -217,10 +230,30 @@ def _copies(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable[[
         took = seconds(lambda: host.copy_(on_device) if there else on_device.copy_(host), device)
         return {"seconds": took, "gb_per_s": 4 * numbers / took / 1e9, "seconds_to_allocate": made}
 
+    yield "huge pages on the host, registered", lambda: _huge(device, numbers)
     for pinned in (False, True):
         for there in (True, False):
             name = f"copy {'to' if there else 'from'} the host, {'pinned' if pinned else 'pageable'}"
             yield name, lambda p=pinned, t=there: copied(p, t)
+
+
+def _huge(device: torch.device, numbers: int) -> Row:
+    """Anonymous memory in huge pages that is touched, then made known to the GPU."""
+    start = time.perf_counter()
+    memory = mmap.mmap(-1, 4 * numbers)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    host = torch.frombuffer(memory, dtype=torch.float32)
+    host.fill_(0)
+    found: Row = {"seconds_to_touch": time.perf_counter() - start}
+    if device.type == "cuda":
+        start = time.perf_counter()
+        found["code"] = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), 4 * numbers, 0))
+        found["seconds_to_register"] = time.perf_counter() - start
+    on_device = torch.ones(numbers, device=device)
+    took = seconds(lambda: host.copy_(on_device), device)
+    if device.type == "cuda":
+        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+    return found | {"seconds": took, "gb_per_s": 4 * numbers / took / 1e9}
 
 
 def _products(n: int, device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:

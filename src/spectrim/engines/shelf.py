@@ -44,6 +44,32 @@ class Shelf:
         return self.kept[key].to(self.device).double()
 
 
+STRIP = 1024
+"""Rows in one strip of a packed symmetric matrix."""
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """Strips of a symmetric matrix (n, n) from the diagonal on, as one row: little more than half of its numbers."""
+    lows = range(0, len(matrix), STRIP)
+    return torch.cat([matrix[low : low + STRIP, low:].reshape(-1) for low in lows])
+
+
+def unpack_symmetric(packed: Tensor, n: int) -> Tensor:
+    """The matrix (n, n) again."""
+    matrix = packed.new_empty(n, n)
+    start = 0
+    for low in range(0, n, STRIP):
+        high = min(low + STRIP, n)
+        strip = packed[start : start + (high - low) * (n - low)].view(high - low, n - low)
+        matrix[low:high, low:] = strip
+        matrix[high:, low:high] = strip[:, high - low :].mT
+        start += strip.numel()
+    return matrix
+
+
+SYMMETRIC = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
+
+
 class StatsShelf(Mapping[str, Stats]):
     """Statistics of every layer; layers that read the same share what was measured of it."""
 
@@ -52,6 +78,8 @@ class StatsShelf(Mapping[str, Stats]):
         self.tokens: dict[str, dict[int, int]] = {}
         self.owners: dict[str, dict[Stat, str]] = {}
         self.rounds: dict[Owned, int] = {}
+        self.sides: dict[Owned, int] = {}
+        self.sizes: dict[Owned, Tensor] = {}
         self.recent: dict[Owned, Tensor] = {}
 
     def add(self, owner: str, stat: Stat, value: Tensor, *, share: float, again: int) -> None:
@@ -59,10 +87,18 @@ class StatsShelf(Mapping[str, Stats]):
         key = (owner, stat)
         if self.rounds.get(key, -1) >= again:
             return
-        mean = value if key not in self.rounds else (1 - share) * self.shelf.get(key) + share * value
-        self.shelf.put(key, mean)
+        mean = value if key not in self.rounds else self._get(key).mul_(1 - share).add_(value, alpha=share)
+        self.sides[key] = len(value)
+        if stat in (Stat.GRAM, Stat.MEAN_ABS):
+            self.sizes[key] = mean.diagonal().clone() if stat == Stat.GRAM else mean
+        self.shelf.put(key, pack_symmetric(mean.float()) if stat in SYMMETRIC else mean)
         self.rounds[key] = again
         self.recent = {}
+
+    def _get(self, key: Owned) -> Tensor:
+        """In float64 on the device."""
+        packed = self.shelf.kept[key].to(self.shelf.device)
+        return (unpack_symmetric(packed, self.sides[key]) if key[1] in SYMMETRIC else packed).double()
 
     def describe(self, name: str, tokens: int, owners: Mapping[Stat, str], *, again: int) -> None:
         """Which measurements make up the statistics of a layer, and over how many tokens in round `again`."""
@@ -73,12 +109,9 @@ class StatsShelf(Mapping[str, Stats]):
         """Of every layer only what says which inputs never fire, from where it lies."""
         found = {}
         for name, owners in self.owners.items():
-            sizes = [
-                kept.diagonal() if stat == Stat.GRAM else kept
-                for stat in (Stat.GRAM, Stat.MEAN_ABS)
-                if stat in owners and (kept := self.shelf.kept[owners[stat], stat]) is not None
-            ]
-            found[name] = Stats(tokens=sum(self.tokens[name].values()), mean_abs=sizes[0] if sizes else None)
+            stat = next((s for s in (Stat.GRAM, Stat.MEAN_ABS) if s in owners), None)
+            sizes = None if stat is None else self.sizes[owners[stat], stat]
+            found[name] = Stats(tokens=sum(self.tokens[name].values()), mean_abs=sizes)
         return found
 
     def __getitem__(self, name: str) -> Stats:
@@ -86,7 +119,7 @@ class StatsShelf(Mapping[str, Stats]):
         for stat, owner in self.owners[name].items():
             key = (owner, stat)
             held = self.recent.get(key)  # q, k and v come one after the other
-            wanted[key] = self.shelf.get(key) if held is None else held
+            wanted[key] = self._get(key) if held is None else held
         self.recent = wanted
         found = {stat.value: value for (_, stat), value in wanted.items()}
         return Stats(tokens=sum(self.tokens[name].values()), **found)

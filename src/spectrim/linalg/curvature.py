@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096
-TENSOR_CHUNK, TENSOR_SIDE, STRIPS = 16_384, 1024, 4
-"""Tokens in one product on tensor cores, the least width that is worth it, and the strips of an upper triangle."""
+TENSOR_CHUNK, TENSOR_SIDE, STRIP = 16_384, 1024, 1376
+"""Tokens in one product on tensor cores, the least width that is worth it, and the rows of a strip of a symmetric one
+(measured: 4 strips of 4096 and 8 of 11008 are the fastest; benchmarks/scale_drivers.py)."""
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -40,13 +41,13 @@ def add_gram(total: Tensor, rows: Tensor, other: Tensor | None = None) -> None:
 
 
 def _add_gram_of_bf16(total: Tensor, rows: Tensor, other: Tensor, *, symmetric: bool) -> None:
-    """A symmetric product is formed in strips above the diagonal: five eighths of the work for four strips."""
+    """A symmetric product is formed in strips above the diagonal: little more than half of the work for many strips."""
     for start in range(0, len(rows), TENSOR_CHUNK):
         part, second = rows[start : start + TENSOR_CHUNK], other[start : start + TENSOR_CHUNK]
         if not symmetric:
             total += _product_in_float32(part.mT, second)
             continue
-        step = -(-len(total) // STRIPS)
+        step = -(-len(total) // -(-len(total) // STRIP))
         for low in range(0, len(total), step):
             high = low + step
             strip = _product_in_float32(part[:, low:high].mT, second[:, low:])

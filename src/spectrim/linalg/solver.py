@@ -36,56 +36,6 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-QUICK_SIDE = 1024
-"""Rows from which a GPU decomposes in float32; below, float64 takes little time."""
-
-
-def quick_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`eigh` for whoever needs orthonormal vectors that are ordered by energy, not the last digits of each.
-
-    On a GPU, large matrices in float64 are decomposed in float32; one Newton-Schulz step (two products) then makes the
-    vectors orthonormal to the square of the float32 error, and the values are those that they have in `matrix`.
-    Subspaces are off by n eps of float32 relative to the largest eigenvalue; elsewhere this is `eigh`.
-    """
-    if not matrix.is_cuda or matrix.dtype != torch.float64 or len(matrix) < QUICK_SIDE:
-        return eigh(matrix)
-    return _eigh_in_float32(matrix)
-
-
-def _eigh_in_float32(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    largest = _largest(matrix)
-    _, vectors = eigh((matrix / largest if bool(largest) else matrix).float())
-    vectors = _orthonormal(vectors.to(matrix.dtype))
-    values = (vectors * (matrix @ vectors)).sum(0)
-    order = values.argsort()
-    values, vectors = values[order], vectors[:, order]
-    probe = _probe(matrix, len(matrix))
-    return (values, vectors) if _near(vectors @ (vectors.mT @ probe), probe, 1) else eigh(matrix)
-
-
-def _orthonormal(vectors: Tensor) -> Tensor:
-    """One Newton-Schulz step towards orthonormal columns (n, n): it squares how far they are from it."""
-    return 1.5 * vectors - 0.5 * (vectors @ (vectors.mT @ vectors))
-
-
-def eigvalsh(matrix: Tensor) -> Tensor:
-    """Eigenvalues (n,) ascending of a symmetric matrix (n, n), a fraction of the work of `eigh`; SolverError as there.
-
-    Held against trace and Frobenius norm, which the values alone must give; else `eigh` is asked.
-    """
-    _refuse("eigh", matrix)
-    try:
-        values = torch.linalg.eigvalsh(matrix)
-    except RuntimeError:
-        return eigh(matrix)[0]
-    largest = _largest(matrix)
-    scaled, own = matrix / largest if bool(largest) else matrix, values / largest if bool(largest) else values
-    holds = _near(own.sum()[None], scaled.diagonal().sum()[None], len(matrix)) and _near(
-        own.square().sum()[None], scaled.square().sum()[None], len(matrix) ** 2
-    )
-    return values if holds else eigh(matrix)[0]
-
-
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin U (m, k), s (k,) descending, V^T (k, n) of a matrix (m, n); SolverError if none hold."""
     left, values, right = _climb("svd", matrix, [_svd, _svd_otherwise], _is_svd)
