@@ -7,6 +7,7 @@ Rows go to OUT/scale.json, one after the other; a row that fails says why and th
 
 import argparse
 import json
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -19,13 +20,18 @@ from scale_models import MATRIX_RATE, QUICK, Shape, build, forward_operations, g
 from torch import Tensor
 
 from spectrim.engines import large, recompute
+from spectrim.engines.learned import train_scores
 from spectrim.engines.measure import default_gradient_windows
 from spectrim.engines.pipeline import compress_model
+from spectrim.engines.ranks import plan_ranks
+from spectrim.engines.shelf import SpectraShelf
+from spectrim.linalg.factor import decompose
 from spectrim.linalg.fallback import listening, summary
 from spectrim.registry import make_method
+from spectrim.report.plot import line_chart
 
 Row = dict[str, Any]
-WHAT = ("drivers", "fast")
+WHAT = ("drivers", "fast", "soco-steps", "growth")
 ALLOWED = {"fast": {"seconds": 240, "gpu_gb": 60}}
 
 
@@ -121,6 +127,94 @@ def fast(shape: Shape, device: torch.device, count: int, length: int, method: st
     }
 
 
+def soco_steps(shape: Shape, device: torch.device, batch: int, length: int, steps: int) -> Row:
+    """Steps of learned scores on all components of plain decompositions; 300 steps extrapolated."""
+    model = build(shape, device)
+    walk = walk_of(model)
+    method = make_method("soco", options={"steps": steps, "batch_size": batch, "project_every": max(2, steps // 2)})
+    spectra = SpectraShelf(device, on_host=True)
+    started = time.perf_counter()
+    for layer in walk.layers:
+        spectra[layer.name] = decompose(model.get_submodule(layer.name).weight.detach().double())
+    decomposed = time.perf_counter() - started
+    plan = plan_ranks(method, walk, spectra.energies, 0.8)
+    ends: list[float] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats() if done == 0 else None
+        ends.append(time.perf_counter())
+        print(f"    {stage} {done}/{total}", flush=True)
+
+    ids = windows(batch * 2, length, shape.vocabulary)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    learned = train_scores(method, model, walk, spectra, 0.8, ids, plan=plan, progress=note)
+    each = (ends[-1] - ends[0]) / (len(ends) - 1)
+    tokens = batch * length
+    # teacher; forward, once more, back to inputs and to weights; and the components of every weight as often as these.
+    floor = 5 * forward_operations(model, tokens, length) / MATRIX_RATE
+    components = sum(2 * la.outputs * la.inputs * min(la.outputs, la.inputs) for la in walk.layers)
+    floor += 3 * components / MATRIX_RATE
+    return {
+        "seconds_a_step": each, "floor_a_step_s": floor, "of_floor": floor / each, "minutes_of_300": each * 5,
+        "decompose_s": decomposed, "loss": learned.losses[-1], "steps": steps,
+    }  # fmt: skip
+
+
+GROWTH = {
+    "width": [Shape(w, w * 11 // 4 // 32 * 32, 2, 8000) for w in (512, 1024, 2048, 4096, 8192)],
+    "depth": [Shape(1024, 2816, d, 8000) for d in (2, 4, 8, 16, 32)],
+    "tokens": [16, 32, 64, 128, 256],
+}
+
+
+def growth(rows: Rows, device: torch.device, quick: bool) -> None:
+    """Seconds of each stage and memory against width, depth and tokens; exponents fitted to the last three points."""
+    sizes: dict[str, list[Any]] = dict(GROWTH)
+    base = Shape(1024, 2816, 4, 8000)
+    if quick:
+        sizes = {"width": [Shape(w, 2 * w, 2, 256) for w in (64, 128, 256)],
+                 "depth": [Shape(64, 128, d, 256) for d in (2, 4, 8)], "tokens": [4, 8, 16]}  # fmt: skip
+        base = Shape(64, 128, 2, 256)
+    count, length = (4, 32) if quick else (64, 1024)
+    for axis, points in sizes.items():
+        series: dict[str, list[tuple[float, float]]] = {}
+        for point in points:
+            shape, number = (base, point) if axis == "tokens" else (point, count)
+            at = {"width": shape.width, "depth": shape.depth, "tokens": number * length}[axis]
+            row = rows.add(f"growth {axis} {at}", lambda s=shape, n=number: fast(s, device, n, length))
+            if row is None:
+                continue
+            for stage, seconds in [*row["stages"].items(), ("whole", row["seconds"]), ("GPU, GB", row.get("gpu_gb"))]:
+                if seconds:
+                    series.setdefault(stage, []).append((float(at), float(seconds)))
+        if series:
+            rows.add(f"growth of {axis}", lambda a=axis, s=series: fitted(rows, a, s))
+
+
+def fitted(rows: Rows, axis: str, series: dict[str, list[tuple[float, float]]]) -> Row:
+    """The exponent of each stage at the largest sizes, and a chart of logarithms."""
+    exponents = {stage: round(slope(points[-3:]), 2) for stage, points in series.items() if len(points) > 1}
+    logs = {
+        f"{stage} {exponents.get(stage, '')}": [(math.log2(at), math.log2(value)) for at, value in points]
+        for stage, points in series.items()
+        if points[-1][1] > 0.02
+    }
+    chart = line_chart(logs, title=f"Growth with {axis}", x=f"log2 {axis}", y="log2 seconds (GB)")
+    (rows.path.parent / f"growth-{axis}.svg").write_text(chart)
+    return {"exponents": exponents}
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Of the straight line through the logarithms, by least squares."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
 def main() -> None:
     """Measure what was asked for, one row after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,6 +238,13 @@ def main() -> None:
         row = rows.add("fast", lambda: fast(shape, device, count, length))
         if row is not None:
             print({key: (row.get(key), "at most", most) for key, most in ALLOWED["fast"].items()})
+    if "soco-steps" in given.what:
+        batch, steps = (2, 4) if given.quick else (8, 8)
+        rows.add("soco-steps", lambda: soco_steps(shape, device, batch, length, steps))
+    if "growth" in given.what:
+        for module in (large, recompute):  # one way for all sizes
+            module.fits_whole = lambda _device, _nbytes: False
+        growth(rows, device, given.quick)
     if "drivers" in given.what:
         for label, work in scale_drivers.rows(device, given.quick):
             if given.only in label:

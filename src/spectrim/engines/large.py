@@ -53,6 +53,11 @@ def run_of(dense: PreTrainedModel, walk: Walk, method: Method) -> type[Run]:
 class LargeRun(Run):
     """One block's statistics and one layer's spectrum at a time."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether all components are learned on: in 16 bits on the device, with the accurate ones on the host."""
+        return self.method.windows_trained > 0
+
     def statistics(
         self, model: PreTrainedModel, ids: Tensor, again: int, after: str = "", stage: int | str | None = None
     ) -> Mapping[str, Stats]:
@@ -109,7 +114,7 @@ class LargeRun(Run):
             )
         if asked.centres:
             self.means = {name: mean for name, own in stats.items() if (mean := own.mean) is not None}
-        spectra = SpectraShelf(device_of(self.dense))
+        spectra = SpectraShelf(device_of(self.dense), on_host=self.trains)
         with timed(self.clock, "decompose"):
             if again == self.rounds and self.propagates and asked.allocation not in SEARCHED:
                 energies = {
@@ -128,11 +133,10 @@ class LargeRun(Run):
     ) -> None:
         """Step 5 over the windows of a later round: what they tell of a drift is enough."""
         assert isinstance(spectra, SpectraShelf)
-        trains = self.method.windows_trained > 0
 
         def keep(name: str) -> int | None:
             target = plan.targets[name]
-            return None if trains or target.codec == "dense" else target.rank
+            return None if self.trains or target.codec == "dense" else target.rank
 
         spectra.keep = keep
         given = (self.by_layer, self.dense, self.walk, spectra, plan, stats, self.round_windows(ids))

@@ -71,9 +71,12 @@ def train_scores(
     A checkpoint goes on from the same `spectra`, bit for bit: scores belong to one sign of each component.
     """
     student = skeleton(teacher)
-    support = Support(method, walk, relax(student, walk, spectra), keep, plan)
-
     again = recomputes(teacher, walk, method.batch_size * ids.shape[1])
+    support = Support(method, walk, relax(student, walk, spectra, narrow=again), keep, plan)
+    if again:
+        for name, layer in support.scored.items():
+            layer.settle(components_of(spectra, name))
+
     training = Training(
         stage=STAGE,
         label="learn scores",
@@ -97,7 +100,9 @@ def train_scores(
     if method.steps:
         warnings += [*collapsed(support.scored), *unmoved(support.scored, method.steps)]
     return Learned(
-        factors={name: layer.kept() for name, layer in support.scored.items()},
+        factors={
+            name: layer.kept(components_of(spectra, name) if again else None) for name, layer in support.scored.items()
+        },
         plan=support.plan,
         losses=tuple(losses),
         keeps=tuple(support.keeps),
@@ -179,13 +184,15 @@ class Support:
         self.plan = plan_from_facts(saved.facts["plan"])
 
 
-def relax(student: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum]) -> dict[str, ScoredLinear]:
-    """Put a ScoredLinear in the place of every target layer."""
+def relax(
+    student: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum], *, narrow: bool = False
+) -> dict[str, ScoredLinear]:
+    """Put a ScoredLinear in the place of every target layer, its components `narrow` or not."""
     scored = {}
     for layer in walk.layers:
         bias = student.get_submodule(layer.name).bias
         scored[layer.name] = ScoredLinear(
-            components_of(spectra, layer.name), bias if isinstance(bias, Tensor) else None
+            components_of(spectra, layer.name), bias if isinstance(bias, Tensor) else None, narrow=narrow
         )
         student.set_submodule(layer.name, scored[layer.name])
     return scored

@@ -137,8 +137,10 @@ class SpectraShelf(MutableMapping[str, Spectrum]):
     `keep` says how many components of a layer are needed from now on; energies are kept of all.
     """
 
-    def __init__(self, device: torch.device, keep: Callable[[str], int | None] = lambda _: None) -> None:
-        self.shelf = Shelf(device)
+    def __init__(
+        self, device: torch.device, keep: Callable[[str], int | None] = lambda _: None, *, on_host: bool = False
+    ) -> None:
+        self.shelf = Shelf(device, on_host=on_host)
         self.energies: dict[str, Tensor] = {}
         self.keep = keep
 

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Factors
 
-
 MANY = 1024
-"""Columns from which drawing random numbers on the host, and turning them into a rotation, takes longer than the rest."""
+"""Columns from which a rotation that is drawn on the host takes a GPU longer than all the rest."""
 
 
 class Pivots(NamedTuple):
@@ -86,8 +85,8 @@ def _generic_basis(left: Tensor) -> Tensor:
 
 
 def _start(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """LU with partial pivoting of `basis` (O, R): the row order (O,) whose first R rows are the starting pivots, and the
-    coefficients (O - R, R) of the others. Those are L2 U = C (L1 U) with L = [L1; L2]: U drops out.
+    """LU with partial pivoting of `basis` (O, R): the row order (O,) whose first R rows are the starting pivots, and
+    the coefficients (O - R, R) of the others. Those are L2 U = C (L1 U) with L = [L1; L2]: U drops out.
     """
     packed, swaps = torch.linalg.lu_factor(basis)
     index = list(range(basis.shape[0]))  # thousands of swaps: on the host
