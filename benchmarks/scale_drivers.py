@@ -1,7 +1,8 @@
 """Which way of decomposing, multiplying and copying is the fast one on this device: one row for each way.
 
-Called by scale.py (`--what drivers`); its rows decide the defaults of linalg/solver.py and linalg/curvature.py. Matrices
-have the sizes of a 7B model (4096 and 11008) and a spectrum that falls like 1 / k^1.5; `--quick` takes a sixteenth.
+Called by scale.py (`--what drivers`); its rows decide the defaults of linalg/ (solver, metric, pivot, curvature).
+Matrices have the sizes of a 7B model (4096 and 11008) and a spectrum that falls like 1 / k^1.5; `--quick` takes a
+sixteenth.
 """
 
 import mmap

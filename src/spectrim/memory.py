@@ -103,3 +103,13 @@ def fits_whole(device: torch.device, nbytes: int) -> bool:
     """Whether statistics of so many bytes are held at once."""
     total = total_memory(device)
     return total is None or nbytes <= WHOLE_SHARE * total
+
+
+WIDE_SHARE = 1 / 6
+"""Of a GPU's memory that weights in float32 may take; above, they stay as they are stored."""
+
+
+def holds_wide(device: torch.device, numbers: int) -> bool:
+    """Whether a model of so many numbers is held in float32."""
+    total = total_memory(device)
+    return total is None or 4 * numbers <= WIDE_SHARE * total

@@ -14,8 +14,10 @@ from spectrim.engines.pipeline import compress_model
 from spectrim.engines.relay import Relay
 from spectrim.engines.run import Run
 from spectrim.engines.shelf import Shelf, StatsShelf
+from spectrim.engines.stream import Call
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import decompose
+from spectrim.linalg.fallback import listening
 from spectrim.linalg.metric import root_of
 from spectrim.models.walk import find_layers
 from spectrim.nn.scored import ScoredLinear
@@ -153,6 +155,28 @@ def test_an_anchored_weight_is_the_weight_whose_components_it_holds_in_16_bits(s
         gradients.append(layer.scores.grad)
     assert off_by(gradients[1], gradients[0]) < 3e-2
     assert off_by(narrow.kept(spectrum).left, wide.kept().left) < 1e-6
+
+
+def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(
+    too_large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = make_method("soco", preset="fast")
+    wanted = compress_model(tiny("llama"), configured, 0.6, IDS, gradient_windows=4, seed=2)
+    own, begun = Relay.run, []
+
+    def small_device(self: Relay, block: int, hidden: Tensor, call: Call) -> Tensor:
+        begun.append(len(hidden))
+        if len(begun) > 9 and len(hidden) > 2:  # not at once: some blocks are finished by then
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(self, block, hidden, call)
+
+    monkeypatch.setattr(Relay, "run", small_device)
+    with listening() as fallbacks:
+        found = compress_model(tiny("llama"), configured, 0.6, IDS, gradient_windows=4, seed=2)
+    assert [(f.operation, f.way) for f in fallbacks] == [("calibrate", "batches of 2")]
+    assert found.plan == wanted.plan
+    for name, replaced in wanted.placed.items():
+        assert off_by(found.placed[name].dense(), replaced.dense()) < 1e-4, name
 
 
 def test_small_models_run_as_before() -> None:

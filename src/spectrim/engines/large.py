@@ -20,6 +20,7 @@ from spectrim.engines.learned import skeleton
 from spectrim.engines.measure_blocks import measure_blocks, whole_bytes
 from spectrim.engines.propagate import propagate
 from spectrim.engines.ranks import Plan, plan_ranks
+from spectrim.engines.relay import entered
 from spectrim.engines.run import Run
 from spectrim.engines.shelf import SpectraShelf, StatsShelf, energies_in
 from spectrim.errors import UsageError
@@ -141,6 +142,6 @@ class LargeRun(Run):
         spectra.keep = keep
         given = (self.by_layer, self.dense, self.walk, spectra, plan, stats, self.round_windows(ids))
         with timed(self.clock, "propagate"):
-            told = {"progress": self.progress}
+            told = {"progress": self.progress, "begin": entered}
             self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
         release()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectrim.engines.stream import Call, shared
+from spectrim.engines.stream import Call, Stream, shared
 from spectrim.errors import UsageError
 from spectrim.models.walk import Walk, device_of
 
@@ -130,3 +130,16 @@ class Relay:
         finally:
             for block in self.blocks:
                 del block.forward
+
+
+@torch.no_grad()
+def entered(model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> Stream:
+    """What `stream.start` gives for `ids` (windows, length), without running a block."""
+    relay = Relay(model, walk)
+    stream = Stream(model=model, blocks=relay.blocks, hidden=[], arguments=[], passed=[])
+    for batch in ids.split(batch_size):
+        hidden, calls = relay.enter(batch.to(device_of(model)))
+        stream.hidden.append(hidden)
+        stream.arguments.append(calls)
+        stream.passed.append(0)
+    return stream

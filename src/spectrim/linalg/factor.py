@@ -16,8 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectrim.linalg.metric import Root, safe_cholesky
+from spectrim.linalg.metric import Root, Triangle, safe_cholesky
 from spectrim.linalg.solver import eigh, svd
+
+Half = Root | Triangle
+"""One side of a metric."""
 
 
 class Spectrum(NamedTuple):
@@ -49,7 +52,7 @@ def tail_energy(energy: Tensor) -> Tensor:
     return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
 
-def decompose(weight: Tensor, left: Root | None = None, right: Root | None = None) -> Spectrum:
+def decompose(weight: Tensor, left: Half | None = None, right: Half | None = None) -> Spectrum:
     """All components of `weight` (O, I) in the metric given by two roots; None is the identity.
 
     Cost: one symmetric eigenproblem on the smaller side, two products. Precision is that of `weight`: pass float64.
@@ -62,12 +65,12 @@ def decompose(weight: Tensor, left: Root | None = None, right: Root | None = Non
     outputs, inputs = measured.shape
     if outputs <= inputs:
         energy, basis = descending_eigh(measured @ measured.mT)
-        left_OK = basis if left is None else left.dual @ basis
+        left_OK = basis if left is None else left.dual_times(basis)
         right_KI = basis.mT @ (weight if left is None else left.root.mT @ weight)
     else:
         energy, basis = descending_eigh(measured.mT @ measured)
         left_OK = (weight if right is None else weight @ right.root) @ basis
-        right_KI = basis.mT if right is None else basis.mT @ right.dual.mT
+        right_KI = basis.mT if right is None else right.dual_times(basis).mT
     return Spectrum(left_OK, right_KI, energy)
 
 

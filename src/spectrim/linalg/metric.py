@@ -30,6 +30,20 @@ class Root(NamedTuple):
     root: Tensor  # (n, n)
     dual: Tensor  # (n, n), the transpose of the inverse of `root`
 
+    def dual_times(self, columns: Tensor) -> Tensor:
+        """`dual @ columns` (n, m)."""
+        return self.dual @ columns
+
+
+class Triangle(NamedTuple):
+    """A lower triangular root of a covariance, which needs no inverse: `root @ root.T = C`."""
+
+    root: Tensor  # (n, n)
+
+    def dual_times(self, columns: Tensor) -> Tensor:
+        """`root^-T columns` (n, m): a triangular system, a third of the work of inverting first."""
+        return torch.linalg.solve_triangular(self.root.mT, columns, upper=True)
+
 
 def shrink(covariance: Tensor, ratio: float) -> Tensor:
     """Mix a covariance (n, n) with a multiple of the identity of the same trace: `(1-ratio) C + ratio tr(C)/n 1`.
@@ -68,10 +82,10 @@ def quick_root(covariance: Tensor) -> Root:
     return Root(lower, torch.linalg.solve_triangular(lower, eye, upper=False).mT)
 
 
-def lower_root(covariance: Tensor) -> Tensor:
-    """The root alone that `quick_root` takes, (n, n)."""
+def triangle_of(covariance: Tensor) -> Triangle | Root:
+    """The root that `quick_root` takes, for whoever multiplies by its dual once."""
     lower = safe_cholesky(covariance)
-    return root_of(covariance).root if lower is None else lower
+    return root_of(covariance) if lower is None else Triangle(lower)
 
 
 def safe_cholesky(covariance: Tensor) -> Tensor | None:
