@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 from spectrim.engines import large, measure_blocks, recompute
 from spectrim.engines import measure as whole
+from spectrim.engines import shelf as shelf_module
 from spectrim.engines.large import LargeRun, run_of
-from spectrim.engines.measure import measure
+from spectrim.engines.measure import default_gradient_windows, measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.relay import Relay
 from spectrim.engines.run import Run
-from spectrim.engines.shelf import Shelf, StatsShelf
+from spectrim.engines.shelf import Shelf, StatsShelf, pack_symmetric, unpack_symmetric
 from spectrim.engines.stream import Call
 from spectrim.errors import UsageError
+from spectrim.linalg import curvature
 from spectrim.linalg.factor import decompose
 from spectrim.linalg.fallback import listening
 from spectrim.linalg.metric import root_of
@@ -177,6 +179,39 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(
     assert found.plan == wanted.plan
     for name, replaced in wanted.placed.items():
         assert off_by(found.placed[name].dense(), replaced.dense()) < 1e-4, name
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 13])
+def test_a_packed_symmetric_matrix_comes_back(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf_module, "STRIP", 4)
+    draw = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+    packed = pack_symmetric(draw + draw.mT)
+    assert packed.numel() == sum(min(4, n - low) * (n - low) for low in range(0, n, 4))
+    assert torch.equal(unpack_symmetric(packed, n), draw + draw.mT)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(7, 5), (40, 12), (33, 13)])
+@pytest.mark.parametrize("crossed", [False, True])
+def test_products_in_strips_are_the_product(
+    rows: int, width: int, crossed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU, with its one product replaced by an exact one."""
+    monkeypatch.setattr(curvature, "TENSOR_CHUNK", 16)
+    monkeypatch.setattr(curvature, "STRIP", 4)
+    monkeypatch.setattr(curvature, "_product_in_float32", lambda a, b: a.float() @ b.float())
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(rows, width, generator=generator).bfloat16() for _ in range(2))
+    total = torch.ones(width, width, dtype=torch.float64)
+    curvature._add_gram_of_bf16(total, x, y if crossed else x, symmetric=not crossed)
+    assert off_by(total, 1 + x.double().mT @ (y if crossed else x).double()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "given"), [(256, 512, 256), (8, 512, 8), (512, 512, 256), (256, 2048, 64), (2048, 512, 512)]
+)
+def test_gradients_come_from_as_many_tokens_as_are_enough(windows: int, length: int, given: int) -> None:
+    assert default_gradient_windows(windows, torch.device("cuda"), length) == given
+    assert default_gradient_windows(windows, torch.device("cpu"), length) == max(1, windows // 4)
 
 
 def test_small_models_run_as_before() -> None:

@@ -137,7 +137,9 @@ class Run:
         second = self.measured_again(spectra, plan, ids, again)
         return {name: first[name].blend(second[name]) for name in first}
 
-    def measured_again(self, spectra: Mapping[str, Spectrum], plan: Plan, ids: Tensor, again: int) -> dict[str, Stats]:
+    def measured_again(
+        self, spectra: Mapping[str, Spectrum], plan: Plan, ids: Tensor, again: int
+    ) -> Mapping[str, Stats]:
         """Statistics of the compressed model; of all sizes it is to serve, their mean."""
         after = "" if self.checkpoint is None else energies_of(spectra)
         mean: Mapping[str, Stats] = {}
