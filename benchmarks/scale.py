@@ -77,16 +77,20 @@ def _short(row: Row) -> str:
 
 
 class Stages:
-    """Seconds between the first and the last word of each stage, as progress tells them; said while it runs."""
+    """When each stage began and ended, as progress tells; printed and written while it runs."""
 
-    def __init__(self) -> None:
-        self.begun = time.perf_counter()
-        self.last = ""
+    def __init__(self, path: Path | None) -> None:
+        self.begun, self.path = time.perf_counter(), path
+        self.told: list[Row] = []
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self.last or done == total:
-            print(f"    {time.perf_counter() - self.begun:7.1f} s  {stage} {done}/{total}", flush=True)
-            self.last = stage
+        if done > 1 and done != total:
+            return
+        gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+        self.told.append({"at_s": time.perf_counter() - self.begun, "stage": f"{stage} {done}/{total}", "gpu_gb": gpu})
+        print("   ", _short(self.told[-1]), flush=True)
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.told, indent=1))
 
 
 def windows(count: int, length: int, vocabulary: int) -> Tensor:
@@ -94,13 +98,13 @@ def windows(count: int, length: int, vocabulary: int) -> Tensor:
     return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
 
 
-def fast(shape: Shape, device: torch.device, count: int, length: int, method: str = "soco", **options: Any) -> Row:
-    """`--preset fast` in memory, as the command runs it, with its floors."""
+def fast(shape: Shape, device: torch.device, count: int, length: int, told: Path | None = None) -> Row:
+    """`--preset fast` in memory, as the command runs it, with its floors; stages are written to `told` meanwhile."""
     model = build(shape, device)
     walk = walk_of(model)
     ids = windows(count, length, shape.vocabulary)
-    configured = make_method(method, preset="fast" if method == "soco" else None, options=options)
-    stages = Stages()
+    configured = make_method("soco", preset="fast")
+    stages = Stages(told)
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -222,6 +226,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/scale"))
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no row after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--warm-up", action="store_true", help="a small model first, so that libraries are loaded")
     parser.add_argument("--only", default="", help="of the drivers, those whose names hold this")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the script on a CPU")
     given = parser.parse_args()
@@ -233,9 +238,9 @@ def main() -> None:
         for module in (large, recompute):
             module.fits_whole = lambda _device, _nbytes: False
     if "fast" in given.what:
-        if not given.quick:  # libraries load and kernels compile on the first use: not what is measured
+        if given.warm_up:  # libraries load and kernels compile on the first use
             rows.add("warm up", lambda: fast(Shape(1024, 2816, 2, 1000), device, 8, 512))
-        row = rows.add("fast", lambda: fast(shape, device, count, length))
+        row = rows.add("fast", lambda: fast(shape, device, count, length, given.out / "fast-stages.json"))
         if row is not None:
             print({key: (row.get(key), "at most", most) for key, most in ALLOWED["fast"].items()})
     if "soco-steps" in given.what:

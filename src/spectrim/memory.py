@@ -82,7 +82,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-SHELF_SHARE = 0.3
+SHELF_SHARE = 0.34
 """Of a GPU's memory, all that is allocated counted, up to which large results stay there; the rest is for work."""
 WHOLE_SHARE = 0.3
 """Of a GPU's memory that the statistics of all layers at once may take; above, models are measured block by block."""

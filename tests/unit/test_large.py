@@ -110,6 +110,7 @@ def test_the_result_is_that_of_all_layers_at_once(
     method: str, options: dict[str, object], request: pytest.FixtureRequest
 ) -> None:
     configured = make_method(method, options=options)
+    allowed = 5e-3 if options.get("newton") else 2e-4  # the gradient of Newton's step knows components in 16 bits
     wanted = compress_model(tiny("llama"), configured, 0.6, IDS, gradient_windows=4, seed=2)
     request.getfixturevalue("too_large")
     assert run_of(tiny("llama"), wanted.walk, configured) is LargeRun
@@ -117,7 +118,7 @@ def test_the_result_is_that_of_all_layers_at_once(
     assert found.plan == wanted.plan
     assert found.warnings == wanted.warnings
     for name, own in wanted.placed.items():
-        assert off_by(found.placed[name].dense(), own.dense()) < 2e-4, name
+        assert off_by(found.placed[name].dense(), own.dense()) < allowed, name
 
 
 def test_scores_learned_on_components_in_16_bits_are_those_learned_on_all_of_them(

@@ -38,6 +38,9 @@ from spectrim.errors import InputError
 from spectrim.models.walk import Layer, Walk, device_of, shared_inputs
 from spectrim.stats import GRADIENT_STATS, INPUT_STATS, Stat
 
+ONE_WAY = 4
+"""How many times as many windows are in a batch that gives no gradients."""
+
 
 class Batch(NamedTuple):
     """Some windows on their way through the blocks."""
@@ -81,7 +84,8 @@ def measure_blocks(
         run = _Run(relay, walk, needs, shelf, share, again, progress, shared_inputs(model, walk.layers))
         border = min(gradient_windows, len(ids)) if needs & GRADIENT_STATS else 0
         batches, hidden = [], []
-        for start, stop in spans(len(ids), border, batch_size, 0):
+        # Those that only go forward save nothing for a way back: more of them at a time.
+        for start, stop in [*spans(border, border, batch_size, 0), *spans(len(ids), 0, ONE_WAY * batch_size, border)]:
             tokens = ids[start:stop].to(device)
             first, calls = relay.enter(tokens)
             hidden.append(first)

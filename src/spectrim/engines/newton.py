@@ -23,7 +23,7 @@ from spectrim.engines.pack import fill, fingerprint
 from spectrim.engines.parts import Run, energies_of, load_own
 from spectrim.engines.ranks import Plan
 from spectrim.engines.recompute import recomputed, recomputes
-from spectrim.engines.shelf import scale
+from spectrim.engines.shelf import components_of, scale
 from spectrim.errors import NumericalError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LearnedMethod
@@ -60,14 +60,16 @@ def newton_scores(
     count = max(1, len(ids) // HELD_OUT)
     held_out, given = ids[-count:], ids[:-count] if len(ids) > count else ids
     student = skeleton(dense)
+    again = recomputes(dense, walk, batch_size * ids.shape[1])
     scored = relax(student, walk, spectra)
     for name, layer in scored.items():
         if plan.targets[name].codec != "dense":
             layer.mask[plan.targets[name].rank :] = 0
+        if again:
+            layer.settle(components_of(spectra, name))  # which it shares, where they lie on the device
     run = {} if checkpoint is None else {"after": energies_of(spectra), "windows": fingerprint(ids), "steps": steps}
     keeper = _Keeper(checkpoint, run, scored)
     taken, begun = keeper.load()
-    again = recomputes(dense, walk, batch_size * ids.shape[1])
     with frozen(student), frozen(dense), recomputed(student, walk, wanted=again):
         for step in range(len(taken), steps):
             if taken and taken[-1] == 0:

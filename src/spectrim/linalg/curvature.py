@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096
-TENSOR_CHUNK, TENSOR_SIDE, STRIP = 16_384, 1024, 1376
+TENSOR_CHUNK, TENSOR_SIDE, STRIP = 65_536, 1024, 1376
 """Tokens in one product on tensor cores, the least width that is worth it, and the rows of a strip of a symmetric one
 (measured: 4 strips of 4096 and 8 of 11008 are the fastest; benchmarks/scale_drivers.py)."""
 

@@ -56,14 +56,15 @@ class ScoredLinear(nn.Module):
         scores = self.effective_scores()
         if self.anchor is None or self.start is None:
             return wide_product(self.left * scores, self.right)
-        return self.anchor + wide_product((self.left * (scores - self.start)).to(self.left.dtype), self.right)
+        change = (self.left * (scores - self.start)).bfloat16()
+        return self.anchor + wide_product(change, self.right.bfloat16())
 
     @torch.no_grad()
     def settle(self, spectrum: Spectrum) -> None:
-        """Form W(s0) of the present scores from components that are as accurate as there are."""
+        """Form W(s0) of the present scores from components that are as accurate as there are; bf16 from here on."""
         self.start = self.effective_scores().detach().clone()
         formed = wide_product(spectrum.left.float() * self.start, spectrum.right.float())
-        self.anchor = formed.to(self.left.dtype)
+        self.anchor = formed.bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
