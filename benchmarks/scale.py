@@ -131,8 +131,11 @@ def fast(shape: Shape, device: torch.device, count: int, length: int, told: Path
     }
 
 
-def soco_steps(shape: Shape, device: torch.device, batch: int, length: int, steps: int) -> Row:
-    """Steps of learned scores on all components of plain decompositions; 300 steps extrapolated."""
+def soco_steps(shape: Shape, device: torch.device, batch: int, length: int, steps: int, told: Path) -> Row:
+    """Steps of learned scores on all components of plain decompositions; 300 steps extrapolated from all but the first.
+
+    What is known of the steps so far is in `told`.
+    """
     model = build(shape, device)
     walk = walk_of(model)
     method = make_method("soco", options={"steps": steps, "batch_size": batch, "project_every": max(2, steps // 2)})
@@ -144,12 +147,13 @@ def soco_steps(shape: Shape, device: torch.device, batch: int, length: int, step
     plan = plan_ranks(method, walk, spectra.energies, 0.8)
     ends: list[float] = []
 
+    stages = Stages(told)
+
     def note(stage: str, done: int, total: int) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats() if done == 0 else None
         ends.append(time.perf_counter())
-        print(f"    {stage} {done}/{total}", flush=True)
+        stages(f"{stage} {done}/{total},", 1, 1)
 
     ids = windows(batch * 2, length, shape.vocabulary)
     if device.type == "cuda":
@@ -227,6 +231,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no row after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--warm-up", action="store_true", help="a small model first, so that libraries are loaded")
+    parser.add_argument("--depth", type=int, help="blocks of the model of `fast`, instead of all")
+    parser.add_argument("--steps", type=int, default=8, help="of soco-steps")
     parser.add_argument("--only", default="", help="of the drivers, those whose names hold this")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the script on a CPU")
     given = parser.parse_args()
@@ -240,12 +246,14 @@ def main() -> None:
     if "fast" in given.what:
         if given.warm_up:  # libraries load and kernels compile on the first use
             rows.add("warm up", lambda: fast(Shape(1024, 2816, 2, 1000), device, 8, 512))
-        row = rows.add("fast", lambda: fast(shape, device, count, length, given.out / "fast-stages.json"))
+        part = shape if given.depth is None else shape._replace(depth=given.depth)
+        told = given.out / "fast-stages.json"
+        row = rows.add(f"fast, {part.depth} blocks", lambda: fast(part, device, count, length, told))
         if row is not None:
             print({key: (row.get(key), "at most", most) for key, most in ALLOWED["fast"].items()})
     if "soco-steps" in given.what:
-        batch, steps = (2, 4) if given.quick else (8, 8)
-        rows.add("soco-steps", lambda: soco_steps(shape, device, batch, length, steps))
+        batch, steps = (2, given.steps) if given.quick else (8, given.steps)
+        rows.add("soco-steps", lambda: soco_steps(shape, device, batch, length, steps, given.out / "steps.json"))
     if "growth" in given.what:
         for module in (large, recompute):  # one way for all sizes
             module.fits_whole = lambda _device, _nbytes: False
