@@ -84,8 +84,11 @@ class Stages:
         self.told: list[Row] = []
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if done > 1 and done != total:
-            return
+        if done <= 1 or done == total:
+            self.tell(stage, done, total)
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """One more line."""
         gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
         self.told.append({"at_s": time.perf_counter() - self.begun, "stage": f"{stage} {done}/{total}", "gpu_gb": gpu})
         print("   ", _short(self.told[-1]), flush=True)
@@ -153,7 +156,7 @@ def soco_steps(shape: Shape, device: torch.device, batch: int, length: int, step
         if device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
-        stages(f"{stage} {done}/{total},", 1, 1)
+        stages.tell(stage, done, total)
 
     ids = windows(batch * 2, length, shape.vocabulary)
     if device.type == "cuda":
@@ -240,7 +243,7 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows = Rows(given.out, {"device": name, "torch": torch.__version__, "quick": given.quick}, given.seconds)
     shape, count, length = (QUICK, 8, 64) if given.quick else (Shape(), 256, 2048)
-    if given.quick:  # the way that large models take
+    if given.quick or given.depth is not None:  # the way that large models take
         for module in (large, recompute):
             module.fits_whole = lambda _device, _nbytes: False
     if "fast" in given.what:
