@@ -131,6 +131,10 @@ class LayerMethod(Method):
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """All components of `weight` (O, I), float64, in this method's metric; strongest first."""
 
+    def energies(self, weight: Tensor, stats: Stats) -> Tensor:
+        """The energies (K,) that `decompose` would give; methods that know a shorter way override it."""
+        return self.decompose(weight, stats).energy
+
     def at_rank(self, weight: Tensor, cut: Factors, stats: Stats) -> Factors:
         """The factors once the rank is known, for methods whose answers are not nested; most leave the `cut` as it is.
 

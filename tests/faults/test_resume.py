@@ -276,7 +276,7 @@ def test_a_signal_outside_of_training_stops_at_once_and_leaves_no_empty_folder(
         os.kill(os.getpid(), signal.SIGINT)
 
     def body() -> None:
-        with mock.patch("spectrim.engines.pipeline.measure", interrupt):
+        with mock.patch("spectrim.engines.run.measure", interrupt):
             answer = call(*words, "--out", tmp_path / "out")
         (tmp_path / "said").write_text(f"{answer.code} {answer.message}")
 

@@ -99,7 +99,7 @@ def compress_any_size(
     budget_of(method, walk, anchors[-1])
     clock: dict[str, float] = {}
     if gradient_windows is None:
-        gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
+        gradient_windows = default_gradient_windows(len(calibration), device_of(dense), calibration.shape[1])
     reached = tuple(min(max(middle, anchors[-1]), anchors[0]) for middle in middles)
     spectra, checkpoint, told = closed_form(
         dense, method, walk, reached[0], calibration, gradient_windows=gradient_windows, seed=seed, clock=clock,

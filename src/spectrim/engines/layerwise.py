@@ -5,7 +5,7 @@ The order of a whole run, with measuring and training around it, is in engines/p
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -97,6 +97,18 @@ def decompose_layer(method: LayerMethod, layer: Layer, weight: Tensor, stats: St
     return spectrum
 
 
+def energies_of_layer(method: LayerMethod, layer: Layer, weight: Tensor, stats: Stats) -> Tensor:
+    """The energies (K,) of `decompose_layer`, float64, without its components; NumericalError unless finite."""
+    with solver_errors_of(layer.name, f"its {layer.outputs} x {layer.inputs} weight ({method.info.name})"):
+        energies = method.energies(weight.detach().double(), stats)
+    if not bool(torch.isfinite(energies).all()):
+        raise NumericalError(
+            f"{layer.name}: the energies of its {layer.outputs} x {layer.inputs} weight are not finite "
+            f"({method.info.name}); the statistics or the solver failed. Use more calibration text"
+        )
+    return energies
+
+
 def decompose_all(
     method: LayerMethod,
     model: PreTrainedModel,
@@ -106,21 +118,25 @@ def decompose_all(
     checkpoint: Checkpoint | None = None,
     stage: str = "spectra",
     progress: Progress | None = None,
-) -> dict[str, Spectrum]:
-    """The spectrum of every layer in the method's metric, float64 on the weight's device.
+    into: MutableMapping[str, Spectrum] | None = None,
+) -> MutableMapping[str, Spectrum]:
+    """The spectrum of every layer in the method's metric, float64 on the weight's device; put `into` what is given.
 
     With a `checkpoint` they are kept in parts of `stage`, and gone on with for the same `stats`.
     """
     parts = Parts(checkpoint, stage, {} if checkpoint is None else {"after": digest_of(_diagonals(walk, stats))})
     weights = {la.name: weight_of(model.get_submodule(la.name)) for la in walk.layers}
-    spectra = {}
+    spectra = {} if into is None else into
     for saved in parts.load():
-        spectra |= {name: spectrum_from(saved.tensors, name, weights[name].device) for name in saved.facts["items"]}
+        for name in saved.facts["items"]:
+            spectra[name] = spectrum_from(saved.tensors, name, weights[name].device)
     for layer in walk.layers:
         if layer.name not in spectra:
             weight = weights[layer.name].detach().double()
-            spectra[layer.name] = decompose_layer(method, layer, weight, stats[layer.name])
-            parts.add(layer.name, spectrum_tensors(layer.name, spectra[layer.name]))
+            spectrum = decompose_layer(method, layer, weight, stats[layer.name])
+            spectra[layer.name] = spectrum
+            if checkpoint is not None:
+                parts.add(layer.name, spectrum_tensors(layer.name, spectrum))
         if progress is not None:
             progress(at("decompose", layer.name), len(spectra), len(walk.layers))
     parts.finish()
@@ -137,7 +153,7 @@ def _diagonals(walk: Walk, stats: Mapping[str, Stats]) -> Iterator[Tensor]:
 
 
 def solve_at_ranks(
-    method: LayerMethod, walk: Walk, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]
+    method: LayerMethod, walk: Walk, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]
 ) -> None:
     """What `method.at_rank` makes of each cut, in place."""
     if type(method).at_rank is LayerMethod.at_rank:

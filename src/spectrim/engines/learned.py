@@ -20,6 +20,8 @@ from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, both_logits, frozen
 from spectrim.engines.pack import fill, with_prefix
 from spectrim.engines.ranks import Plan, plan_from_facts, plan_ranks, plan_to_facts
+from spectrim.engines.recompute import recomputed, recomputes
+from spectrim.engines.shelf import components_of
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.method import Components, LearnedMethod
 from spectrim.models.walk import Walk
@@ -75,7 +77,11 @@ def train_scores(
     A checkpoint goes on from the same `spectra`, bit for bit: scores belong to one sign of each component.
     """
     student = skeleton(teacher)
-    support = Support(method, walk, relax(student, walk, spectra), keep, plan)
+    again = recomputes(teacher, walk, method.batch_size * ids.shape[1])
+    support = Support(method, walk, relax(student, walk, spectra, narrow=again), keep, plan)
+    if again:
+        for name, layer in support.scored.items():
+            layer.settle(components_of(spectra, name))
 
     training = Training(
         stage=STAGE,
@@ -90,16 +96,19 @@ def train_scores(
         seed=seed,
         before_step=support.before_step,
         after_backward=lambda _: remember(support.scored, support.gradients),
+        recorded=not again,
         state=support.state,
         restore=support.restore,
     )
-    with frozen(student), frozen(teacher):
+    with frozen(student), frozen(teacher), recomputed(student, walk, wanted=again):
         losses = train(training, ids, progress=progress, checkpoint=checkpoint)
     warnings = support.come_down()
     if method.steps:
         warnings += [*collapsed(support.scored), *unmoved(support.scored, method.steps)]
     return Learned(
-        factors={name: layer.kept() for name, layer in support.scored.items()},
+        factors={
+            name: layer.kept(components_of(spectra, name) if again else None) for name, layer in support.scored.items()
+        },
         plan=support.plan,
         losses=tuple(losses),
         keeps=tuple(support.keeps),
@@ -200,12 +209,16 @@ def quantiles_of(scored: Mapping[str, ScoredLinear]) -> list[float]:
     return [float(ordered[round(share * last)]) for share in (0.05, 0.5, 0.95)] if last >= 0 else [0.0, 0.0, 0.0]
 
 
-def relax(student: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum]) -> dict[str, ScoredLinear]:
-    """Put a ScoredLinear in the place of every target layer."""
+def relax(
+    student: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum], *, narrow: bool = False
+) -> dict[str, ScoredLinear]:
+    """Put a ScoredLinear in the place of every target layer, its components `narrow` or not."""
     scored = {}
     for layer in walk.layers:
         bias = student.get_submodule(layer.name).bias
-        scored[layer.name] = ScoredLinear(spectra[layer.name], bias if isinstance(bias, Tensor) else None)
+        scored[layer.name] = ScoredLinear(
+            components_of(spectra, layer.name), bias if isinstance(bias, Tensor) else None, narrow=narrow
+        )
         student.set_submodule(layer.name, scored[layer.name])
     return scored
 

@@ -4,7 +4,7 @@ Inputs that several layers share are measured once. Gradients come from labels s
 distribution (the true Fisher, not the empirical one): they need no reference text and vanish nowhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal
@@ -74,10 +74,10 @@ def measure(
                 add_input(sums[name], x, needs)
 
         def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
-            _add_gradient(sums[name], gradient, x, needs, windows)
+            add_gradient(sums[name], gradient, x, needs, windows)
 
         with hooks(model, walk, on_input, on_gradient if border else None), autocast(device):
-            for start, stop in _spans(len(ids), border, batch_size, measured):
+            for start, stop in spans(len(ids), border, batch_size, measured):
                 batch = ids[start:stop].to(device)
                 if start < border and Stat.SLOPE in needs:
                     backward_from_text(model, batch)
@@ -86,7 +86,7 @@ def measure(
                 else:
                     with torch.no_grad():
                         model(input_ids=batch, use_cache=False)
-                _check_finite(sums, start)
+                check_sums(sums, f"the batch that starts at calibration window {start}")
                 keeper.save(stop, last=stop == len(ids))
                 if progress is not None:
                     progress("calibrate", stop, len(ids))
@@ -98,7 +98,7 @@ def measure(
     return {name: finish(name, sums[name], sums[leader[name]], needs) for name in layers}
 
 
-def _spans(windows: int, border: int, batch_size: int, done: int) -> list[tuple[int, int]]:
+def spans(windows: int, border: int, batch_size: int, done: int) -> list[tuple[int, int]]:
     """First window and end of each batch after the windows that are `done`, in whatever batches; none lies across the
     border, so that the batch size does not decide how many windows give gradients.
     """
@@ -109,21 +109,28 @@ def _spans(windows: int, border: int, batch_size: int, done: int) -> list[tuple[
 def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
     """Backpropagate `sum over tokens of -log p(sampled next token)`."""
     with torch.enable_grad():
-        logits = model(input_ids=batch, use_cache=False).logits.float()
-        log_p = logits.log_softmax(-1)
-        with torch.no_grad():
-            # The Gumbel trick samples from all positions at once, on any device, from a seeded generator.
-            uniform = torch.rand(log_p.shape, generator=generator, device=log_p.device).clamp_(1e-20, 1 - 1e-7)
-            labels = (log_p - (-uniform.log()).log()).argmax(-1, keepdim=True)
-        loss = -log_p.gather(-1, labels).sum()
-        loss.backward()
+        loss_of_sampled_labels(model(input_ids=batch, use_cache=False).logits, generator).backward()
+
+
+def loss_of_sampled_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """`sum over tokens of -log p(sampled next token)` from logits (B, S, V)."""
+    log_p = logits.float().log_softmax(-1)
+    with torch.no_grad():
+        # The Gumbel trick samples from all positions at once, on any device, from a seeded generator.
+        uniform = torch.rand(log_p.shape, generator=generator, device=log_p.device).clamp_(1e-20, 1 - 1e-7)
+        labels = (log_p - (-uniform.log()).log()).argmax(-1, keepdim=True)
+    return -log_p.gather(-1, labels).sum()
 
 
 def backward_from_text(model: PreTrainedModel, batch: Tensor) -> None:
     """Backpropagate `sum over tokens of -log p(next token of the text)`."""
     with torch.enable_grad():
-        log_p = model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        (-log_p.gather(-1, batch[:, 1:, None]).sum()).backward()
+        loss_of_text(model(input_ids=batch, use_cache=False).logits, batch).backward()
+
+
+def loss_of_text(logits: Tensor, batch: Tensor) -> Tensor:
+    """`sum over tokens of -log p(next token of the text)` from logits (B, S, V) of tokens (B, S)."""
+    return -logits[:, :-1].float().log_softmax(-1).gather(-1, batch[:, 1:, None]).sum()
 
 
 OnInput = Callable[[str, Tensor], None]
@@ -137,10 +144,32 @@ def hooks(
     model: PreTrainedModel, walk: Walk, on_input: OnInput | None, on_gradient: OnGradient | None
 ) -> Iterator[None]:
     """Forward hooks on every target layer that call back with its input; gradients through a hook on each output."""
-    windows = torch.Size((1, 1))  # (B, S) of the present batch
+    shape = [torch.Size((1, 1))]  # (B, S) of the present batch
 
-    def pass_on(call: OnGradient, name: str, x: Tensor, shape: torch.Size, gradient: Tensor) -> None:
-        call(name, gradient.detach(), x, shape)
+    def begin(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shape[0] = output.shape[:2]
+        output.requires_grad_(True)  # with all weights frozen the graph has to start somewhere
+
+    start = None if on_gradient is None else model.get_input_embeddings().register_forward_hook(begin)
+    try:
+        with hooks_on({la.name: model.get_submodule(la.name) for la in walk.layers}, on_input, on_gradient, shape):
+            yield
+    finally:
+        if start is not None:
+            start.remove()
+
+
+@contextmanager
+def hooks_on(
+    layers: Mapping[str, nn.Module],
+    on_input: OnInput | None,
+    on_gradient: OnGradient | None,
+    shape: Sequence[torch.Size] = (),
+) -> Iterator[None]:
+    """The same on some layers by name; `shape` holds (B, S) of the batch that is run when gradients are wanted."""
+
+    def pass_on(call: OnGradient, name: str, x: Tensor, windows: torch.Size, gradient: Tensor) -> None:
+        call(name, gradient.detach(), x, windows)
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -148,18 +177,11 @@ def hooks(
             if on_input is not None:
                 on_input(name, x)
             if on_gradient is not None and output.requires_grad:
-                output.register_hook(partial(pass_on, on_gradient, name, x, windows))
+                output.register_hook(partial(pass_on, on_gradient, name, x, shape[0]))
 
         return hook
 
-    def begin(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal windows
-        windows = output.shape[:2]
-        output.requires_grad_(True)  # with all weights frozen the graph has to start somewhere
-
-    handles = [model.get_submodule(la.name).register_forward_hook(note(la.name)) for la in walk.layers]
-    if on_gradient is not None:
-        handles.append(model.get_input_embeddings().register_forward_hook(begin))
+    handles = [module.register_forward_hook(note(name)) for name, module in layers.items()]
     try:
         yield
     finally:
@@ -180,7 +202,7 @@ def add_input(sums: Sums, x: Tensor, needs: frozenset[Stat]) -> None:
         sums.total(Stat.MEAN_ABS, (width,), x.device).add_(rows.double().abs().sum(0))
 
 
-def _add_gradient(sums: Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat], windows: torch.Size) -> None:
+def add_gradient(sums: Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat], windows: torch.Size) -> None:
     """Add the rows of the gradient (..., O) at a layer's output; x (..., I) is the input of the same call.
 
     `windows` is (B, S) of the batch; FISHER squares the sum over one sequence.
@@ -239,7 +261,7 @@ def dead_inputs(stats: Mapping[str, Stats]) -> list[str]:
     ]
 
 
-def _check_finite(sums: dict[str, Sums], start: int) -> None:
+def check_sums(sums: Mapping[str, Sums], where: str) -> None:
     """Stop at the first layer (sums are in running order) whose sums are not finite; later layers only inherit it."""
     # The diagonal of a Gram matrix tells all; others have none and have to be looked at in full.
     bad = [(name, stat) for name, own in sums.items() for stat, t in own.totals.items()
@@ -253,7 +275,7 @@ def _check_finite(sums: dict[str, Sums], start: int) -> None:
     total = sums[name].totals[stat]
     count = int((~torch.isfinite(total)).sum())
     raise NumericalError(
-        f"{name}: the {what} are not finite in the batch that starts at calibration window {start} "
+        f"{name}: the {what} are not finite in {where} "
         f"({count} of {total.numel()} entries of {stat.value}); no NaN or Inf is allowed. "
         f"Computed in {computing_dtype(total.device)} (bfloat16 and float32 reach further than float16): check the "
         "weights, or leave the text of that window out"
@@ -304,6 +326,15 @@ def cpu_has_bf16() -> bool:
     return bool(probe and probe())
 
 
-def default_gradient_windows(windows: int, device: torch.device) -> int:
-    """All on a GPU; a quarter on a CPU, where gradients are most of the time and the rest of them gains little."""
-    return max(1, windows // 4) if device.type == "cpu" else windows
+GRADIENT_TOKENS = 131_072
+"""Tokens whose gradients are enough: those of 256 windows of 512."""
+
+
+def default_gradient_windows(windows: int, device: torch.device, length: int) -> int:
+    """How many of the windows (of `length` tokens) give gradients when nothing is said.
+
+    On a GPU all up to GRADIENT_TOKENS, and a quarter where that is more. On a CPU a quarter: gradients are most of the
+    time there, and the rest of them gains little.
+    """
+    quarter = max(1, windows // 4)
+    return quarter if device.type == "cpu" else min(windows, max(quarter, -(-GRADIENT_TOKENS // length)))

@@ -156,7 +156,7 @@ def sizes_of(
     """What time and memory depend on."""
     told = source.config.get_text_config()
     windows = request.statistics_windows
-    gradients = request.gradient_windows or default_gradient_windows(windows, device)
+    gradients = request.gradient_windows or default_gradient_windows(windows, device, request.calib_length)
     return Sizes(
         walk=walk,
         hidden=told.hidden_size,

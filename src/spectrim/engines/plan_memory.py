@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spectrim.engines.block import MOST_WINDOWS
-from spectrim.engines.pipeline import CPU_BATCH, GPU_BATCH
 from spectrim.engines.plan_time import Sizes, distinct_inputs
+from spectrim.engines.run import CPU_BATCH, GPU_BATCH
 from spectrim.method import LayerMethod, LearnedMethod, Method, TrainedMethod
 from spectrim.model_method import TrainedModelMethod
 from spectrim.options import RECOVERY_BATCH

@@ -16,7 +16,7 @@ error overfits the calibration text, on which C and S are measured.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.parts import Parts, energies_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan, plan_to_facts
-from spectrim.engines.stream import input_moments, start
+from spectrim.engines.stream import Stream, input_moments, start
 from spectrim.linalg.factor import Spectrum, drift_target, token_share
 from spectrim.method import LayerMethod
 from spectrim.models.walk import Layer, Walk, device_of, shared_inputs, weight_of
@@ -42,7 +42,7 @@ def propagate(
     method: LayerMethod,
     dense: PreTrainedModel,
     walk: Walk,
-    spectra: dict[str, Spectrum],
+    spectra: MutableMapping[str, Spectrum],
     plan: Plan,
     stats: Mapping[str, Stats],
     ids: Tensor,
@@ -51,6 +51,7 @@ def propagate(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
     after: str | None = None,
+    begin: Callable[[PreTrainedModel, Walk, Tensor, int], Stream] = start,
 ) -> list[str]:
     """Put the spectra of all W* into `spectra`, layer by layer, for `ids` (windows, length); returns warnings.
 
@@ -58,7 +59,8 @@ def propagate(
     their spectra and are named in a warning: the two models route differently, so that inputs have no partner.
 
     With a `checkpoint` finished blocks are kept in parts; going on, both models pass them again without measuring.
-    `after` says by a hash what the spectra were at first: a try that failed has replaced some of them.
+    `after` says by a hash what the spectra were at first: a try that failed has replaced some of them. `begin` makes
+    the streams of both models (relay.entered runs no block for that).
     """
     layers = {layer.name: layer for layer in walk.layers}
     unpaired: list[str] = []
@@ -68,7 +70,7 @@ def propagate(
     with frozen(dense), autocast(device_of(dense)):
         student = skeleton(dense)
         groups = shared_inputs(dense, walk.layers)  # in running order
-        full, small = start(dense, walk, ids, batch_size), start(student, walk, ids, batch_size)
+        full, small = begin(dense, walk, ids, batch_size), begin(student, walk, ids, batch_size)
         for block in range(len(walk.block_names)):
             here = [group for group in groups if layers[group[0]].block == block]
             for group in here:
@@ -79,11 +81,12 @@ def propagate(
                         spectra[name] = _corrected(method, layers[name], weight, stats[name], moments, ids.numel())
                     elif block >= finished:
                         unpaired.append(name)
+                        if name not in spectra:  # only the energies were worked out (large.py)
+                            weight = weight_of(dense.get_submodule(name)).double()
+                            spectra[name] = decompose_layer(method, layers[name], weight, stats[name])
                     place_cut(student, dense, name, spectra[name], plan.targets[name])
             if block >= finished:
-                paired = [name for group in here for name in group if name not in unpaired]
-                tensors = {k: t for name in paired for k, t in spectrum_tensors(name, spectra[name]).items()}
-                parts.add({"paired": paired, "unpaired": list(unpaired)}, tensors)
+                _keep(parts, [name for group in here for name in group if name not in unpaired], unpaired, spectra)
             for stream in (full, small):
                 stream.advance(block)
             if progress is not None:
@@ -92,10 +95,17 @@ def propagate(
     return [_warning(unpaired)] if unpaired else []
 
 
+def _keep(parts: Parts, paired: list[str], unpaired: list[str], spectra: Mapping[str, Spectrum]) -> None:
+    """One more block is done."""
+    if parts.checkpoint is not None:
+        tensors = {k: t for name in paired for k, t in spectrum_tensors(name, spectra[name]).items()}
+        parts.add({"paired": paired, "unpaired": list(unpaired)}, tensors)
+
+
 def _restore(
     parts: Parts,
     dense: PreTrainedModel,
-    spectra: dict[str, Spectrum],
+    spectra: MutableMapping[str, Spectrum],
     unpaired: list[str],
 ) -> int:
     """Take up the blocks that are in a checkpoint; how many. Each item names the unpaired layers up to it."""

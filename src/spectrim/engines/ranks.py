@@ -98,7 +98,7 @@ def options_of(
     pays = (cost < layer.weight_numbers) & ((ranks % step == 0) | (ranks == 1))
     tail = energy.flip(0).cumsum(0).flip(0)  # tail[r] = error of rank r
     error = torch.cat([tail[1:], tail.new_zeros(1)])
-    targets = [Target(rank=int(r), codec=storage) for r in ranks[pays]]
+    targets = [Target(rank=rank, codec=storage) for rank in ranks[pays].tolist()]
     targets.append(Target(rank=min(layer.outputs, layer.inputs), codec="dense"))
     return (
         Options(

@@ -42,8 +42,13 @@ class Quality:
 def evaluate(
     model: PreTrainedModel, ids: Tensor, *, dense: PreTrainedModel | None = None, batch_size: int = 16
 ) -> Quality:
-    """Quality over `ids` (windows, length); `dense` is the model before compression. Batches shrink as memory does."""
-    return Batch(batch_size).run("evaluate", lambda size: _evaluate(model, ids, dense, size))
+    """Quality over `ids` (windows, length); `dense` is the model before compression. Batches shrink as memory does.
+
+    `batch_size` is of windows of up to 512 tokens; of longer ones there are fewer in a batch.
+    """
+    return Batch(max(1, batch_size * 512 // max(512, ids.shape[1]))).run(
+        "evaluate", lambda size: _evaluate(model, ids, dense, size)
+    )
 
 
 @torch.no_grad()
