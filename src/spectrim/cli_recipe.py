@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli_options import Json
-from spectrim.terminal import emit, print_table, stdout
+from spectrim.terminal import emit, stdout
 
 recipe_app = typer.Typer(no_args_is_help=True, help="Requests under a name, for `compress --recipe NAME`.")
 
@@ -17,8 +17,13 @@ def list_recipes(json_: Json = False) -> None:
 
     found = [load_recipe(name) for name in recipe_names()]
     rows = [{"name": r.name, "about": r.about, "request": r.request, "measured": len(r.expected)} for r in found]
-    table = [[row["name"], row["about"]] for row in rows]
-    emit(rows, json_, lambda: print_table("recipes", ["name", "about"], table))
+    width = max(len(row["name"]) for row in rows)
+
+    def show() -> None:
+        for row in rows:
+            stdout.print(f"{row['name']:{width}}  {row['about']}", soft_wrap=True)
+
+    emit(rows, json_, show)
 
 
 @recipe_app.command("show")
