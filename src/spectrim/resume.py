@@ -129,8 +129,11 @@ class Resume:
         return self._stop is not None or self._idle_s() >= wait_s
 
     def worth(self, nbytes: int) -> bool:
-        """Whether so much is quickly written, measured by the time that it took to work out since the last state."""
-        wait_s = OVERHEAD * nbytes / self._rate if self._save_every_s else 0.0
+        """Whether so much is quickly written, measured by the time that it took to work out since the last state.
+
+        Never sooner than states are asked for, so that it does not depend on the load what a short run leaves.
+        """
+        wait_s = max(OVERHEAD * nbytes / self._rate, self._save_every_s) if self._save_every_s else 0.0
         return self._stop is not None or self._idle_s() >= wait_s
 
     def _idle_s(self) -> float:

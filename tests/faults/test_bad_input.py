@@ -132,7 +132,7 @@ def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path:
         (("--method", "soco", "--set", "step=1"), "method soco: unknown option 'step'; did you mean 'steps'?"),
         (
             ("--set", "foo=1"),
-            "method svd: unknown option 'foo'; known: allocation, generations, offspring, rounds, storage",
+            "method svd: unknown option 'foo'; known: allocation, generations, offspring, rank_multiple, rounds, storage",
         ),
         (("--set", "storage"), "--set storage: expected NAME=VALUE, e.g. --set steps=100"),
         (("--set", "=1"), "--set =1: expected NAME=VALUE"),
@@ -566,7 +566,8 @@ def test_out_of_memory_is_no_bug_of_ours(model: Path, tmp_path: Path) -> None:
 
 def test_a_bug_of_ours_says_so_and_publishes_nothing(model: Path, tmp_path: Path) -> None:
     with mock.patch.object(documents, "model_card", side_effect=KeyError("perplexity")):
-        answer = call("compress", model, "--out", tmp_path / "out", *PLAIN, "--method", "svd")
+        never = ("--save-every", "1e9")
+        answer = call("compress", model, "--out", tmp_path / "out", *PLAIN, *never, "--method", "svd")
     assert answer.code == INTERNAL
     assert "internal error: KeyError: 'perplexity'" in answer.err
     assert "run again with SPECTRIM_DEBUG=1 and report the traceback" in answer.err
