@@ -145,8 +145,8 @@ def compress(
         print_table("by form", FORMS_HEADER, forms_rows(report["forms"]))
         say_written(out, report)
 
-    track_run(trackers, report, out)
     emit(report, json_, show)
+    track_run(trackers, report, out)
     refuse_failed(report)
     push_result(out, push_to)
 

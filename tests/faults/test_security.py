@@ -76,7 +76,9 @@ def test_nothing_that_rules_1_to_4_forbid(path: Path) -> None:
 
 
 @pytest.mark.fault(12, 13, 14)
-@pytest.mark.parametrize("line", ["yaml.load(x)", "yaml.unsafe_load(x)", "yaml.full_load_all(x)", "import pickle, yaml"])
+@pytest.mark.parametrize(
+    "line", ["yaml.load(x)", "yaml.unsafe_load(x)", "yaml.full_load_all(x)", "import pickle, yaml"]
+)
 def test_reading_yaml_means_plain_values(line: str) -> None:
     assert violations(ast.parse(line), yaml=True)
     assert not violations(ast.parse("import yaml\nyaml.safe_load(x)"), yaml=True)

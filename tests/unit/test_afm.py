@@ -17,6 +17,7 @@ from spectrim.models.load import resolve
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
 from spectrim.replacement import Target
+from spectrim.request import Request
 from spectrim.stats import Stats
 from spectrim.store import open_checkpoint
 from tiny_models import logits_of, tiny, token_ids
@@ -108,10 +109,8 @@ def test_the_plan_counts_new_biases(tmp_path):
     folder = tmp_path / "dense"
     model = tiny("llama")
     model.save_pretrained(folder)
-    facts = estimate(
-        resolve(str(folder)), make_method("afm"), 0.6, windows=2, length=8, dtype=torch.float32,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    asked = Request(model=str(folder), keep=0.6, method="afm", calib_windows=2, calib_length=8)
+    facts = estimate(resolve(str(folder)), make_method("afm"), asked, dtype=torch.float32, device=torch.device("cpu"))
     outcome = compress_model(model, make_method("afm"), 0.6, IDS)
     assert facts["linear_numbers"]["after"] == outcome.plan.numbers_after
     assert {row["name"]: row["numbers"] for row in facts["layers"]} == {n: p.numbers for n, p in outcome.placed.items()}
