@@ -132,7 +132,8 @@ def test_keep_between_factor_and_pivot_storage_is_refused(model: Path, tmp_path:
         (("--method", "soco", "--set", "step=1"), "method soco: unknown option 'step'; did you mean 'steps'?"),
         (
             ("--set", "foo=1"),
-            "method svd: unknown option 'foo'; known: allocation, generations, offspring, rank_multiple, rounds, storage",
+            "method svd: unknown option 'foo'; known: allocation, generations, offspring, rank_multiple, rounds, "
+            "storage",
         ),
         (("--set", "storage"), "--set storage: expected NAME=VALUE, e.g. --set steps=100"),
         (("--set", "=1"), "--set =1: expected NAME=VALUE"),
