@@ -381,7 +381,7 @@ def test_every_command_gives_json_alone_on_stdout(pivoted: Run, tmp_path: Path, 
         "doctor": ("--no-hub",),
     }
     listed = re.findall(r"^│ (\w+) ", call("--help").out, flags=re.M)
-    # resume gives what the command that goes on gives; push needs a hub (test_hub_push.py); recipe has commands of its own
+    # resume gives what the command that goes on gives; push needs a hub (test_hub_push.py); recipe has its own
     assert set(listed) == {*commands, "resume", "push", "recipe"}
     for name, arguments in commands.items():
         answer = call(name, *arguments, "--json")
