@@ -42,7 +42,7 @@ def compress(
     Args:
         model: A hub id, a local folder, `builtin:tiny`, or a model in memory.
         keep: Share of the stored numbers (of bytes, for methods of few bits) that remains, in (0, 1]. For a model by
-            name `model_bytes` or `keep_bytes` may stand in its place: a budget for the whole model, every tensor counted.
+            name `model_bytes` or `keep_bytes` may stand in its place: a budget for all tensors of the model.
         method: A name of `spectrim methods`; `soco` by default, of a budget in bytes `trellis`.
         preset: `fast`, `balanced` or `best`, for methods that have presets.
         options: Fields of the method.
