@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types slow browser matrix audit clean
+.PHONY: demo test lint types slow browser docs matrix audit clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spectrim needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -22,8 +22,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs
 
 types: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -34,6 +34,16 @@ slow: $(STAMP)
 # Needs Chromium on the PATH; screenshots stay in shots/.
 browser: $(STAMP)
 	$(BIN)/python -m pytest -m browser tests/browser --basetemp shots
+
+# The documentation into site/, in an environment of its own; fails on a link that leads nowhere.
+$(VENV)-docs/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)-docs/requirements.txt
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(VENV)-docs/requirements.txt
+	touch $@
+
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 PATH=$(VENV)-docs/bin:$$PATH mkdocs build --strict --clean
 
 # A folder under several releases of transformers, each in an environment of its own (tests/matrix/run.sh says more).
 matrix:
@@ -47,4 +57,4 @@ audit: $(STAMP)
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)-audit/installed.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit .matrix demo-out
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-docs .matrix demo-out site

@@ -37,17 +37,26 @@ def compress(
 ) -> Compressed:
     """Compress a model to `keep` of the stored numbers of its decoder linears.
 
-    model: a hub id, a local folder, `builtin:tiny`, or a model in memory (then `calibration` holds token ids
-    (windows, length)). `options` are fields of the method. `factor_bits` (8, 4 or 3) are those that low-rank and dense
-    layers are quantised to at the end, in groups of `factor_group_size` inputs (docs/quantise.md). Other keywords are
-    fields of `spectrim.job.Request` (calib, calib_windows, device, dtype, ...). For a model by name `model_bytes` or
-    `keep_bytes` may stand in the place of `keep`: a budget for the whole model, all tensors counted; the method is then
-    trellis unless another is named. The given model is not changed.
+    The given model is not changed. UsageError, InputError, ResourceError or NumericalError where it cannot be done.
 
-    >>> import spectrim
-    >>> small = spectrim.compress("builtin:tiny", keep=0.8, method="svd", eval="none")
-    >>> round(small.outcome.plan.keep, 3)
-    0.8
+    Args:
+        model: A hub id, a local folder, `builtin:tiny`, or a model in memory.
+        keep: Share of the stored numbers (of bytes, for methods of few bits) that remains, in (0, 1]. For a model by
+            name `model_bytes` or `keep_bytes` may stand in its place: a budget for all tensors of the model.
+        method: A name of `spectrim methods`; `soco` by default, of a budget in bytes `trellis`.
+        preset: `fast`, `balanced` or `best`, for methods that have presets.
+        options: Fields of the method.
+        calibration: Token ids (windows, length), for a model in memory only.
+        factor_bits: 8, 4 or 3, to which low-rank and dense layers are quantised at the end.
+        factor_group_size: Inputs that share a grid with `factor_bits`; 0: whole rows.
+        seed: Of everything that is random.
+        request: Other fields of `spectrim.job.Request` (calib, calib_windows, device, dtype, ...), for a model by name.
+
+    Examples:
+        >>> import spectrim
+        >>> small = spectrim.compress("builtin:tiny", keep=0.8, method="svd", eval="none")
+        >>> round(small.outcome.plan.keep, 3)
+        0.8
     """
     in_bytes = request.get("model_bytes") is not None or request.get("keep_bytes") is not None
     method = method or (METHOD_IN_BYTES if in_bytes else METHOD)

@@ -1,5 +1,6 @@
 """A compression that is killed and gone on with: bit for bit the uninterrupted one, and nothing is measured twice."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import InputError, NumericalError
 from spectrim.methods.weights.soco import SoCo
 from spectrim.registry import make_method
+from spectrim.store.state import read_state, write_state
 from tiny_models import tiny, token_ids
 
 CALIBRATION, TRAINING = token_ids(8, 16), token_ids(12, 16, seed=3)
@@ -122,3 +124,14 @@ def test_after_a_loss_that_was_not_finite_the_run_goes_on_from_the_last_good_sta
         run("soco", checkpoint=checkpoint)
     assert checkpoint.log == [("closed form", 1), ("scores", step)]
     assert_same(run("soco", checkpoint=checkpoint), whole["soco"])
+
+
+def test_tensors_that_share_memory_are_saved_each(tmp_path: Path) -> None:
+    """Found by running the documents: `afm` has one mean for q, k and v, and stopped at its first saved state."""
+    mean = torch.arange(6.0)
+    given = {"q.mean": mean, "k.mean": mean, "part": mean[2:4], "other": torch.ones(2)}
+    write_state(tmp_path / "state.safetensors", 7, given, {})
+    step, saved, _ = read_state(tmp_path / "state.safetensors")
+    assert step == 7
+    assert saved.keys() == given.keys()
+    assert all(torch.equal(saved[name], given[name]) for name in given)

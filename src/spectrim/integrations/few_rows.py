@@ -19,8 +19,9 @@ def speed_up(model: PreTrainedModel, rows: Sequence[int] = (1,)) -> list[Choice]
     layers on this device; it takes seconds, and kernels that were built before come from Triton's cache.
     UsageError where no kernel can run, and for more than 16 rows.
 
-    >>> import spectrim
-    >>> spectrim.speed_up(spectrim.load("small"))  # doctest: +SKIP
+    Examples:
+        >>> import spectrim
+        >>> spectrim.speed_up(spectrim.load("small"))  # doctest: +SKIP
     """
     reason = missing()
     device = device_of(model)

@@ -30,7 +30,7 @@ FORMAT = "spectrim-state-1"
 
 def write_state(path: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Replaces `path` in one step. `ResourceError` if the disk fails; the older state is then untouched."""
-    ours = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ours = apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     text = json.dumps(facts, allow_nan=False)
     metadata = {"format": FORMAT, "step": str(step), "facts": text, "sha256": digest(step, text, ours)}
     fresh = path.with_name(f"{path.name}.new")
@@ -48,6 +48,17 @@ def write_state(path: Path, step: int, tensors: Mapping[str, Tensor], facts: Map
         if disk.system_errno(error) is None:
             raise
         raise disk.as_resource_error(error, path) from error
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values without shared memory, which safetensors refuses: layers that read one input have one mean."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def read_state(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
