@@ -24,6 +24,7 @@ from spectrim.models.walk import Walk, find_layers
 from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
+from spectrim.several_job import refuse_several
 from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_json, write_manifest, write_text
 from spectrim.unsolved import unsolved_saved
 from spectrim.windows_in_use import cut_windows, read_text
@@ -50,6 +51,7 @@ def _run(
     progress: Progress | None,
     fallbacks: list[Fallback],
 ) -> dict[str, Any]:
+    refuse_several("a run for all sizes (--any-size)")
     started = time.perf_counter()
     skips = request.allow_nonfinite == "skip"
     method = request.check()

@@ -43,9 +43,10 @@ from spectrim.cli_options import (
     parse_options,
     say_written,
 )
+from spectrim.cli_ranks import started
 from spectrim.errors import UsageError
 from spectrim.options import METHOD, METHOD_IN_BYTES, parse_bytes
-from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
+from spectrim.terminal import emit, print_table, progress_printer, stdout
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -58,7 +59,7 @@ def main() -> None:
     """Entry point: exit codes as in docs/errors.md, a traceback only with SPECTRIM_DEBUG=1."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with exit_codes(), stoppable():
+    with started():
         app()
 
 
@@ -122,9 +123,9 @@ def compress(
     )  # fmt: skip
     request.check()  # before transformers is imported: a mistake is told at once
     from spectrim.evaluate.gate import refuse_failed
-    from spectrim.job import run
     from spectrim.report.card import table
     from spectrim.resume import ResumeOptions
+    from spectrim.several_job import run_together
 
     options = ResumeOptions(
         save_every_s=save_every, restart=restart, take_lock=take_lock, command=given_command("compress")
@@ -132,7 +133,10 @@ def compress(
     if any_size:
         _compress_any_size(request, out, overwrite, options, json_)
         return
-    report = run(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_)).report
+    made = run_together(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_))
+    if made is None:  # one of several processes; the first speaks
+        return
+    report = made.report
 
     def show() -> None:
         print_table(

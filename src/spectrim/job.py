@@ -30,6 +30,7 @@ from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.engines.quantise_factors import check_groups
+from spectrim.engines.shared_checkpoint import shared
 from spectrim.errors import InputError, NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
@@ -50,10 +51,12 @@ from spectrim.models.load import (
     resolve,
 )
 from spectrim.models.walk import find_layers
+from spectrim.processes import environment_of_one, present
 from spectrim.report.card import model_card
 from spectrim.report.facts import build_report
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
+from spectrim.same_for_all import facts_of_processes, of_all_ranks, require_same
 from spectrim.store import (
     TensorInfo,
     check_companions,
@@ -171,14 +174,14 @@ def _compress_source(
         )
     device = pick_device(request.device)
     dtype = pick_dtype(request.dtype, source.dtype)
-    text = read_text(request, source)
+    said = require_same(request, source)
+    text = present().first_only(lambda: read_text(request, source))
     clock = time.perf_counter()
     _say(progress, "load", 0, 1)
-    said: list[str] = []
     extra: dict[str, TensorInfo] = {}
     dense = load_dense(source, device, allow_nonfinite=request.allow_nonfinite == "skip", warnings=said, extra=extra)
     load_s = time.perf_counter() - clock
-    texts = cut_windows(request, method, dense, text, progress=progress)
+    texts = present().from_first(lambda: cut_windows(request, method, dense, text, progress=progress))
     if resume is not None:
         resume.folder.claim(text_fields(texts))
     with nullcontext() if resume is None else resume.signals():
@@ -195,18 +198,20 @@ def _compress_source(
             nonfinite=request.allow_nonfinite,
             seed=request.seed,
             progress=progress,
-            checkpoint=resume,
+            checkpoint=shared(resume),
         )
     outcome.seconds["load"] = load_s
     outcome.warnings += [*said, *texts.warnings]
     round_to(outcome.model, dtype, allow_nonfinite=request.allow_nonfinite == "skip")
     quality = judge(outcome, dense, texts.evaluation, progress)
     verdict = gate_of(quality, request.quality_gate)
+    fallbacks = of_all_ranks(fallbacks)
     outcome.warnings += [*filter(None, [gate_warning(verdict)]), *summary(fallbacks)]
     if resume is not None:
         outcome.warnings.extend(resume.warnings)
     report = build_report(dataclasses.asdict(request), source, outcome, texts, quality, dtype)
     report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
+    report |= facts_of_processes()
     if resume is not None:
         report["resumed"] = resume.resumed
     model = finalise(outcome, dtype, base_model=request.model)
@@ -323,7 +328,7 @@ def _logits_elsewhere(folder: Path, ids: Tensor, device: torch.device) -> Tensor
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"ids": ids}, Path(scratch) / "in.safetensors")
         command = [sys.executable, "-m", "spectrim.integrations.reload", str(folder), scratch, str(device)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_of_one())
         if done.returncode != 0:
             raise InputError(
                 f"{folder}: the written folder cannot be loaded in a fresh process:\n{done.stderr.strip()[-2000:]}"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.parts import Parts, digest_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan
+from spectrim.engines.spread import encode_spread
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.linalg.solver import LARGEST_SIDE, LinAlgError
@@ -104,16 +105,17 @@ def decompose_all(
     checkpoint: Checkpoint | None = None,
     stage: str = "spectra",
 ) -> dict[str, Spectrum]:
-    """The spectrum of every layer in the method's metric, float64 on the weight's device.
+    """The spectrum of every layer that there are `stats` of, in the method's metric, float64 on the weight's device.
 
     With a `checkpoint` they are kept in parts of `stage`, and gone on with for the same `stats`.
     """
+    layers = [layer for layer in walk.layers if layer.name in stats]
     parts = Parts(checkpoint, stage, {} if checkpoint is None else {"after": digest_of(_diagonals(walk, stats))})
     weights = {la.name: weight_of(model.get_submodule(la.name)) for la in walk.layers}
     spectra = {}
     for saved in parts.load():
         spectra |= {name: spectrum_from(saved.tensors, name, weights[name].device) for name in saved.facts["items"]}
-    for layer in walk.layers:
+    for layer in layers:
         if layer.name not in spectra:
             weight = weights[layer.name].detach().double()
             spectra[layer.name] = decompose_layer(method, layer, weight, stats[layer.name])
@@ -134,10 +136,12 @@ def _diagonals(walk: Walk, stats: Mapping[str, Stats]) -> Iterator[Tensor]:
 def solve_at_ranks(
     method: LayerMethod, walk: Walk, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]
 ) -> None:
-    """What `method.at_rank` makes of each cut, in place."""
+    """What `method.at_rank` makes of each cut that this process has, in place."""
     if type(method).at_rank is LayerMethod.at_rank:
         return
     for layer in walk.layers:
+        if layer.name not in stats:
+            continue
         target, spectrum = plan.targets[layer.name], spectra[layer.name]
         if target.codec == "dense":
             continue
@@ -240,12 +244,19 @@ def apply_plan(
     means: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Replacement]:
     """Encode and swap every layer; returns what was put in place. `means` of inputs that biases make up for."""
-    placed = {}
     means = {} if means is None else means
-    for layer in walk.layers:
-        module, target = model.get_submodule(layer.name), plan.targets[layer.name]
-        mean = means.get(layer.name)
+
+    def encode_one(layer: Layer) -> Replacement:
+        module, target = linear_at(model, layer.name), plan.targets[layer.name]
+        if stays(layer):
+            return dense_replacement(weight_of(module).detach(), None if module.bias is None else module.bias.detach())
         with solver_errors_of(layer.name, "its factors"):
-            placed[layer.name] = encode_layer(module, given[layer.name], target, learned=learned, mean=mean)
+            return encode_layer(module, given[layer.name], target, learned=learned, mean=means.get(layer.name))
+
+    def stays(layer: Layer) -> bool:
+        return plan.targets[layer.name].codec == "dense" and not learned
+
+    placed = encode_spread(model, walk, given, stays, encode_one)
+    for layer in walk.layers:
         swap(model, layer.name, placed[layer.name])
     return placed

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.pack import fingerprint
+from spectrim.engines.spread import bring_together, is_own, of_nothing, own_spans, owners_of
 from spectrim.engines.sums import KeptSums, Sums
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
 from spectrim.models.walk import Walk, device_of, shared_inputs
+from spectrim.processes import present
 from spectrim.stats import GRADIENT_STATS, INPUT_STATS, SAMPLED_STATS, Stat, Stats
 
 GRADIENT_CLIP = 10.0
@@ -42,6 +44,7 @@ def measure(
     checkpoint: Checkpoint | None = None,
     stage: str = "statistics",
     after: str = "",
+    owned: bool = False,
 ) -> dict[str, Stats]:
     """Statistics of every target layer over `ids` (windows, length); the model's weights are not touched.
 
@@ -52,9 +55,14 @@ def measure(
 
     With a `checkpoint` the sums are kept as its `stage` and gone on with, in batches of any size; `after` says by a
     hash what the model is.
+
+    Several processes share the windows; `owned` leaves each with the statistics of the layers that it owns, and the
+    sums of unfinished passes are then not kept.
     """
     if not needs:
-        return {layer.name: Stats(tokens=int(ids.numel())) for layer in walk.layers}
+        return of_nothing(walk, int(ids.numel()), owned=owned)
+    owners = owners_of(walk, needs) if owned else None
+    checkpoint = checkpoint if present().alone else None
     assert not (Stat.SLOPE in needs and needs & SAMPLED_STATS), "one pass has one kind of labels"
     with frozen(model):  # before the groups are found: in training mode OPT drops whole layers at random
         groups = shared_inputs(model, walk.layers)
@@ -76,8 +84,11 @@ def measure(
         def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
             _add_gradient(sums[name], gradient, x, needs, windows)
 
+        skip_labels_of_others(model, ids[:border], batch_size, generator)
+        spans = own_spans(len(ids), border, batch_size, measured)
+        passed, total = measured, measured + sum(stop - start for start, stop in spans)
         with hooks(model, walk, on_input, on_gradient if border else None), autocast(device):
-            for start, stop in _spans(len(ids), border, batch_size, measured):
+            for start, stop in spans:
                 batch = ids[start:stop].to(device)
                 if start < border and Stat.SLOPE in needs:
                     backward_from_text(model, batch)
@@ -88,22 +99,16 @@ def measure(
                         model(input_ids=batch, use_cache=False)
                 _check_finite(sums, start)
                 keeper.save(stop, last=stop == len(ids))
+                passed += stop - start
                 if progress is not None:
-                    progress("calibrate", stop, len(ids))
+                    progress("calibrate", passed, total)
+    bring_together(sums, leader, walk, needs, device, owners)
     for own in sums.values():
         own.to_means()
-    layers = [la.name for la in walk.layers]
+    layers = [la.name for la in walk.layers if is_own(la.name, owners)]
     if unreached == "leave out":
         layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not border)]
     return {name: finish(name, sums[name], sums[leader[name]], needs) for name in layers}
-
-
-def _spans(windows: int, border: int, batch_size: int, done: int) -> list[tuple[int, int]]:
-    """First window and end of each batch after the windows that are `done`, in whatever batches; none lies across the
-    border, so that the batch size does not decide how many windows give gradients.
-    """
-    starts = [*range(done, border, batch_size), *range(max(done, border), windows, batch_size)]
-    return list(zip(starts, [*starts[1:], windows], strict=False))
 
 
 def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
@@ -117,6 +122,20 @@ def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generato
             labels = (log_p - (-uniform.log()).log()).argmax(-1, keepdim=True)
         loss = -log_p.gather(-1, labels).sum()
         loss.backward()
+
+
+@torch.no_grad()
+def skip_labels_of_others(model: PreTrainedModel, ids: Tensor, batch_size: int, generator: torch.Generator) -> None:
+    """Draw what other ranks draw for their windows of `ids` before this one's: every window has the labels that it has
+    with one process (on a GPU: where shares are whole batches, since its numbers depend on how many are drawn at once).
+    """
+    before = present().share_of(len(ids)).start
+    if not before:
+        return
+    words = model(input_ids=ids[:1, :1].to(generator.device), use_cache=False).logits.shape[-1]
+    for start in range(0, before, batch_size):
+        shape = (min(batch_size, before - start), ids.shape[1], words)
+        torch.rand(shape, generator=generator, device=generator.device)
 
 
 def backward_from_text(model: PreTrainedModel, batch: Tensor) -> None:

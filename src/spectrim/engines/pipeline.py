@@ -49,6 +49,8 @@ from spectrim.engines.quantise_factors import check_asked, quantise_behind
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.recovery import recover
 from spectrim.engines.search import searched_plan
+from spectrim.engines.spread import energies_of_all, hand_round
+from spectrim.engines.unspread import refuse_unspread
 from spectrim.engines.whole import make_whole, refuse_skipped
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
@@ -56,15 +58,15 @@ from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, MaskedMethod, 
 from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Walk, device_of, find_layers
 from spectrim.options import FACTOR_GROUP_SIZE, Nonfinite, check_keep, recovery_of
+from spectrim.processes import present
 from spectrim.stats import Stat, Stats
 
 CPU_BATCH, GPU_BATCH = 4, 32
 """Windows in one calibration batch."""
 
 
-@torch.random.fork_rng(
-    devices=[]
-)  # empty layers start from torch's own random numbers: the caller's stay where they were
+# Empty layers start from torch's own random numbers: the caller's stay where they were.
+@torch.random.fork_rng(devices=[])
 def compress_model(
     dense: PreTrainedModel,
     method: Method,
@@ -101,13 +103,10 @@ def compress_model(
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
+    refuse_unspread(method, steps, factor_bits, len(calibration), gradient_windows)
     run = _Run(dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint)
     training = calibration if training is None else training
-    made = (
-        as_a_whole(run, calibration, training)
-        if isinstance(method, ModelMethod)
-        else by_layers(run, calibration, training)
-    )
+    made = (as_a_whole if isinstance(method, ModelMethod) else by_layers)(run, calibration, training)
     recovered = recover(
         steps, made.student, dense, walk, calibration, training, timed=partial(timed, clock), seed=seed,
         progress=progress, checkpoint=made.checkpoint,
@@ -215,6 +214,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.batch = Batch(CPU_BATCH if device_of(self.dense).type == "cpu" else GPU_BATCH)
+        self.unfinished = self.checkpoint if present().alone else None  # each of several has sums of its own
 
     @property
     def by_layer(self) -> LayerMethod:
@@ -270,25 +270,30 @@ class _Run:
             stats = {name: first[name].blend(second[name]) for name in first}
             spectra, plan = self.decide(stats, again)
         if self.one_size and self.keep < 1 and self.by_layer.allocation in SEARCHED:
-            plan = self.search(spectra, ids)
+            with timed(self.clock, "search"):
+                asked = (self.by_layer, self.dense, self.walk, spectra, self.means, self.keep, ids)
+                plan = searched_plan(*asked, seed=self.seed, progress=self.progress)
         if self.propagates:
             self.propagate(spectra, plan, stats, ids)
         if self.one_size and self.keep < 1:
             with timed(self.clock, "solve"):
                 solve_at_ranks(self.by_layer, self.walk, spectra, plan, stats)
+        with timed(self.clock, "decompose"):
+            cut = self.one_size and not self.changes and not (self.method.windows_trained and self.keep < 1)
+            hand_round(self.dense, self.walk, spectra, self.means, stats, plan if cut else None)
         if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
             with timed(self.clock, "newton"):
                 given = (self.method, self.dense, self.walk, spectra, plan, self.round_windows(ids))
-                told = {"steps": self.method.newton_steps, "progress": self.progress, "checkpoint": self.checkpoint}
+                told = {"steps": self.method.newton_steps, "progress": self.progress, "checkpoint": self.unfinished}
                 self.batch.run("newton", lambda size: newton_scores(*given, batch_size=size, **told))
         return spectra, plan
 
     def measured_again(self, spectra: Mapping[str, Spectrum], plan: Plan, ids: Tensor, again: int) -> dict[str, Stats]:
         """Statistics of the compressed model; of all sizes it is to serve, their mean."""
-        after = "" if self.checkpoint is None else energies_of(spectra)
+        after = "" if self.unfinished is None else energies_of(spectra)
         mean: dict[str, Stats] = {}
         for position, size in enumerate(self.again_at or (self.keep,)):
-            energies = {name: s.energy for name, s in spectra.items()}
+            energies = {} if size == self.keep else energies_of_all(self.dense, self.walk, spectra)
             at_size = plan if size == self.keep else plan_ranks(self.by_layer, self.walk, energies, size)
             student = skeleton(self.dense)
             apply_plan(student, self.walk, at_size, spectra, means=self.means)
@@ -307,10 +312,11 @@ class _Run:
     ) -> dict[str, Stats]:
         """Those of round `again`, kept as `stage`; `after` says by a hash what `model` is."""
         kept_as = again if stage is None else stage
-        told = {"seed": self.seed + again, "progress": self.progress, "checkpoint": self.checkpoint}
+        told = {"seed": self.seed + again, "progress": self.progress, "checkpoint": self.unfinished}
         with timed(self.clock, "calibrate"):
             asked = (model, self.walk, ids, self.method.needs)
             more = {"gradient_windows": self.gradient_windows, "stage": f"statistics {kept_as}", "after": after}
+            more["owned"] = isinstance(self.method, LayerMethod)
             stats = self.batch.run("calibrate", lambda size: measure(*asked, batch_size=size, **more, **told))
         if self.method.refinement is None:
             return stats
@@ -319,19 +325,13 @@ class _Run:
             stage = f"coupling {kept_as}"
             return self.batch.run("couple", lambda size: couple(*given, batch_size=size, stage=stage, **told))
 
-    def search(self, spectra: Mapping[str, Spectrum], ids: Tensor) -> Plan:
-        """Ranks by what the model does with them."""
-        with timed(self.clock, "search"):
-            given = (self.by_layer, self.dense, self.walk, spectra, self.means, self.keep, ids)
-            return searched_plan(*given, seed=self.seed, progress=self.progress)
-
     def propagate(self, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor) -> None:
         """Step 5, in place. Only forward passes; on a CPU the windows of a later round are enough of them."""
         windows = self.round_windows(ids) if device_of(self.dense).type == "cpu" else ids
         given = (self.by_layer, self.dense, self.walk, spectra, plan, stats, windows)
         with timed(self.clock, "propagate"):
-            after = None if self.checkpoint is None else energies_of(spectra)
-            told = {"progress": self.progress, "checkpoint": self.checkpoint, "after": after}
+            after = None if self.unfinished is None else energies_of(spectra)
+            told = {"progress": self.progress, "checkpoint": self.unfinished, "after": after}
             self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
 
     def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[dict[str, Spectrum], Plan]:
@@ -339,11 +339,11 @@ class _Run:
             self.means = {name: own.get(Stat.MEAN) for name, own in stats.items()}
         with timed(self.clock, "decompose"):
             spectra = decompose_all(
-                self.by_layer, self.dense, self.walk, stats, checkpoint=self.checkpoint, stage=f"spectra {again}"
+                self.by_layer, self.dense, self.walk, stats, checkpoint=self.unfinished, stage=f"spectra {again}"
             )
         if isinstance(self.method, OrderedMethod) and self.method.allocation == "order":
             with timed(self.clock, "allocate"):
                 return spectra, ordered_plan(self.method, self.dense, self.walk, spectra, stats, self.keep)
         with timed(self.clock, "allocate"):
-            energies = {name: s.energy for name, s in spectra.items()}
+            energies = energies_of_all(self.dense, self.walk, spectra)
             return spectra, plan_ranks(self.by_layer, self.walk, energies, self.keep)

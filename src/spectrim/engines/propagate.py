@@ -28,10 +28,12 @@ from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.parts import Parts, energies_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan, plan_to_facts
-from spectrim.engines.stream import input_moments, start
+from spectrim.engines.spread import hand_round_some, holders_of, own_windows
+from spectrim.engines.stream import Stream, input_moments, start
 from spectrim.linalg.factor import Spectrum, drift_target, token_share
 from spectrim.method import LayerMethod
 from spectrim.models.walk import Layer, Walk, device_of, shared_inputs, weight_of
+from spectrim.processes import present
 from spectrim.stats import Stat, Stats
 
 STAGE = "propagated"
@@ -57,6 +59,9 @@ def propagate(
     In place, since all components of all layers are the largest thing in memory. Layers whose tokens are routed keep
     their spectra and are named in a warning: the two models route differently, so that inputs have no partner.
 
+    Several processes share the windows; each layer is decomposed by the one that has its `stats`, and then all have
+    the spectra of all layers.
+
     With a `checkpoint` finished blocks are kept in parts; going on, both models pass them again without measuring.
     `after` says by a hash what the spectra were at first: a try that failed has replaced some of them.
     """
@@ -68,17 +73,20 @@ def propagate(
     with frozen(dense), autocast(device_of(dense)):
         student = skeleton(dense)
         groups = shared_inputs(dense, walk.layers)  # in running order
-        full, small = start(dense, walk, ids, batch_size), start(student, walk, ids, batch_size)
+        owners, mine = holders_of(walk, stats), own_windows(ids)
+        full, small = start(dense, walk, mine, batch_size), start(student, walk, mine, batch_size)
         for block in range(len(walk.block_names)):
             here = [group for group in groups if layers[group[0]].block == block]
             for group in here:
-                moments = None if block < finished else input_moments(full, small, block, group[0])
+                moments = None if block < finished else _moments(full, small, block, group[0], len(mine) / len(ids))
                 for name in group:
-                    if moments is not None:
+                    if moments is not None and name in stats:
                         weight = weight_of(dense.get_submodule(name)).double()
                         spectra[name] = _corrected(method, layers[name], weight, stats[name], moments, ids.numel())
-                    elif block >= finished:
+                    elif moments is None and block >= finished:
                         unpaired.append(name)
+                hand_round_some(dense, group, owners, spectra)
+                for name in group:
                     place_cut(student, dense, name, spectra[name], plan.targets[name])
             if block >= finished:
                 paired = [name for group in here for name in group if name not in unpaired]
@@ -90,6 +98,17 @@ def propagate(
                 progress("propagate", block + 1, len(walk.block_names))
     parts.finish()
     return [_warning(unpaired)] if unpaired else []
+
+
+def _moments(full: Stream, small: Stream, block: int, name: str, share: float) -> tuple[Tensor, Tensor] | None:
+    """`input_moments` over the windows of all ranks, of which this one has a `share`; the same bits everywhere."""
+    own, group = input_moments(full, small, block, name), present()
+    if group.alone:
+        return own
+    if not all(group.objects(own is not None)):
+        return None
+    assert own is not None
+    return group.sum_everywhere(own[0] * share), group.sum_everywhere(own[1] * share)
 
 
 def _restore(
