@@ -246,6 +246,8 @@ def joined(device: str = "auto") -> Iterator[Group]:
         group.wait()  # nobody leaves before all have stopped to watch
     except BaseException as error:
         left = _leave(group, error)
+        if group.watch is not None:
+            group.watch.stop()  # a thread that asks the store while the program ends would abort it
         if left is error:
             raise
         raise left from error

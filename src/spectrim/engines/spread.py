@@ -142,7 +142,8 @@ def hand_round(
 ) -> None:
     """Spectra and means of all layers to all ranks, in place; with a `plan`, of layers that are cut only what is kept.
 
-    `own` names those of which this rank has what counts. With a plan, layers that stay dense as they are come without components: their weights are everywhere.
+    `own` names those of which this rank has what counts. With a plan, layers that stay dense as they are come without
+    components: their weights are everywhere.
     """
     if present().alone:
         return
