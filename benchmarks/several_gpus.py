@@ -84,9 +84,10 @@ def run_world(options: argparse.Namespace, world: int, seconds: float) -> dict[s
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)),
         *(__file__, *sys.argv[1:]),
     ]
+    environment = {"OMP_NUM_THREADS": "4", **os.environ, "ROW": str(row_file)}
     try:
         done = subprocess.run(
-            command, env={**os.environ, "ROW": str(row_file), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")},
+            command, env=environment,
             capture_output=True, text=True, timeout=max(seconds, 1), check=False,
         )  # fmt: skip
         error = "" if done.returncode == 0 else (done.stderr or done.stdout)[-3000:]
@@ -142,7 +143,7 @@ def work(options: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def decaying_model(options: argparse.Namespace, device: torch.device) -> PreTrainedModel:
-    """A random Llama in float32 whose linear weights have singular values that fall like 1/sqrt(i); the same by seed."""
+    """A random Llama in float32 whose linear weights have singular values that fall like 1/sqrt(i)."""
     shape = SHAPES["quick" if options.quick else "7b"]
     config = LlamaConfig(
         **shape, num_hidden_layers=options.blocks, num_key_value_heads=shape["num_attention_heads"],

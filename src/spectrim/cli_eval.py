@@ -46,47 +46,55 @@ def eval_(
     from spectrim.evaluate.speed import decode_tokens_per_s
     from spectrim.evaluate.tasks import evaluate_tasks
     from spectrim.models.load import check_vocabulary, context_length, load_model, pick_device, resolve
+    from spectrim.processes import joined
     from spectrim.report import tasks as task_table
 
-    asked = load_tasks(tasks, limit=task_limit, seed=seed) if tasks else None
-    where, sources = pick_device(device), {"model": resolve(folder)}
-    if against is not None:
-        sources["dense"] = resolve(against)
-    words = None if text == "self" and asked is None else _tokenizer(tokenizer, sources["model"])
-    length = min(length, *(context_length(source.config) or length for source in sources.values()))
-    read = None if text == "self" or words is None else _read(text, words, length, windows)
-    models = {
-        name: load_model(source, where, torch.float32, size=size if name == "model" else None)
-        for name, source in sources.items()
-    }
-    tokens = read or held_out_samples(models["dense"], length=length, count=windows, seed=seed)
-    facts: dict[str, Any] = {"text": tokens.source, "note": tokens.note, "sha256": tokens.sha256, "size": size}
-    for name, model in models.items():
-        check_vocabulary(model, tokens.ids)
-        quality = evaluate(model, tokens.ids, dense=models.get("dense") if name == "model" else None)
-        facts[name] = dataclasses.asdict(quality)
-    results = []
-    if asked is not None and words is not None:
-        progress = progress_printer(json_)
-        results = evaluate_tasks(models["model"], words, asked.tasks, dense=models.get("dense"), progress=progress)
-        facts |= {"tasks": [task_table.facts(result) for result in results], "tasks_skipped": asked.skipped}
-    if speed:
+    with joined(device) as group:
+        if not group.alone and (tasks or text == "self"):
+            raise UsageError(
+                f"--tasks and --text self are for one process, and there are {group.world}; leave them out, or run "
+                "without torchrun"
+            )
+        asked = load_tasks(tasks, limit=task_limit, seed=seed) if tasks else None
+        where, sources = pick_device(device), {"model": resolve(folder)}
+        if against is not None:
+            sources["dense"] = resolve(against)
+        words = None if text == "self" and asked is None else _tokenizer(tokenizer, sources["model"])
+        length = min(length, *(context_length(source.config) or length for source in sources.values()))
+        read = None if text == "self" or words is None else _read(text, words, length, windows)
+        models = {
+            name: load_model(source, where, torch.float32, size=size if name == "model" else None)
+            for name, source in sources.items()
+        }
+        tokens = read or held_out_samples(models["dense"], length=length, count=windows, seed=seed)
+        facts: dict[str, Any] = {"text": tokens.source, "note": tokens.note, "sha256": tokens.sha256, "size": size}
         for name, model in models.items():
-            torch.nn.Module.to(model, sources[name].dtype)  # in place; transformers' own `to` has no usable type
-            facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model)
+            check_vocabulary(model, tokens.ids)
+            quality = evaluate(model, tokens.ids, dense=models.get("dense") if name == "model" else None)
+            facts[name] = dataclasses.asdict(quality)
+        results = []
+        if asked is not None and words is not None:
+            progress = progress_printer(json_)
+            results = evaluate_tasks(models["model"], words, asked.tasks, dense=models.get("dense"), progress=progress)
+            facts |= {"tasks": [task_table.facts(result) for result in results], "tasks_skipped": asked.skipped}
+        if speed and group.is_first:
+            for name, model in models.items():
+                torch.nn.Module.to(model, sources[name].dtype)  # in place; transformers' own `to` has no usable type
+                facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model)
 
-    def show() -> None:
-        keys = ["perplexity", "kl", "agreement", "decode_tokens_per_s"]
-        rows = [[n, *(f"{facts[n][k]:.4f}" if facts[n].get(k) is not None else "" for k in keys)] for n in models]
-        print_table(
-            f"{tokens.source}: {len(tokens.ids)} windows of {tokens.ids.shape[1]} tokens, no overlap",
-            ["", "perplexity", "KL (nats)", "agreement", "decode tokens/s"],
-            rows,
-        )
-        if asked is not None:
-            task_table.show(results, asked.skipped)
+        def show() -> None:
+            keys = ["perplexity", "kl", "agreement", "decode_tokens_per_s"]
+            rows = [[n, *(f"{facts[n][k]:.4f}" if facts[n].get(k) is not None else "" for k in keys)] for n in models]
+            print_table(
+                f"{tokens.source}: {len(tokens.ids)} windows of {tokens.ids.shape[1]} tokens, no overlap",
+                ["", "perplexity", "KL (nats)", "agreement", "decode tokens/s"],
+                rows,
+            )
+            if asked is not None:
+                task_table.show(results, asked.skipped)
 
-    emit(facts, json_, show)
+        if group.is_first:
+            emit(facts, json_, show)
 
 
 def _tokenizer(given: str | None, source: "Source") -> "PreTrainedTokenizerBase":

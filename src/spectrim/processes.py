@@ -12,6 +12,7 @@ clock. When a rank fails, the others leave too, with its name: peers.py.
 """
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -298,6 +299,9 @@ def _leave(group: Group, error: BaseException) -> BaseException:
             return PeerFailed(failure)
     code = error.exit_code if isinstance(error, SpectrimError) else SpectrimError.exit_code
     what = str(error) if isinstance(error, SpectrimError) else f"{type(error).__name__}: {error}"
+    if by_signal:
+        number = getattr(error, "signal_number", signal.SIGINT)
+        code, what = 128 + number, f"it was stopped by {signal.Signals(number).name}"
     own = Failure(group.rank, str(group.members[group.rank]), what, code, by_signal)
     first = group.watch.tell(own)
     return error if by_signal or first.rank == group.rank else PeerFailed(first)

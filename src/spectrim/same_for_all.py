@@ -43,9 +43,9 @@ def require_same(request: Request, source: Source) -> list[str]:
 
 
 def facts_of_processes() -> dict[str, Any]:
-    """For the report: how many there were, and where; nothing of a run by one."""
+    """For the report: how many there were, on how many hosts; nothing of a run by one."""
     group = present()
-    return {} if group.alone else {"processes": {"count": group.world, "hosts": [m.host for m in group.members]}}
+    return {} if group.alone else {"processes": {"count": group.world, "hosts": len({m.host for m in group.members})}}
 
 
 def of_all_ranks(fallbacks: list[Fallback]) -> list[Fallback]:
