@@ -1,5 +1,6 @@
 """Two processes on one CPU: the result is that of one, and when one fails the other says which and leaves."""
 
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import several_worker
-from command_line import small_model
+from command_line import small_model, small_text
 from spectrim import processes, same_for_all
 from spectrim.engines import measure as measuring
 from spectrim.engines import unspread
@@ -99,13 +100,45 @@ def test_two_processes_make_the_same_model_as_one(by_two: Path, method: str):
     wanted = logits_of(one, several_worker.ids())
     assert relative(wanted, logits_of(tiny(several_worker.architecture(method)), several_worker.ids())) > 1e-3
     one.load_state_dict(ranks[0])
-    assert relative(logits_of(one, several_worker.ids()), wanted) < 1e-6
+    # Scores are trained in float32, where a batch in two parts rounds otherwise, and Adam's first steps look at signs.
+    assert relative(logits_of(one, several_worker.ids()), wanted) < (1e-5 if method == "soco balanced" else 1e-6)
 
 
 def test_evaluation_shares_the_windows(by_two: Path):
     one = several_worker.quality(several_worker.compressed("svd-llm"))["quality"]
     for rank in range(2):
         assert relative(load_file(by_two / f"quality {rank}.safetensors")["quality"], one) < 1e-6
+
+
+@pytest.mark.slow
+def test_torchrun_writes_the_folder_that_one_process_writes(tmp_path: Path):
+    model, text = small_model(tmp_path / "model"), small_text(tmp_path / "text.txt")
+    words = [
+        *("compress", str(model), "--method", "svd-llm", "--keep", "0.6", "--calib", str(text), "--eval", str(text)),
+        *("--calib-windows", "8", "--calib-length", "32", "--eval-windows", "4", "--device", "cpu", "--json", "--out"),
+    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    reports = {}
+    for out, start in (("one", []), ("two", launcher)):
+        command = [sys.executable, *start, "-m", "spectrim", *words, str(tmp_path / out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+        assert done.returncode == 0, done.stderr
+        reports[out] = json.loads(done.stdout)  # one process speaks
+    assert reports["two"]["processes"] == {"count": 2, "hosts": 1}
+    assert "processes" not in reports["one"]
+    for name in ("dense", "compressed"):
+        one, two = (reports[out]["quality"][name]["perplexity"] for out in ("one", "two"))
+        assert abs(two / one - 1) < 1e-6
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(relative(two[name], one[name]) < 1e-6 for name in one)
+
+    refused = subprocess.run(
+        [sys.executable, *launcher, "-m", "spectrim", "inspect", str(tmp_path / "two")],
+        env=environment, capture_output=True, text=True, check=False, timeout=500,
+    )  # fmt: skip
+    assert "spectrim inspect is done by one process" in refused.stderr
 
 
 # ---- the arithmetic of sharing

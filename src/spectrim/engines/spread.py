@@ -26,6 +26,8 @@ from spectrim.processes import present, spread_by_cost
 from spectrim.replacement import Replacement
 from spectrim.stats import GRADIENT_STATS, INPUT_STATS, Stat, Stats
 
+_BIAS = "=bias"
+"""What a bias is called among the tensors of a layer on their way; none in a file is."""
 Spans = list[tuple[int, int]]
 """First window and end of each batch."""
 
@@ -123,13 +125,8 @@ def energies_of_all(model: PreTrainedModel, walk: Walk, spectra: Mapping[str, Sp
     """The energies (K,) of every layer, whoever decomposed it."""
     if present().alone:
         return {name: spectrum.energy for name, spectrum in spectra.items()}
-    holders = holders_of(walk, spectra)
-    found: dict[str, Tensor] = {}
-    for layer in walk.layers:
-        own = spectra.get(layer.name)
-        given = None if own is None else {"energy": own.energy}
-        found[layer.name] = present().share(given, holders[layer.name], _device(model, layer.name))["energy"]
-    return found
+    own = {name: {"energy": spectrum.energy} for name, spectrum in spectra.items()}
+    return {name: found["energy"] for name, found in _hand_over(model, holders_of(walk, own), own).items()}
 
 
 def hand_round(
@@ -147,17 +144,15 @@ def hand_round(
     """
     if present().alone:
         return
-    holders = holders_of(walk, own)
-    for layer in walk.layers:
-        name, holder, given = layer.name, holders[layer.name], None
-        if holder == present().rank:
-            rank = len(spectra[name].energy)
-            if plan is not None:
-                rank = 0 if plan.targets[name].codec == "dense" else plan.targets[name].rank
-            left, right, energy = spectra[name]
-            given = {"left": left[:, :rank], "right": right[:rank], "energy": energy}
-            given |= {"mean": means[name]} if name in means else {}
-        found = present().share(given, holder, _device(model, name))
+    given: dict[str, dict[str, Tensor]] = {}
+    for name in own:
+        left, right, energy = spectra[name]
+        rank = len(energy)
+        if plan is not None:
+            rank = 0 if plan.targets[name].codec == "dense" else plan.targets[name].rank
+        given[name] = {"left": left[:, :rank], "right": right[:rank], "energy": energy}
+        given[name] |= {"mean": means[name]} if name in means else {}
+    for name, found in _hand_over(model, holders_of(walk, given), given).items():
         if "mean" in found:
             means[name] = found.pop("mean")
         spectra[name] = Spectrum(**found)
@@ -169,9 +164,29 @@ def hand_round_some(
     """Spectra of a few layers from their holders to all ranks, in place; nobody else's are looked at."""
     if present().alone:
         return
-    for name in names:
-        given = spectra[name]._asdict() if holders[name] == present().rank else None
-        spectra[name] = Spectrum(**present().share(given, holders[name], _device(model, name)))
+    own = {name: spectra[name]._asdict() for name in names if holders[name] == present().rank}
+    for name, found in _hand_over(model, {name: holders[name] for name in names}, own).items():
+        spectra[name] = Spectrum(**found)
+
+
+def _hand_over(
+    model: PreTrainedModel, holders: Mapping[str, int], own: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors of every layer in `holders`, by layer and name, from its holder to all; `own` has what this rank holds.
+
+    One after the other of the ranks, all its layers at once. No module is called by a name with `=` in it.
+    """
+    group = present()
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in holders}
+    for holder in sorted(set(holders.values())):
+        names = [name for name, rank in holders.items() if rank == holder]
+        mine = None
+        if holder == group.rank:
+            mine = {f"{name}={part}": tensor for name in names for part, tensor in own[name].items()}
+        for key, tensor in group.share(mine, holder, _device(model, names[0])).items():
+            name, _, part = key.partition("=")
+            found[name][part] = tensor
+    return found
 
 
 def encode_spread(
@@ -187,28 +202,25 @@ def encode_spread(
     """
     if present().alone:
         return {layer.name: encode(layer) for layer in walk.layers}
+    layers = {layer.name: layer for layer in walk.layers}
     holders = holders_of(walk, given)
     mine = {
         la.name: encode(la) for la in walk.layers if made_here(la) or holders[la.name] == present().rank
     }  # all of them first: whoever waits for another's layer should not have work of its own left
-    return {
-        la.name: mine[la.name] if made_here(la) else _shared(model, la, mine.get(la.name), holders[la.name])
-        for la in walk.layers
+    asked = {name: rank for name, rank in holders.items() if not made_here(layers[name])}
+    facts: dict[str, dict[str, Any]] = {}
+    own: dict[str, dict[str, Tensor]] = {}
+    for name, rank in asked.items():
+        if rank == present().rank:
+            made = mine[name]
+            facts[name] = {"codec": made.codec, "rank": made.rank, "predicted_error": made.predicted_error}
+            own[name] = {**made.tensors} if made.bias is None else {**made.tensors, _BIAS: made.bias}
+    known = {name: fact for found in present().objects(facts) for name, fact in found.items()}
+    handed = {
+        name: Replacement(bias=tensors.pop(_BIAS, None), tensors=tensors, **known[name])
+        for name, tensors in _hand_over(model, asked, own).items()
     }
-
-
-def _shared(model: PreTrainedModel, layer: Layer, own: Replacement | None, holder: int) -> Replacement:
-    """One layer from whoever made it. A tensor of the file is never called `=bias`."""
-    group, device = present(), _device(model, layer.name)
-    facts: Any = None
-    given = None
-    if own is not None and group.rank == holder:
-        facts = {"codec": own.codec, "rank": own.rank, "predicted_error": own.predicted_error}
-        given = {**own.tensors} if own.bias is None else {**own.tensors, "=bias": own.bias}
-    facts = group.objects(facts)[holder]
-    tensors = group.share(given, holder, device)
-    bias = tensors.pop("=bias", None)
-    return Replacement(tensors=tensors, bias=bias, **facts)
+    return {la.name: handed.get(la.name) or mine[la.name] for la in walk.layers}
 
 
 def sum_of_facts(values: Sequence[float]) -> list[float]:
