@@ -109,8 +109,7 @@ def compress(
     in_bytes = bytes_ is not None or keep_bytes is not None
     if in_bytes and keep is not None:
         raise UsageError("--keep and a budget in bytes (--bytes, --keep-bytes) exclude each other; pass one of them")
-    if keep is None:
-        keep = sizes[0] if any_size else 0.8
+    keep = (sizes[0] if any_size else 0.8) if keep is None else keep
     request = Request(
         model=model, keep=keep, method=method or (METHOD_IN_BYTES if in_bytes else METHOD), preset=preset,
         options=parse_options(set_), recover=tuple(recover),

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  documented there
 
 from spectrim.errors import Interrupted, ResourceError, SpectrimError, UsageError
 from spectrim.peers import Failure, Member, PeerFailed, Watch, began
@@ -265,14 +266,14 @@ def _meet(world: int, device: str) -> Group:
     if on_gpu and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     try:
-        store = dist.TCPStore(address, port, None, keeps_store, timeout=MEET_WITHIN, wait_for_workers=False)
+        store = TCPStore(address, port, None, keeps_store, timeout=MEET_WITHIN, wait_for_workers=False)
         # Restarted by its launcher, a run must not read what ranks of an earlier attempt wrote.
         attempt = f"spectrim {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.PrefixStore(attempt, store), rank=rank,
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=PrefixStore(attempt, store), rank=rank,
             world_size=world, timeout=EXCHANGE_WITHIN,
         )  # fmt: skip
-        apart = dist.TCPStore(address, port, None, False, timeout=MEET_WITHIN, wait_for_workers=False)
+        apart = TCPStore(address, port, None, False, timeout=MEET_WITHIN, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
         raise ResourceError(
             f"rank {rank} did not meet the other {world - 1} processes at {address}:{port} within "
@@ -282,7 +283,7 @@ def _meet(world: int, device: str) -> Group:
     members: list[Any] = [None] * world
     dist.all_gather_object(members, own)
     members = [Member(*member) for member in members]
-    watch = Watch(dist.PrefixStore(f"{attempt} watch", apart), own, members)
+    watch = Watch(PrefixStore(f"{attempt} watch", apart), own, members)
     return Group(rank=rank, world=world, local_rank=local_rank, members=tuple(members), watch=watch)
 
 
