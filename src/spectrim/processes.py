@@ -142,7 +142,7 @@ class Group:
         self.objects(None)
 
     def refuse_unequal(self, what: str, value: str, advice: str) -> None:
-        """InputError or the like on every rank, naming the first rank whose `value` is not that of the first rank."""
+        """UsageError on every rank where a `value` is not that of the first, with the name of the rank that has it."""
         values = self.objects(value)
         for member, other in zip(self.members, values, strict=False):
             if other != values[0]:
