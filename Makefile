@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types slow audit clean
+.PHONY: demo test lint types slow browser matrix audit clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spectrim needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -31,6 +31,14 @@ types: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# Needs Chromium on the PATH; screenshots stay in shots/.
+browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser tests/browser --basetemp shots
+
+# A folder under several releases of transformers, each in an environment of its own (tests/matrix/run.sh says more).
+matrix:
+	PYTHON=$(PYTHON) tests/matrix/run.sh
+
 # Known vulnerabilities in what is installed; fails too where it cannot find out. .ci/run goes on without it.
 audit: $(STAMP)
 	$(PYTHON) -m venv $(VENV)-audit
@@ -39,4 +47,4 @@ audit: $(STAMP)
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)-audit/installed.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit demo-out
+	rm -rf $(VENV) $(VENV)-audit .matrix demo-out

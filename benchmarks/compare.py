@@ -29,12 +29,15 @@ from reference_data import CALIBRATION_WINDOWS, WINDOW, cut, held_out, tokens_of
 from rows import GROUPS, Row
 
 from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
+from spectrim.engines.outcome import Outcome
 from spectrim.engines.pipeline import compress_model
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
+from spectrim.linalg.bits import VALUE_BYTES, size_of
 from spectrim.models.load import load_dense, pick_device, pick_dtype, resolve
 from spectrim.registry import make_method
 from spectrim.report.facts import environment
+from spectrim.report.forms import forms_table
 from spectrim.report.plot import line_chart
 
 CHARS_A_WINDOW = 8 * WINDOW
@@ -87,21 +90,23 @@ class Bench:
             **{name: quality.perplexity for name, quality in found.items()},
         }  # fmt: skip
 
-    def row(self, row: Row, keep: float) -> dict[str, Any]:
-        """Compress, count what is written, judge."""
+    def row(self, row: Row, keep: float, factor_bits: int | None = None, group: int = 128) -> dict[str, Any]:
+        """Compress, count what is written, judge; `keep` of rows in `factor_bits` is of the numbers before."""
         method = make_method(row.method, row.preset, dict(row.options))
         clock = time.perf_counter()
         outcome = compress_model(
             self.dense, method, keep, self.calibration, self.training if len(self.training) else None,
-            recovery=row.recover, gradient_windows=self.args.gradient_windows, seed=self.args.seed,
+            recovery=row.recover, factor_bits=factor_bits, factor_group_size=group,
+            gradient_windows=self.args.gradient_windows, seed=self.args.seed,
         )  # fmt: skip
         seconds = time.perf_counter() - clock
         round_to(outcome.model, self.dtype)
         counted, size = counted_keep(outcome)
-        if counted > keep + 1e-6:
+        if factor_bits is None and counted > keep + 1e-6:
             raise AssertionError(f"{row.label}: {counted:.5f} of the numbers are stored, {keep} were asked for")
         found: dict[str, Any] = {
             "label": row.label, "keep": keep, "counted": counted, "bytes": size, "seconds": seconds,
+            "share": linear_bytes(outcome), "forms": forms_table(outcome.model, outcome.walk),
             "stages": outcome.seconds, "settings": method.to_config(), "recover": row.recover,
             "warnings": outcome.warnings,
         }  # fmt: skip
@@ -109,6 +114,13 @@ class Bench:
             quality = evaluate(outcome.model, ids, dense=self.dense, batch_size=self.batch_size)
             found |= {text: quality.perplexity, f"{text}.kl": quality.kl, f"{text}.agreement": quality.agreement}
         return found
+
+
+def linear_bytes(outcome: Outcome) -> float:
+    """Bytes of the decoder linears over what they take dense in 16 bits, whatever the method counts."""
+    layers = [outcome.model.get_submodule(layer.name) for layer in outcome.walk.layers]
+    stored = sum(size_of(layer.state_dict().values(), "bytes") for layer in layers)
+    return stored / (VALUE_BYTES * outcome.walk.numbers)
 
 
 SAME_SIZE = 0.002

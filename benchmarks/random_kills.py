@@ -47,7 +47,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "overwrite": ("--method", "svd-llm", "--keep", "0.8", "--recover", "block:2", "--overwrite"),
 }
-TOLD = {"report.json", "manifest.json"}
+TOLD = {"report.json", "report.html", "manifest.json"}
 """Seconds, memory, and what was gone on from differ between two runs; the manifest has the report's checksum."""
 
 

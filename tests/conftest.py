@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is first imported
+
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 WITHOUT_SHARED = "the reference models and texts (../shared) are not part of the repository"
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from spectrim.version import __version__
 
-__all__ = ["__version__", "compress", "evaluate", "evaluate_tasks", "load"]
+__all__ = ["__version__", "compress", "evaluate", "evaluate_tasks", "load", "speed_up"]
 
 
 def _is_the_command() -> bool:
@@ -27,6 +27,7 @@ def _is_the_command() -> bool:
 if TYPE_CHECKING or not _is_the_command():
     from spectrim.api import compress, evaluate, load
     from spectrim.evaluate.tasks import evaluate_tasks
+    from spectrim.integrations.few_rows import speed_up
     from spectrim.integrations.transformers import register
 
     register()

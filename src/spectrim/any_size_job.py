@@ -12,20 +12,26 @@ import torch
 
 from spectrim.data import Windows
 from spectrim.engines.any_size import AnySize, compress_any_size
+from spectrim.engines.clock import timed
 from spectrim.engines.measure import Progress
+from spectrim.engines.plan import all_sizes, untargeted_numbers
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
+from spectrim.evaluate.samples import compare_samples
 from spectrim.integrations.folder import copy_in, round_to, write_nested
-from spectrim.job import LOGIT_TOLERANCE, foresee, peak_memory, reload_difference
+from spectrim.job import foresee_all, peak_memory
 from spectrim.linalg.fallback import Fallback, listening, summary
-from spectrim.method import LayerMethod, MaskedMethod, Method
+from spectrim.method import LayerMethod, Method
 from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
-from spectrim.models.walk import Walk, find_layers
-from spectrim.report.any_size import CURVE, any_size_card, build_any_size_report, size_curve
+from spectrim.models.walk import find_layers
+from spectrim.reloaded import LOGIT_TOLERANCE, reload_difference
+from spectrim.report.any_size import build_any_size_report
+from spectrim.report.documents import write_documents
+from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
 from spectrim.several_job import refuse_several
-from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_json, write_manifest, write_text
+from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_manifest
 from spectrim.unsolved import unsolved_saved
 from spectrim.windows_in_use import cut_windows, read_text
 
@@ -39,7 +45,7 @@ def run_any_size(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The whole job; returns the report. On any error the target is what it was before; `options` as in job.run."""
-    with unsolved_saved(out), listening() as fallbacks:
+    with unsolved_saved(out), deterministic(request.deterministic), listening() as fallbacks:
         return _run(request, out, overwrite, options, progress, fallbacks)
 
 
@@ -56,28 +62,32 @@ def _run(
     skips = request.allow_nonfinite == "skip"
     method = request.check()
     source = resolve(request.model)
-    foresee(dataclasses.replace(request, keep=request.anchors[-1]), method, source)
+    foresee_all(request, method, source)
     device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
-    needed = bytes_of_all_sizes(source, dtype, method)
+    needed = bytes_of_all_sizes(source, dtype, method, request.anchors)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
     with kept as resume:
         extra: dict[str, TensorInfo] = {}
         sizes, report = compress_sizes(request, method, source, resume, progress, fallbacks, extra)
         with staged(out, overwrite=overwrite, needed_bytes=needed) as stage:
-            write_nested(stage, sizes, dtype, request.keep, source, request.model, extra)
+            clock = report["seconds"]
+            with timed(clock, "write"):
+                write_nested(stage, sizes, dtype, request.keep, source, request.model, extra)
             written = open_checkpoint(stage)
             report["stored"] |= {"model_numbers": written.numel, "model_bytes": written.nbytes}
             default = sizes.at(request.keep)
             round_to(default, dtype, allow_nonfinite=skips)
-            difference = reload_difference(stage, copy_in(default, dtype), allow_nonfinite=skips)
+            with timed(clock, "reload"):
+                difference = reload_difference(stage, copy_in(default, dtype), allow_nonfinite=skips)
             report["reload"] = {
                 "size": request.keep,
                 "relative_logit_difference": difference,
                 "allowed": LOGIT_TOLERANCE,
             }
-            report["seconds"]["total"] = time.perf_counter() - started
+            clock["total"] = time.perf_counter() - started
             report["peak_memory_bytes"] = peak_memory(device)
+            report["command"] = list(options.command)
             write_documents(stage, report)
             facts = {"tool": "spectrim", "method": method.to_config(), "source": source.name, "any_size": True}
             write_manifest(stage, facts={**facts, "quality_gate": report["quality_gate"]})
@@ -98,10 +108,14 @@ def compress_sizes(
     skips = request.allow_nonfinite == "skip"
     device, dtype = pick_device(request.device), pick_dtype(request.dtype, source.dtype)
     assert isinstance(method, LayerMethod)  # Request.check refuses others
-    text = read_text(request, source)
+    clock: dict[str, float] = {}
+    with timed(clock, "text"):
+        text = read_text(request, source)
     said: list[str] = []
-    dense = load_dense(source, device, allow_nonfinite=skips, warnings=said, extra=extra)
-    texts = cut_windows(request, method, dense, text, progress=progress)
+    with timed(clock, "load"):
+        dense = load_dense(source, device, allow_nonfinite=skips, warnings=said, extra=extra)
+    with timed(clock, "text"):
+        texts = cut_windows(request, method, dense, text, progress=progress)
     resume.folder.claim(text_fields(texts))
     with resume.signals():
         sizes = compress_any_size(
@@ -119,21 +133,28 @@ def compress_sizes(
             checkpoint=resume,
         )
     sizes.warnings = (*sizes.warnings, *said, *texts.warnings, *resume.warnings)
-    quality = judge_sizes(sizes, texts.evaluation, dtype, progress, allow_nonfinite=skips)
+    sizes.seconds |= clock
+    with timed(sizes.seconds, "evaluate"):
+        quality = judge_sizes(sizes, texts.evaluation, dtype, progress, allow_nonfinite=skips)
+    samples: list[dict[str, Any]] = []
+    if texts.evaluation is not None:
+        with timed(sizes.seconds, "samples"):
+            default = sizes.at(request.keep)
+            round_to(default, dtype, allow_nonfinite=skips)
+            samples = compare_samples(dense, default, texts.evaluation.ids, text.tokenizer)
     verdict = gate_of_sizes(quality, request.keep, request.quality_gate)
     sizes.warnings += (*filter(None, [gate_warning(verdict)]), *summary(fallbacks))
     report = build_any_size_report(dataclasses.asdict(request), source, sizes, texts, quality, dtype)
-    report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
-    report["resumed"] = resume.resumed
+    report |= {"quality_gate": verdict, "fallbacks": [f._asdict() for f in fallbacks], "samples": samples}
+    report |= {"resumed": resume.resumed, "determinism": determinism()}
     return sizes, report
 
 
-def bytes_of_all_sizes(source: Source, dtype: torch.dtype, method: Method) -> int:
-    """About what the folder will take: all components and adapters of all layers beside what is not touched."""
-    walk: Walk = find_layers(meta_model(source.config))
-    adapter = method.adapter_rank if isinstance(method, MaskedMethod) and method.steps else 0
-    components = sum((min(la.outputs, la.inputs) + adapter) * (la.outputs + la.inputs) for la in walk.layers)
-    return (source.checkpoint.numel - walk.numbers + components) * dtype.itemsize
+def bytes_of_all_sizes(source: Source, dtype: torch.dtype, method: Method, anchors: tuple[float, ...]) -> int:
+    """What the folder's tensors will take: all components and adapters of all layers beside what is not touched."""
+    model = meta_model(source.config)
+    walk = find_layers(model)
+    return untargeted_numbers(model, walk) * dtype.itemsize + all_sizes(walk, method, anchors, dtype).nbytes
 
 
 def judge_sizes(
@@ -171,12 +192,3 @@ def gate_of_sizes(quality: dict[float | str, Quality] | None, size: float, facto
     if measured is None:
         return judge_gate(None, None, factor)
     return judge_gate(quality["dense"].perplexity, quality[measured].perplexity, factor, size=measured)
-
-
-def write_documents(stage: Path, report: dict[str, Any]) -> None:
-    """Report, request, card and size curve."""
-    write_json(stage / "report.json", report)
-    write_json(stage / "recipe.json", report["request"])
-    write_text(stage / "README.md", any_size_card(report))
-    if report["dense"]:
-        write_text(stage / CURVE, size_curve(report))

@@ -19,7 +19,7 @@ from spectrim.linalg.fallback import listening, summary
 from spectrim.models.load import load_model, pick_device, resolve
 from spectrim.options import FACTOR_GROUP_SIZE, METHOD, METHOD_IN_BYTES
 from spectrim.registry import make_method
-from spectrim.report.facts import environment
+from spectrim.report.facts import describe_layers, environment
 
 
 def compress(
@@ -107,6 +107,7 @@ def _compress_in_memory(
         "quality_gate": judge_gate(None, None, FACTOR),
         "fallbacks": [fallback._asdict() for fallback in fallbacks],
         "text": {},
+        "layers": describe_layers(outcome),
         "seconds": dict(outcome.seconds),
         "warnings": list(outcome.warnings),
         "environment": environment(),

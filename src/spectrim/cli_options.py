@@ -67,6 +67,24 @@ QualityGate = Annotated[
     float,
     typer.Option(help="mark the result as failed (exit 5) if its perplexity is this many times the dense; 0: off"),
 ]
+Recipe = Annotated[
+    str | None, typer.Option("--recipe", help="a name of `spectrim recipe list` or a YAML file; flags override it")
+]
+CalibLength = Annotated[int, typer.Option(help="tokens in a window")]
+GradientWindows = Annotated[
+    int | None, typer.Option(help="windows that give gradients (default: all on a GPU, a quarter on a CPU)")
+]
+TrainWindows = Annotated[
+    int | None, typer.Option(help="windows for learned steps, at most (default: as many as the steps go through)")
+]
+Eval = Annotated[str, typer.Option("--eval", help="evaluation text, as for --calib, or none")]
+EvalWindows = Annotated[int, typer.Option(help="evaluation windows")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="only algorithms that give the same bits every time; slower on a GPU")
+]
+Track = Annotated[
+    list[str], typer.Option(help="log losses and figures to tensorboard, wandb, mlflow, ...; off by default")
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout, logs on stderr")]
 
 

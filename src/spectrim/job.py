@@ -8,9 +8,6 @@ Its state is kept in OUT.resume until then: resume.py.
 
 import dataclasses
 import resource
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.byte_budget import settled
 from spectrim.data import Windows
+from spectrim.engines.clock import timed
 from spectrim.engines.layerwise import refuse_large_sides
 from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.engines.quantise_factors import check_groups
 from spectrim.engines.shared_checkpoint import shared
-from spectrim.errors import InputError, NumericalError, UsageError
+from spectrim.errors import NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
+from spectrim.evaluate.samples import compare_samples
 from spectrim.integrations.folder import COMPANIONS, finalise, round_to, write_folder
 from spectrim.linalg.bits import PER_NUMBER, Unit, stored_size
 from spectrim.linalg.fallback import Fallback, listening, summary
@@ -51,9 +48,11 @@ from spectrim.models.load import (
     resolve,
 )
 from spectrim.models.walk import find_layers
-from spectrim.processes import environment_of_one, present
-from spectrim.report.card import model_card
+from spectrim.processes import present
+from spectrim.reloaded import LOGIT_TOLERANCE, reload_difference
+from spectrim.report.documents import write_documents
 from spectrim.report.facts import build_report
+from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
 from spectrim.same_for_all import facts_of_processes, of_all_ranks, require_same
@@ -63,15 +62,10 @@ from spectrim.store import (
     open_checkpoint,
     preflight,
     staged,
-    write_json,
     write_manifest,
-    write_text,
 )
 from spectrim.unsolved import unsolved_saved
-from spectrim.windows_in_use import cut_windows, read_text
-
-LOGIT_TOLERANCE = 1e-3
-"""Largest difference between the logits before saving and after reloading, relative to the largest logit."""
+from spectrim.windows_in_use import TextRead, cut_windows, read_text
 
 
 @dataclass(kw_only=True)
@@ -91,6 +85,7 @@ class Compressed:
         preflight(out, source=self.source.folder if self.source else None, overwrite=overwrite, bytes_needed=needed)
         with staged(out, overwrite=overwrite) as stage:
             _fill(stage, self)
+            write_documents(stage, self.report)
             _seal(stage, self)
         return out
 
@@ -118,14 +113,19 @@ def run(
     with unsolved_saved(out), kept as resume:
         compressed = compress_source(request, method, source, progress=progress, resume=resume)
         with staged(out, overwrite=overwrite, needed_bytes=needed) as stage:
+            clock = compressed.report["seconds"]
             _say(progress, "write", 0, 1)
-            _fill(stage, compressed)
+            with timed(clock, "write"):
+                _fill(stage, compressed)
             _say(progress, "reload in a fresh process", 0, 1)
-            difference = reload_difference(stage, compressed.model, allow_nonfinite=request.allow_nonfinite == "skip")
+            with timed(clock, "reload"):
+                skips = request.allow_nonfinite == "skip"
+                difference = reload_difference(stage, compressed.model, allow_nonfinite=skips)
             compressed.report["reload"] = {"relative_logit_difference": difference, "allowed": LOGIT_TOLERANCE}
-            compressed.report["seconds"]["total"] = time.perf_counter() - started
+            clock["total"] = time.perf_counter() - started
             compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
-            _write_documents(stage, compressed.report)
+            compressed.report["command"] = list(options.command)
+            write_documents(stage, compressed.report)
             _seal(stage, compressed)
     compressed.report["folder"] = str(out)
     return compressed
@@ -146,6 +146,12 @@ def foresee(request: Request, method: Method, source: Source) -> None:
         method.check_model(source.config, walk, request.keep)
 
 
+def foresee_all(request: Request, method: Method, source: Source) -> None:
+    """The same for a request of one size or of all, of which the smallest is the hardest."""
+    hardest = dataclasses.replace(request, keep=request.anchors[-1]) if request.any_size else request
+    foresee(hardest, method, source)
+
+
 def compress_source(
     request: Request,
     method: Method,
@@ -155,7 +161,7 @@ def compress_source(
     resume: Resume | None = None,
 ) -> Compressed:
     """Load, compress and evaluate; nothing is written but states, where `resume` is given."""
-    with listening() as fallbacks:
+    with deterministic(request.deterministic), listening() as fallbacks:
         return _compress_source(request, method, source, progress, resume, fallbacks)
 
 
@@ -175,13 +181,16 @@ def _compress_source(
     device = pick_device(request.device)
     dtype = pick_dtype(request.dtype, source.dtype)
     said = require_same(request, source)
-    text = present().first_only(lambda: read_text(request, source))
-    clock = time.perf_counter()
+    clock: dict[str, float] = {}
+    with timed(clock, "text"):
+        text = present().first_only(lambda: read_text(request, source))
     _say(progress, "load", 0, 1)
     extra: dict[str, TensorInfo] = {}
-    dense = load_dense(source, device, allow_nonfinite=request.allow_nonfinite == "skip", warnings=said, extra=extra)
-    load_s = time.perf_counter() - clock
-    texts = present().from_first(lambda: cut_windows(request, method, dense, text, progress=progress))
+    skips = request.allow_nonfinite == "skip"
+    with timed(clock, "load"):
+        dense = load_dense(source, device, allow_nonfinite=skips, warnings=said, extra=extra)
+    with timed(clock, "text"):
+        texts = present().from_first(lambda: cut_windows(request, method, dense, text, progress=progress))
     if resume is not None:
         resume.folder.claim(text_fields(texts))
     with nullcontext() if resume is None else resume.signals():
@@ -200,23 +209,33 @@ def _compress_source(
             progress=progress,
             checkpoint=shared(resume),
         )
-    outcome.seconds["load"] = load_s
+    outcome.seconds |= clock
     outcome.warnings += [*said, *texts.warnings]
-    round_to(outcome.model, dtype, allow_nonfinite=request.allow_nonfinite == "skip")
-    quality = judge(outcome, dense, texts.evaluation, progress)
+    round_to(outcome.model, dtype, allow_nonfinite=skips)
+    with timed(outcome.seconds, "evaluate"):
+        quality = judge(outcome, dense, texts.evaluation, progress)
+    with timed(outcome.seconds, "samples"):
+        samples = present().first_only(lambda: samples_of(dense, outcome, texts.evaluation, text))
     verdict = gate_of(quality, request.quality_gate)
     fallbacks = of_all_ranks(fallbacks)
     outcome.warnings += [*filter(None, [gate_warning(verdict)]), *summary(fallbacks)]
     if resume is not None:
         outcome.warnings.extend(resume.warnings)
     report = build_report(dataclasses.asdict(request), source, outcome, texts, quality, dtype)
-    report |= {"quality_gate": verdict, "fallbacks": [fallback._asdict() for fallback in fallbacks]}
-    report |= facts_of_processes()
+    report |= {"quality_gate": verdict, "fallbacks": [f._asdict() for f in fallbacks], "samples": samples}
+    report |= {"determinism": determinism(), **facts_of_processes()}
     if resume is not None:
         report["resumed"] = resume.resumed
     model = finalise(outcome, dtype, base_model=request.model)
     report["stored"]["format"] = "spectrim" if hasattr(model.config, "quantization_config") else "plain"
     return Compressed(model=model, outcome=outcome, report=report, source=source, extra=extra)
+
+
+def samples_of(
+    dense: PreTrainedModel, outcome: Outcome, windows: Windows | None, text: TextRead
+) -> list[dict[str, Any]]:
+    """What both models say after the beginnings of some evaluation windows."""
+    return [] if windows is None else compare_samples(dense, outcome.model, windows.ids, text.tokenizer)
 
 
 def judge(
@@ -241,18 +260,10 @@ def gate_of(quality: Mapping[str, Quality] | None, factor: float) -> dict[str, A
 
 
 def _fill(stage: Path, compressed: Compressed) -> None:
-    """Model, tokenizer, report, card."""
+    """Model and tokenizer; what they hold is counted for the report."""
     write_folder(stage, compressed.model, compressed.source, compressed.extra)
     written = open_checkpoint(stage)
     compressed.report["stored"] = {**compressed.report["stored"], **_count(written, compressed)}
-    _write_documents(stage, compressed.report)
-
-
-def _write_documents(stage: Path, report: Mapping[str, Any]) -> None:
-    write_json(stage / "report.json", report)
-    if "method" in report["request"]:  # a model that was given in memory cannot be found again
-        write_json(stage / "recipe.json", report["request"])
-    write_text(stage / "README.md", model_card(report))
 
 
 def _seal(stage: Path, compressed: Compressed) -> None:
@@ -299,41 +310,6 @@ def _is_inside(tensor: str, names: set[str]) -> bool:
     """Whether a tensor belongs to one of the named modules."""
     parts = tensor.split(".")
     return any(".".join(parts[:i]) in names for i in range(1, len(parts)))
-
-
-def reload_difference(folder: Path, model: PreTrainedModel, *, allow_nonfinite: bool = False) -> float:
-    """Largest logit difference, relative, between `model` and `folder` loaded in a fresh process.
-
-    Logits that are not finite are an error; where they are allowed they must be the same ones on both sides.
-    """
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(16)[None] * 7919 % vocabulary
-    with torch.no_grad():
-        here = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-    there = _logits_elsewhere(folder, ids, model.device)
-    bad = ~torch.isfinite(there)
-    if there.shape != here.shape or (bool(bad.any()) and not (allow_nonfinite and torch.equal(bad, ~here.isfinite()))):
-        raise NumericalError(f"{folder}: the reloaded model gives logits of shape {tuple(there.shape)} or not finite")
-    here, there = here.masked_fill(bad, 0), there.masked_fill(bad, 0)
-    difference = float((here - there).abs().max() / here.abs().max().clamp(min=1e-30))
-    if not difference <= LOGIT_TOLERANCE:  # also where NaN came before saving
-        raise NumericalError(
-            f"the reloaded model's logits differ by {difference:.2e} (relative), allowed {LOGIT_TOLERANCE:.0e}; "
-            "nothing was published. This is a bug of spectrim or of this transformers version, please report it"
-        )
-    return difference
-
-
-def _logits_elsewhere(folder: Path, ids: Tensor, device: torch.device) -> Tensor:
-    with tempfile.TemporaryDirectory() as scratch:
-        save_file({"ids": ids}, Path(scratch) / "in.safetensors")
-        command = [sys.executable, "-m", "spectrim.integrations.reload", str(folder), scratch, str(device)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_of_one())
-        if done.returncode != 0:
-            raise InputError(
-                f"{folder}: the written folder cannot be loaded in a fresh process:\n{done.stderr.strip()[-2000:]}"
-            )
-        return load_file(Path(scratch) / "out.safetensors")["logits"]
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

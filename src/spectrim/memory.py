@@ -85,3 +85,36 @@ def release() -> None:
     """Give cached blocks of a GPU back, so that larger ones can be formed of them."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+SHELF_SHARE = 0.34
+"""Of a GPU's memory, all that is allocated counted, up to which large results stay there; the rest is for work."""
+WHOLE_SHARE = 0.3
+"""Of a GPU's memory that the statistics of all layers at once may take; above, models are measured block by block."""
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None of what has no memory of its own."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def has_room(device: torch.device, nbytes: int) -> bool:
+    """Whether a result of so many bytes stays on the device."""
+    total = total_memory(device)
+    return total is None or torch.cuda.memory_allocated(device) + nbytes <= SHELF_SHARE * total
+
+
+def fits_whole(device: torch.device, nbytes: int) -> bool:
+    """Whether statistics of so many bytes are held at once."""
+    total = total_memory(device)
+    return total is None or nbytes <= WHOLE_SHARE * total
+
+
+WIDE_SHARE = 1 / 6
+"""Of a GPU's memory that weights in float32 may take; above, they stay as they are stored."""
+
+
+def holds_wide(device: torch.device, numbers: int) -> bool:
+    """Whether a model of so many numbers is held in float32."""
+    total = total_memory(device)
+    return total is None or 4 * numbers <= WIDE_SHARE * total

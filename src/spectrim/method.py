@@ -107,6 +107,8 @@ class LayerMethod(Method):
     generations: int = 40
     offspring: int = 16
     """Of allocation="evopress", see engines/search.py."""
+    rank_multiple: int = 0
+    """Ranks are multiples of it, as GPUs like them; 0: of 8 in layers of at least 512 x 512, any in smaller ones."""
 
     def __post_init__(self) -> None:
         require_choice(self.info.name, "storage", self.storage, ("factor", "pivot"))
@@ -114,6 +116,7 @@ class LayerMethod(Method):
         require_range(self.info.name, "rounds", self.rounds, 0, 8)
         require_range(self.info.name, "generations", self.generations, 1, 100_000)
         require_range(self.info.name, "offspring", self.offspring, 1, 100_000)
+        require_range(self.info.name, "rank_multiple", self.rank_multiple, 0, 1024)
 
     @property
     def error_share(self) -> float:
@@ -127,6 +130,10 @@ class LayerMethod(Method):
     @abstractmethod
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """All components of `weight` (O, I), float64, in this method's metric; strongest first."""
+
+    def energies(self, weight: Tensor, stats: Stats) -> Tensor:
+        """The energies (K,) that `decompose` would give; methods that know a shorter way override it."""
+        return self.decompose(weight, stats).energy
 
     def at_rank(self, weight: Tensor, cut: Factors, stats: Stats) -> Factors:
         """The factors once the rank is known, for methods whose answers are not nested; most leave the `cut` as it is.

@@ -208,6 +208,18 @@ def environment_of_one() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in names and not k.startswith("TORCHELASTIC_")}
 
 
+@contextmanager
+def as_one() -> Iterator[None]:
+    """Inside, the environment says nothing of a launcher: for a library that would wait for the other processes."""
+    launcher = {name: value for name, value in os.environ.items() if name not in environment_of_one()}
+    for name in launcher:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(launcher)
+
+
 def own_device(device: torch.device) -> torch.device:
     """The GPU of this rank where a GPU is meant; ResourceError where there are more processes than GPUs here."""
     group = present()

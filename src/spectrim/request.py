@@ -65,6 +65,8 @@ class Request:
     """For the whole model, all tensors counted; `keep` then follows from it (byte_budget.py)."""
     keep_bytes: float | None = None
     """The same as a share of the dense model in 16 bits."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time (reproducible.py)."""
     any_size: bool = False
     anchors: tuple[float, ...] = ANCHORS
     any_size_steps: int = ANY_SIZE_STEPS

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,11 +14,14 @@ from spectrim.errors import UsageError
 from spectrim.linalg.fallback import Fallback
 from spectrim.models.load import Source, pick_device
 from spectrim.processes import present
-from spectrim.request import Request
 from spectrim.store.manifest import measure_file
 
+if TYPE_CHECKING:
+    from spectrim.eval_job import EvalRequest
+    from spectrim.request import Request
 
-def require_same(request: Request, source: Source) -> list[str]:
+
+def require_same(request: "Request | EvalRequest", source: Source) -> list[str]:
     """That all ranks do the same with the same; returns what there is to say. Each host reads its files once."""
     group = present()
     if group.alone:

@@ -12,6 +12,7 @@ from spectrim.errors import UsageError
 from spectrim.job import Compressed, compress_source, foresee, run
 from spectrim.models.load import resolve
 from spectrim.processes import joined, launched
+from spectrim.reproducible import deterministic
 from spectrim.request import Request
 from spectrim.resume import ResumeOptions
 
@@ -25,7 +26,8 @@ def run_together(
     progress: Progress | None = None,
 ) -> Compressed | None:
     """The whole job, as job.run; None on all ranks but the first."""
-    with joined(request.device) as group:
+    # Before the group is formed, which uses the GPU: what makes it deterministic is read when it is first used.
+    with deterministic(request.deterministic), joined(request.device) as group:
         if group.is_first:
             return run(request, out, overwrite=overwrite, options=options, progress=progress)
         method = request.check()

@@ -5,7 +5,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spectrim.errors import Interrupted, ResourceError, SpectrimError
+from spectrim.progress import end_progress, progress_on
 from spectrim.store.writer import COMPLETE
 
 # Text is shown as it is: `[x]` in a path is no markup and `:b:` in generated code no emoji.
@@ -38,6 +38,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        end_progress()
         if os.environ.get("SPECTRIM_DEBUG"):
             raise
         if not isinstance(error, SpectrimError) and _is_out_of_memory(error):
@@ -50,6 +51,8 @@ def exit_codes() -> Iterator[None]:
                 stderr.print(f"{speaker()}internal error: {type(error).__name__}: {error}")
                 stderr.print("this is a bug of spectrim; run again with SPECTRIM_DEBUG=1 and report the traceback")
         sys.exit(error.exit_code if isinstance(error, SpectrimError) else SpectrimError.exit_code)
+    finally:
+        end_progress()
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -108,36 +111,13 @@ def command_line(words: Iterable[str]) -> str:
 
 
 def progress_printer(quiet: bool) -> Callable[[str, int, int], None] | None:
-    """Stage, count and time left on stderr: live on a terminal, one line a stage (and every quarter) when piped."""
-    if quiet:
-        return None
-    started = time.monotonic()
-    last = {"stage": "", "quarter": -1}
-    began: dict[str, tuple[float, int]] = {}  # when each stage was first heard of, and how far it was then
-
-    def show(stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        first, before = began.setdefault(stage, (now, done))
-        if done <= before:  # the same stage again, as in a second round of statistics
-            first, before = began[stage] = now, done
-        line = f"[{now - started:6.1f} s] {stage}"
-        if total > 1:
-            line += f" {done}/{total}"
-        if before < done < total:
-            line += f", about {(now - first) / (done - before) * (total - done):.0f} s left"
-        if stderr.is_terminal:
-            stderr.print(line, end="\n" if done >= total else "\r")
-            return
-        quarter = 4 * done // max(total, 1)
-        if stage != last["stage"] or quarter != last["quarter"]:
-            last.update(stage=stage, quarter=quarter)
-            stderr.print(line)
-
-    return show
+    """Stage, count, layer, time left and memory on stderr (progress.py); None where nothing is to be said."""
+    return None if quiet else progress_on(stderr)
 
 
 def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
     """JSON on stdout, or the human view."""
+    end_progress()
     try:
         if as_json:
             sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")

@@ -37,6 +37,7 @@ from command_line import (
 from spectrim import job, terminal
 from spectrim.errors import Interrupted
 from spectrim.registry import all_methods
+from spectrim.report import documents
 from spectrim.store import target
 
 pytestmark = pytest.mark.faults
@@ -192,7 +193,10 @@ def test_a_gpu_that_is_not_there(model: Path, tmp_path: Path) -> None:
         (("eval", "MODEL", "--windows", "0"), "greater than or equal to 1"),
         (("eval", "MODEL", "--length", "1"), "greater than or equal to 2"),
         (("export", "MODEL", "--out", "OUT"), "not a spectrim folder; it is dense already"),
-        (("export", "MODEL", "--out", "OUT", "--to", "gguf"), "--to gguf: not supported; known: dense"),
+        (
+            ("export", "MODEL", "--out", "OUT", "--to", "gguf"),
+            "--to gguf: not supported; known: dense, size, portable, onnx",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -561,7 +565,7 @@ def test_out_of_memory_is_no_bug_of_ours(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_bug_of_ours_says_so_and_publishes_nothing(model: Path, tmp_path: Path) -> None:
-    with mock.patch.object(job, "model_card", side_effect=KeyError("perplexity")):
+    with mock.patch.object(documents, "model_card", side_effect=KeyError("perplexity")):
         answer = call("compress", model, "--out", tmp_path / "out", *PLAIN, "--method", "svd")
     assert answer.code == INTERNAL
     assert "internal error: KeyError: 'perplexity'" in answer.err

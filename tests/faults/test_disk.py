@@ -26,7 +26,7 @@ from spectrim.store.writer import preflight, staged, write_text
 
 pytestmark = pytest.mark.faults
 
-TOLD = {"report.json", "manifest.json", "README.md"}
+TOLD = {"report.json", "report.html", "manifest.json", "README.md"}
 """Seconds, and warnings of states that could not be saved."""
 
 

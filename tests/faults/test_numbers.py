@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from command_line import PLAIN, call, change_weights, hashes, small_model, small_text
-from spectrim import job
+from spectrim import job, reloaded
 from spectrim.engines.layerwise import check_weights, refuse_large_sides
 from spectrim.engines.loop import Group, Training, train
 from spectrim.errors import NumericalError, ResourceError, UsageError
@@ -123,7 +123,7 @@ def test_logits_that_were_finite_must_be_so_after_the_reload(spoil: float | None
         there = dense(input_ids=torch.arange(16)[None] * 7919 % 8192).logits
     if spoil is not None:
         there[0, 0, 0] = spoil
-    with mock.patch.object(job, "_logits_elsewhere", return_value=there):
+    with mock.patch.object(reloaded, "logits_elsewhere", return_value=there):
         if spoil is None:
             assert REAL_RELOAD(model, dense, allow_nonfinite=True) == 0.0
         else:

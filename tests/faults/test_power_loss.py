@@ -21,7 +21,7 @@ from spectrim.store.writer import staged, write_text
 
 pytestmark = [pytest.mark.faults, pytest.mark.fault(26)]
 
-TOLD = {"report.json", "manifest.json"}
+TOLD = {"report.json", "report.html", "manifest.json"}
 
 
 class Disk:

@@ -21,7 +21,7 @@ from spectrim.store.points import POINTS
 
 pytestmark = [pytest.mark.faults, pytest.mark.fault(24, 26, 60)]
 
-TOLD = {"report.json", "manifest.json"}
+TOLD = {"report.json", "report.html", "manifest.json"}
 OLD = '{"old": true}'
 ONCE = "staged", "before-seal", "before-publish", "renamed", "after-publish", "replaced-removed", "locked", "tidied"
 

@@ -35,9 +35,9 @@ KL = "recovery 0 kl"
 KL_METRIC = f"{KL} metric"
 EARLIER = 19
 """States that lead to the closed form: 2 of sums over the 2 batches, 1 of the coupling, 14 layers, 2 blocks."""
-DIFFER = {"report.json", "manifest.json"}
-"""The report tells seconds, memory and where it was taken up again; the manifest has the report's checksum."""
-TOLD = ("seconds", "peak_memory_bytes", "resumed", "folder")
+DIFFER = {"report.json", "report.html", "manifest.json"}
+"""The report tells seconds, memory, command and where it was taken up again; the manifest has its checksum."""
+TOLD = ("seconds", "peak_memory_bytes", "resumed", "folder", "command")
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_a_signal_outside_of_training_stops_at_once_and_leaves_no_empty_folder(
         os.kill(os.getpid(), signal.SIGINT)
 
     def body() -> None:
-        with mock.patch("spectrim.engines.pipeline.measure", interrupt):
+        with mock.patch("spectrim.engines.run.measure", interrupt):
             answer = call(*words, "--out", tmp_path / "out")
         (tmp_path / "said").write_text(f"{answer.code} {answer.message}")
 

@@ -160,8 +160,10 @@ def test_at_size_one_the_model_is_the_dense_one_and_below_the_first_anchor_it_ha
     for nested in sizes.layers.values():
         assert nested.scores.shape == (4, len(nested.left))
         assert not nested.scores[0, :RANK].any()
-        assert bool((nested.scores[1:] == 1).all())
-        assert bool((nested.scores[0, RANK:] == 1).all())
+        assert bool((nested.scores[-1] == 1).all())
+        assert bool((nested.scores[:, RANK:] == 1).all())
+        assert nested.scores[:, 0].tolist() == list(sizes.details["adapter_strengths"].values())
+        assert bool((nested.scores[:, :RANK] == nested.scores[:, :1]).all())
         assert bool(nested.left[:RANK].any())  # the adapters were trained
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memory_checkpoint import Killed, MemoryCheckpoint, kill_at
 from spectrim.engines import distil as distil_engine
-from spectrim.engines import pipeline
+from spectrim.engines import run as closed_run
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.errors import InputError, NumericalError
 from spectrim.methods.weights.soco import SoCo
@@ -66,8 +66,8 @@ def test_killed_and_gone_on_with_is_bit_for_bit_the_whole(monkeypatch, whole, na
     checkpoint = MemoryCheckpoint(every=every)
     with pytest.raises(Killed):
         run(name, checkpoint=checkpoint, progress=kill_at(stage, step))
-    monkeypatch.setattr(pipeline, "measure", lambda *_a, **_k: pytest.fail("measured again"))
-    monkeypatch.setattr(pipeline, "decompose_all", lambda *_a, **_k: pytest.fail("decomposed again"))
+    monkeypatch.setattr(closed_run, "measure", lambda *_a, **_k: pytest.fail("measured again"))
+    monkeypatch.setattr(closed_run, "decompose_all", lambda *_a, **_k: pytest.fail("decomposed again"))
     assert_same(run(name, checkpoint=checkpoint), whole[name])
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from memory_checkpoint import Killed, MemoryCheckpoint, kill_at
-from spectrim.engines import layerwise, pipeline
+from spectrim.engines import layerwise
 from spectrim.engines import measure as measure_engine
+from spectrim.engines import run as closed_run
 from spectrim.engines.any_size import AnySize, compress_any_size
 from spectrim.engines.closed_form import LEADS_TO_IT
 from spectrim.engines.pipeline import Outcome, compress_model
@@ -72,7 +73,7 @@ def whole() -> dict[str, Outcome]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many batches gave statistics, and how many weights were decomposed."""
     counts = {"batches": 0, "layers": 0}
-    check, decompose = measure_engine._check_finite, layerwise.decompose_layer
+    check, decompose = measure_engine.check_sums, layerwise.decompose_layer
 
     def counting(sums: Any, start: int) -> None:
         counts["batches"] += 1
@@ -82,7 +83,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["layers"] += 1
         return decompose(*arguments)
 
-    monkeypatch.setattr(measure_engine, "_check_finite", counting)
+    monkeypatch.setattr(measure_engine, "check_sums", counting)
     monkeypatch.setattr(layerwise, "decompose_layer", counting_layers)
     return counts
 
@@ -213,7 +214,7 @@ def test_training_goes_on_when_the_closed_form_was_saved_step_by_step(monkeypatc
     checkpoint = MemoryCheckpoint(every=1, closed=True)
     with pytest.raises(Killed):
         learned(checkpoint=checkpoint, progress=kill_at("learn scores", 2))
-    monkeypatch.setattr(pipeline, "measure", lambda *_a, **_k: pytest.fail("measured again"))
+    monkeypatch.setattr(closed_run, "measure", lambda *_a, **_k: pytest.fail("measured again"))
     assert_same(learned(checkpoint=checkpoint), undisturbed)
 
 

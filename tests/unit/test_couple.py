@@ -229,7 +229,7 @@ def test_every_round_couples_over_the_gradient_windows(monkeypatch):
         calls.append((len(ids), options["seed"], rest[1]))
         return real(model, walk, ids, *rest, **options)
 
-    monkeypatch.setattr("spectrim.engines.pipeline.couple", note)
+    monkeypatch.setattr("spectrim.engines.run.couple", note)
     method = make_method("two-sided", options={"output_shrinkage": 0.3})
     outcome = compress_model(tiny("llama"), method, 0.6, IDS, gradient_windows=3, seed=7)
     assert calls == [(3, 7, Coupling(0.01, 0.3)), (3, 8, Coupling(0.01, 0.3))]

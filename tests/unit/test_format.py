@@ -172,6 +172,12 @@ def test_a_load_without_spectrim_fails_loudly(tmp_path):
     assert done.stderr.count("torch.Size([0])") >= 2
 
 
+def test_releases_that_would_compute_something_else_are_refused(folder, monkeypatch):
+    """4.57 takes the default for the base of rotary positions (tests/matrix/test_old_release.py)."""
+    monkeypatch.setattr("spectrim.integrations.transformers.transformers.__version__", "4.57.6")
+    refuse(folder, "transformers 4.57.6", "rope_parameters", "transformers>=5.0,<6")
+
+
 # Folders that are damaged, edited, or from a later version
 
 

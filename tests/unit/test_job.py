@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from command_line import TINY, call, change_weights, hashes, small_model, small_text
-from spectrim import any_size_job, job
+from spectrim import any_size_job, job, reloaded
 from spectrim.cli_options import load_lines
 from spectrim.data import evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.learned import skeleton
@@ -143,7 +143,7 @@ def test_a_reload_that_differs_publishes_nothing(
         small_model(out, seed=1)
     before = {folder: hashes(folder) for folder in (model, out) if folder.exists()}
     asked = request(model, options={}, keep=0.9)
-    with mock.patch.object(job, "_logits_elsewhere", elsewhere), pytest.raises(NumericalError) as caught:
+    with mock.patch.object(reloaded, "logits_elsewhere", elsewhere), pytest.raises(NumericalError) as caught:
         run(asked, out, overwrite=True, options=ResumeOptions(save_every_s=1e9))  # no state, however slow it is
     assert says in str(caught.value)
     assert {folder: hashes(folder) for folder in (model, out) if folder.exists()} == before
@@ -154,7 +154,10 @@ def test_a_reload_that_differs_publishes_nothing(
 def test_logits_that_were_nan_before_saving_are_not_taken_for_equal(model: Path, tmp_path: Path) -> None:
     change_weights(model, "model.layers.0.input_layernorm.weight", lambda tensor: tensor.fill_(3e38))
     finite = torch.zeros(1, 16, 8192)
-    with mock.patch.object(job, "_logits_elsewhere", return_value=finite), pytest.raises(NumericalError, match="nan"):
+    with (
+        mock.patch.object(reloaded, "logits_elsewhere", return_value=finite),
+        pytest.raises(NumericalError, match="nan"),
+    ):
         run(request(model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -22,6 +22,7 @@ from spectrim.nn.packed import PackedLinear, TrainedPackedLinear
 from spectrim.nn.stores import STORES, PlainStore, Store
 from spectrim.nn.stores_bilevel import BilevelStore
 from spectrim.nn.stores_codebook import CodebookStore
+from spectrim.nn.stores_corrected import CorrectedStore
 from spectrim.nn.stores_groups import GroupStore
 from spectrim.nn.stores_half import HalfStore
 from spectrim.nn.stores_normal import NormalStore
@@ -58,6 +59,15 @@ def outliers(inner: str, dtype: torch.dtype) -> tuple[Store, Tensor]:
     return OutlierStore.holding(rest, entries, dtype=dtype), with_entries(dense, entries)
 
 
+def corrected(inner: str, dtype: torch.dtype) -> tuple[Store, Tensor]:
+    rest, dense = store(inner, dtype)
+    (left, whole_left), (right, whole_right) = (
+        uniform(normal(seed, 2, size).to(torch.bfloat16).double(), 4, True, dtype)
+        for seed, size in ((10, OUTPUTS), (11, INPUTS))
+    )
+    return CorrectedStore(rest, left, right), dense + whole_left.mT @ whole_right
+
+
 def groups(bits: int, dtype: torch.dtype) -> tuple[Store, Tensor]:
     mask = normal(8, OUTPUTS, INPUTS // 4) > 0
     values = normal(9, int(mask.sum()), 4).to(torch.bfloat16).double()
@@ -73,6 +83,8 @@ def store(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Store, Tensor]
         return PlainStore.holding(weight.to(dtype)), weight
     if kind.startswith("outliers"):
         return outliers(kind.removeprefix("outliers, "), dtype)
+    if kind.startswith("corrected"):
+        return corrected(kind.removeprefix("corrected, "), dtype)
     if kind.startswith("bilevel"):
         return bilevel(weight, int(kind.split()[1]), dtype)
     if kind.startswith("groups"):
@@ -102,7 +114,7 @@ SINGLE += [
     "groups 3",
     *(f"normal {bits}" for bits in BITS),
 ]
-KINDS = [*SINGLE, *(f"outliers, {kind}" for kind in SINGLE)]
+KINDS = [*SINGLE, *(f"outliers, {kind}" for kind in SINGLE), "corrected, 2 zeros", "corrected, outliers, 3 sym"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 with_and_without = pytest.mark.parametrize("rank", [0, RANK])
 

@@ -14,16 +14,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from command_line import PLAIN, TINY, call, change_config, change_weights, small_model
-from spectrim import job
+from spectrim import any_size_job, job
 from spectrim.engines import plan as plan_module
+from spectrim.engines.plan_memory import resident
+from spectrim.machine import Rates, measure_rates
+
+RATES = Rates(
+    device="cpu", computing_dtype="float32", products=1e10, full_products=1e10, copied=1e10, softmax=1e9, eigen=1e-9
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Any:
-    """No child process, and no half second of matrix products in each plan."""
+    """No child process, and nothing clocked in each plan."""
     with (
         mock.patch.object(job, "reload_difference", return_value=0.0),
-        mock.patch.object(plan_module, "matrix_rate", return_value=1e10),
+        mock.patch.object(plan_module, "measure_rates", return_value=RATES),
     ):
         yield
 
@@ -117,15 +123,67 @@ def test_the_plan_counts_more_work_for_methods_that_do_more(models: dict[str, Pa
     plans = [planned(models["tied"], "--method", m, *o) for m, o in
              [("svd", ()), ("svd-llm", ()), ("two-sided", ()), ("soco", ("--preset", "balanced")),
               ("soco", ("--preset", "best"))]]  # fmt: skip
-    operations = [plan["operations"] for plan in plans]
-    assert operations == sorted(operations)
-    assert len(set(operations)) == 5
-    assert all(
-        plan["seconds"] == plan["operations"] / (plan["matrix_rate_per_s"] * plan_module.EFFICIENCY) for plan in plans
-    )
-    memory = [plan["peak_memory_bytes"] for plan in plans]
+    seconds = [plan["seconds"] for plan in plans]
+    assert seconds == sorted(seconds)
+    assert len(set(seconds)) == 5
+    assert all(plan["seconds"] == pytest.approx(sum(plan["seconds_by_stage"].values())) for plan in plans)
+    memory = [max(plan["memory_by_stage"].values()) for plan in plans]
     assert memory[:4] == sorted(memory[:4])
     assert memory[4] > 2 * memory[2]  # best trains factors, balanced scores: either takes far more than the closed form
+    for plan in plans:
+        assert plan["peak_memory_bytes"]["host"] > max(plan["memory_by_stage"].values()) + resident() // 2
+
+
+def test_a_plan_knows_recovery_and_training_for_all_sizes(models: dict[str, Path]) -> None:
+    plain = planned(models["tied"], "--method", "svd-llm")
+    repaired = planned(models["tied"], "--method", "svd-llm", "--recover", "block:5", "--recover", "kl:20")
+    more = planned(models["tied"], "--method", "svd-llm", "--recover", "block:5", "--recover", "kl:40")
+    assert repaired["recovery"] == ["block:5", "kl:20"]
+    assert set(repaired["seconds_by_stage"]) - set(plain["seconds_by_stage"]) == {"block", "distil"}
+    assert plain["seconds"] < repaired["seconds"] < more["seconds"]
+    assert repaired["memory_by_stage"]["recover"] > plain["memory_by_stage"]["recover"]
+    trained = [planned(models["tied"], "--any-size", "--any-size-steps", steps)["seconds"] for steps in (100, 200)]
+    assert trained[0] < trained[1]
+
+
+@pytest.mark.parametrize("storage", ["factor", "pivot"])
+def test_a_plan_in_few_bits_is_what_compress_stores(models: dict[str, Path], tmp_path: Path, storage: str) -> None:
+    bits = ("--factor-bits", "4", "--factor-group-size", "16", "--keep", "0.6")
+    options = ("--method", "svd", "--set", f"storage={storage}", *bits)
+    plan, report = planned(models["biases"], *options), compressed(models["biases"], tmp_path / "out", *options)
+    stored = report["stored"]
+    assert plan["linear_numbers"]["after"] == stored["linear_numbers"]
+    assert plan["linear_bytes"]["after"] == stored["linear_bytes"]
+    assert plan["model_numbers"]["after"] == stored["model_numbers"]
+    assert plan["model_bytes"]["after"] == stored["model_bytes"]
+    assert [row["codec"] for row in plan["layers"]] == [row["codec"] for row in report["layers"]]
+
+
+def test_a_plan_for_all_sizes_is_what_the_folder_takes(models: dict[str, Path], tmp_path: Path) -> None:
+    options = ("--method", "svd-llm", "--any-size", "--anchors", "0.8,0.5")
+    with mock.patch.object(any_size_job, "reload_difference", return_value=0.0):
+        report = compressed(models["biases"], tmp_path / "out", *options)
+    plan = planned(models["biases"], *options)
+    assert plan["any_size"]
+    assert plan["model_numbers"]["after"] == pytest.approx(report["stored"]["model_numbers"], rel=0.02)
+    assert plan["model_bytes"]["after"] == pytest.approx(report["stored"]["model_bytes"], rel=0.02)
+
+
+def test_a_plan_in_bytes_keeps_to_them(models: dict[str, Path]) -> None:
+    options = ("--keep-bytes", "0.98", "--dtype", "bfloat16")
+    plan = planned(models["untied"], *options)
+    assert plan["method"]["method"] == "trellis"
+    assert plan["model_bytes"]["after"] <= 0.98 * plan["model_bytes"]["before"] / 2 + 2  # of a source in float32
+    assert (plan["linear_numbers"]["after"], plan["seconds"]) == (None, None)
+    shown = call("plan", models["untied"], *options)
+    assert "counted in bytes" in shown.out
+    assert "not known for method trellis" in shown.out
+
+
+def test_rates_are_measured() -> None:
+    rates = measure_rates(torch.device("cpu"))
+    assert min(rates.products, rates.full_products, rates.copied, rates.softmax) > 1e6
+    assert 0 < rates.eigen < 1e-5
 
 
 @pytest.mark.fault(72)

@@ -227,7 +227,7 @@ def test_on_a_cpu_it_runs_over_the_gradient_windows(monkeypatch):
         counts.append(len(args[6]))
         return real(*args, **options)
 
-    monkeypatch.setattr("spectrim.engines.pipeline.propagate", note)
+    monkeypatch.setattr("spectrim.engines.run.propagate", note)
     compress_model(tiny("llama"), make_method("two-sided"), 0.6, IDS, gradient_windows=5)
     assert counts == [5]
 
@@ -258,7 +258,7 @@ def test_going_on_from_a_checkpoint_holds_the_propagated_weights(keep, monkeypat
     with pytest.raises(Killed):
         run(checkpoint=checkpoint, progress=kill_at("distil", 2))
     for name in ("measure", "couple", "propagate"):
-        monkeypatch.setattr(f"spectrim.engines.pipeline.{name}", lambda *_a, **_k: pytest.fail("done again"))
+        monkeypatch.setattr(f"spectrim.engines.run.{name}", lambda *_a, **_k: pytest.fail("done again"))
     again = run(checkpoint=checkpoint)
     assert (keep == 0.9) == any(t.codec == "dense" for t in again.plan.targets.values())
     for name, tensor in whole.model.state_dict().items():

@@ -104,7 +104,7 @@ def test_a_layer_that_matters_more_gets_more_bits():
 
     with (
         mock.patch.object(LQLoRA, "importance", changed),
-        mock.patch("spectrim.engines.pipeline.measure", marking),
+        mock.patch("spectrim.engines.run.measure", marking),
     ):
         outcome = compress_model(dense, LQLoRA(**LQ), 0.3, IDS)
     assert marked

@@ -6,14 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectrim.engines.forms import DENSE, code_menu, codes_of
 from spectrim.engines.paired import in_order
 from spectrim.engines.pipeline import compress_model
 from spectrim.errors import UsageError
 from spectrim.linalg.columns import gptq, inverse_root
+from spectrim.linalg.knapsack import settle
+from spectrim.linalg.predicted import InCodes
 from spectrim.linalg.quantise import dequantise, pack, unpack
 from spectrim.linalg.trellis import RATES, WINDOWS, Rate, code_table, decode, distortion, rate_of, states_of, viterbi
 from spectrim.linalg.trellis_columns import (
+    SCALES,
     STRIP,
+    RowLosses,
     best_scales,
     decode_weight,
     steps_of,
@@ -21,7 +26,6 @@ from spectrim.linalg.trellis_columns import (
     trellis_account,
     trellis_columns,
 )
-from spectrim.methods.weights.trellis import choose, forms_of
 from spectrim.models.walk import Layer, find_layers, weight_of
 from spectrim.nn.stores import store_from_entry
 from spectrim.nn.stores_trellis import TrellisStore
@@ -110,9 +114,9 @@ def test_the_error_lies_between_the_bound_and_what_is_promised(bits, most, bound
 
 
 def test_more_bits_always_cost_less():
-    errors = [form.error for form in forms_of(12)]
+    errors = [code.error for code in codes_of(12)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] == 0
+    assert 0 == DENSE.code.error < errors[-1]
 
 
 @every_rate
@@ -198,25 +202,30 @@ def test_entries_that_cannot_be_are_refused(entry, said):
         store_from_entry(16, 16, {"kind": "trellis", **entry})
 
 
+def worth_of(scale: float) -> InCodes:
+    """Of a layer that loses so much over D."""
+    rows = RowLosses(torch.tensor([2 * scale]).double(), torch.zeros(len(SCALES), 1).double())
+    return InCodes(torch.ones(1).double(), rows, scale * 8e-5)
+
+
 def layer_of(name: str) -> Layer:
     return Layer(name=name, block=0, outputs=32, inputs=32, has_bias=False)
 
 
 def test_bits_go_where_they_are_worth_most_and_the_budget_is_kept():
     layers = [layer_of("a"), layer_of("b"), layer_of("c")]
-    forms = forms_of(8)
     budget = 3 * trellis_account(32, 32, rate_of(2)).total
-    chosen = choose(layers, {"a": 100.0, "b": 1.0, "c": 1.0}, budget, forms)
-    spent = sum(form.account(la).total for form, la in zip(chosen, layers, strict=True))
-    assert spent <= budget
-    errors = [form.error for form in chosen]
-    assert errors[0] < min(errors[1:])
+    menus = [code_menu(la, worth_of(worth), 8) for la, worth in zip(layers, (100.0, 1.0, 1.0), strict=True)]
+    chosen = settle([menu.options for menu in menus], budget).choice
+    errors = [float(menu.options.error[k]) for menu, k in zip(menus, chosen, strict=True)]
+    assert sum(int(menu.options.cost[k]) for menu, k in zip(menus, chosen, strict=True)) <= budget
+    assert errors[0] / 100 < min(errors[1:])
     best = min(
-        100 * a.error + b.error + c.error
-        for a, b, c in product(forms, repeat=3)
-        if sum(f.account(layers[0]).total for f in (a, b, c)) <= budget
+        sum(float(menu.options.error[k]) for menu, k in zip(menus, ks, strict=True))
+        for ks in product(range(len(menus[0].forms)), repeat=3)
+        if sum(int(menu.options.cost[k]) for menu, k in zip(menus, ks, strict=True)) <= budget
     )
-    assert 100 * errors[0] + errors[1] + errors[2] <= 1.2 * best
+    assert sum(errors) <= 1.002 * best
 
 
 def test_in_order_shows_each_group_the_model_as_it_is_by_then():

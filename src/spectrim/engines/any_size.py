@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.clock import timed
 from spectrim.engines.descent import learn_order
+from spectrim.engines.fade import fade, text_loss
 from spectrim.engines.layerwise import check_weights, refuse_large_sides, swap
 from spectrim.engines.learned import skeleton
 from spectrim.engines.masked import budget_of
@@ -48,6 +49,9 @@ class AnySize:
     losses: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    energies: Mapping[str, Tensor] = field(default_factory=dict)
+    """Squared singular values (K,) of each layer in the method's metric, in the order in which components are kept;
+    of masked methods, which keep no record of that order, descending."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def plan(self, size: float) -> Plan:
@@ -95,7 +99,7 @@ def compress_any_size(
     budget_of(method, walk, anchors[-1])
     clock: dict[str, float] = {}
     if gradient_windows is None:
-        gradient_windows = default_gradient_windows(len(calibration), device_of(dense))
+        gradient_windows = default_gradient_windows(len(calibration), device_of(dense), calibration.shape[1])
     reached = tuple(min(max(middle, anchors[-1]), anchors[0]) for middle in middles)
     spectra, checkpoint, told = closed_form(
         dense, method, walk, reached[0], calibration, gradient_windows=gradient_windows, seed=seed, clock=clock,
@@ -107,6 +111,12 @@ def compress_any_size(
             given: Any = {"steps": steps, "seed": seed, "progress": progress, "checkpoint": checkpoint}
             if isinstance(method, MaskedMethod):
                 order = learn_masked_order(method, dense, walk, spectra, anchors, ids, **given)
+
+                def loss(candidate: Order, size: float) -> float:
+                    model = build(dense, method, walk, candidate, torch.float32).at(size)
+                    return text_loss(method, model, dense, ids)
+
+                order = fade(order, loss, progress=progress)
             else:
                 assert isinstance(method, LearnedMethod)
                 order = learn_order(method, dense, walk, spectra, anchors, ids, **given)
@@ -115,6 +125,8 @@ def compress_any_size(
             order = closed_order(method, walk, spectra, anchors)
     sizes = build(dense, method, walk, order, dtype, seconds=clock)
     sizes.warnings = (*warnings, *told, *sizes.warnings)
+    in_order = spectra if isinstance(method, MaskedMethod) else order.spectra
+    sizes.energies = {name: spectrum.energy for name, spectrum in in_order.items()}
     return sizes
 
 

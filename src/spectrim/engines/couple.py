@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines import measure as plain_measure
 from spectrim.engines.checkpoint import Checkpoint, Saved
+from spectrim.engines.labels import skip_labels_of_others
 from spectrim.engines.layerwise import solver_errors_of
 from spectrim.engines.measure import Progress, autocast, frozen, hooks, in_sequences
 from spectrim.engines.pack import fill, fingerprint
@@ -93,7 +94,7 @@ def couple(
     keeper = _Keeper(checkpoint if present().alone else None, stage, sums, generator)
     coupled = keeper.load(plain, {"windows": fingerprint(ids), "seed": seed})
     spans = own_spans(len(ids), len(ids), batch_size, coupled)
-    plain_measure.skip_labels_of_others(model, ids, batch_size, generator)
+    skip_labels_of_others(model, ids, batch_size, generator)
     with frozen(model), hooks(model, walk, None, on_gradient), autocast(device):
         for start, stop in spans:
             plain_measure.backward_from_sampled_labels(model, ids[start:stop].to(device), generator)

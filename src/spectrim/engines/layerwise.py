@@ -5,7 +5,7 @@ The order of a whole run, with measuring and training around it, is in engines/p
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
+from spectrim.engines.measure import Progress
 from spectrim.engines.parts import Parts, digest_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan
 from spectrim.engines.spread import encode_spread
@@ -25,6 +26,7 @@ from spectrim.models.walk import Layer, Walk, linear_at, weight_of
 from spectrim.nn.linears import LINEARS
 from spectrim.options import Nonfinite
 from spectrim.replacement import Replacement, Target, dense_replacement, encode, with_mean_kept
+from spectrim.stage import at
 from spectrim.stats import Stat, Stats
 
 
@@ -96,6 +98,18 @@ def decompose_layer(method: LayerMethod, layer: Layer, weight: Tensor, stats: St
     return spectrum
 
 
+def energies_of_layer(method: LayerMethod, layer: Layer, weight: Tensor, stats: Stats) -> Tensor:
+    """The energies (K,) of `decompose_layer`, float64, without its components; NumericalError unless finite."""
+    with solver_errors_of(layer.name, f"its {layer.outputs} x {layer.inputs} weight ({method.info.name})"):
+        energies = method.energies(weight.detach().double(), stats)
+    if not bool(torch.isfinite(energies).all()):
+        raise NumericalError(
+            f"{layer.name}: the energies of its {layer.outputs} x {layer.inputs} weight are not finite "
+            f"({method.info.name}); the statistics or the solver failed. Use more calibration text"
+        )
+    return energies
+
+
 def decompose_all(
     method: LayerMethod,
     model: PreTrainedModel,
@@ -104,22 +118,30 @@ def decompose_all(
     *,
     checkpoint: Checkpoint | None = None,
     stage: str = "spectra",
-) -> dict[str, Spectrum]:
+    progress: Progress | None = None,
+    into: MutableMapping[str, Spectrum] | None = None,
+) -> MutableMapping[str, Spectrum]:
     """The spectrum of every layer that there are `stats` of, in the method's metric, float64 on the weight's device.
 
-    With a `checkpoint` they are kept in parts of `stage`, and gone on with for the same `stats`.
+    They are put `into` what is given. With a `checkpoint` they are kept in parts of `stage`, and gone on with for the
+    same `stats`.
     """
     layers = [layer for layer in walk.layers if layer.name in stats]
     parts = Parts(checkpoint, stage, {} if checkpoint is None else {"after": digest_of(_diagonals(walk, stats))})
     weights = {la.name: weight_of(model.get_submodule(la.name)) for la in walk.layers}
-    spectra = {}
+    spectra = {} if into is None else into
     for saved in parts.load():
-        spectra |= {name: spectrum_from(saved.tensors, name, weights[name].device) for name in saved.facts["items"]}
+        for name in saved.facts["items"]:
+            spectra[name] = spectrum_from(saved.tensors, name, weights[name].device)
     for layer in layers:
         if layer.name not in spectra:
             weight = weights[layer.name].detach().double()
-            spectra[layer.name] = decompose_layer(method, layer, weight, stats[layer.name])
-            parts.add(layer.name, spectrum_tensors(layer.name, spectra[layer.name]))
+            spectrum = decompose_layer(method, layer, weight, stats[layer.name])
+            spectra[layer.name] = spectrum
+            if checkpoint is not None:
+                parts.add(layer.name, spectrum_tensors(layer.name, spectrum))
+        if progress is not None:
+            progress(at("decompose", layer.name), len(spectra), len(layers))
     parts.finish()
     return spectra
 
@@ -134,7 +156,7 @@ def _diagonals(walk: Walk, stats: Mapping[str, Stats]) -> Iterator[Tensor]:
 
 
 def solve_at_ranks(
-    method: LayerMethod, walk: Walk, spectra: dict[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]
+    method: LayerMethod, walk: Walk, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]
 ) -> None:
     """What `method.at_rank` makes of each cut that this process has, in place."""
     if type(method).at_rank is LayerMethod.at_rank:

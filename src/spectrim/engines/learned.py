@@ -20,12 +20,16 @@ from spectrim.engines.loop import Buffers, Group, Training, train
 from spectrim.engines.measure import Progress, both_logits, frozen
 from spectrim.engines.pack import fill, with_prefix
 from spectrim.engines.ranks import Plan, plan_from_facts, plan_ranks, plan_to_facts
+from spectrim.engines.recompute import recomputed, recomputes
+from spectrim.engines.shelf import components_of
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.method import Components, LearnedMethod
 from spectrim.models.walk import Walk
 from spectrim.nn.scored import ScoredLinear
 
 STAGE = "scores"
+SCORE_POINTS = 64
+"""At most about so many points of the scores' way through training are kept."""
 GRADIENT_MEMORY = 0.95
 """Weight of the past in the running mean of score gradients: about the last 20 steps."""
 
@@ -42,6 +46,10 @@ class Learned:
     warnings: tuple[str, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
     """Further facts of one engine, JSON-ready."""
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """Which components (K,) of each layer's spectrum were kept, bool: not always the first ones."""
+    score_path: tuple[tuple[float, ...], ...] = ()
+    """(step, 5 %, 50 %, 95 % quantile of the kept components' scores of all layers), see `quantiles_of`."""
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
@@ -69,7 +77,11 @@ def train_scores(
     A checkpoint goes on from the same `spectra`, bit for bit: scores belong to one sign of each component.
     """
     student = skeleton(teacher)
-    support = Support(method, walk, relax(student, walk, spectra), keep, plan)
+    again = recomputes(teacher, walk, method.batch_size * ids.shape[1])
+    support = Support(method, walk, relax(student, walk, spectra, narrow=again), keep, plan)
+    if again:
+        for name, layer in support.scored.items():
+            layer.settle(components_of(spectra, name))
 
     training = Training(
         stage=STAGE,
@@ -84,21 +96,26 @@ def train_scores(
         seed=seed,
         before_step=support.before_step,
         after_backward=lambda _: remember(support.scored, support.gradients),
+        recorded=not again,
         state=support.state,
         restore=support.restore,
     )
-    with frozen(student), frozen(teacher):
+    with frozen(student), frozen(teacher), recomputed(student, walk, wanted=again):
         losses = train(training, ids, progress=progress, checkpoint=checkpoint)
     warnings = support.come_down()
     if method.steps:
         warnings += [*collapsed(support.scored), *unmoved(support.scored, method.steps)]
     return Learned(
-        factors={name: layer.kept() for name, layer in support.scored.items()},
+        factors={
+            name: layer.kept(components_of(spectra, name) if again else None) for name, layer in support.scored.items()
+        },
         plan=support.plan,
         losses=tuple(losses),
         keeps=tuple(support.keeps),
         returned=support.returned,
         warnings=tuple(warnings),
+        kept={name: layer.mask.bool() for name, layer in support.scored.items()},
+        score_path=(*map(tuple, support.score_path), *support.last_quantiles()),
     )
 
 
@@ -116,6 +133,7 @@ class Support:
         self.method, self.walk, self.scored, self.keep = method, walk, scored, keep
         self.gradients = {name: torch.zeros_like(layer.scores) for name, layer in scored.items()}
         self.keeps: list[float] = []
+        self.score_path: list[list[float]] = []
         self.returned = 0
         self.budget = method.keep_at(0.0, keep) or keep
         if plan is None or self.budget != keep:
@@ -136,6 +154,12 @@ class Support:
             if wanted is not None:
                 self.project(wanted)
         self.keeps.append(self.plan.keep)
+        if step % max(1, self.method.steps // SCORE_POINTS) == 0:
+            self.score_path.append([step, *quantiles_of(self.scored)])
+
+    def last_quantiles(self) -> list[tuple[float, ...]]:
+        """The point after the last step, if there was one."""
+        return [(self.method.steps, *quantiles_of(self.scored))] if self.method.steps else []
 
     def project(self, budget: float) -> None:
         """Set the masks to a budget by the prices of the moment."""
@@ -162,6 +186,7 @@ class Support:
         facts = {
             "budget": self.budget,
             "keeps": list(self.keeps),
+            "score_path": [list(point) for point in self.score_path],
             "returned": self.returned,
             "plan": plan_to_facts(self.plan),
         }
@@ -172,15 +197,28 @@ class Support:
         fill(self.state().tensors, saved.tensors, STAGE)
         self.budget, self.returned = saved.facts["budget"], saved.facts["returned"]
         self.keeps = list(saved.facts["keeps"])
+        self.score_path = [list(point) for point in saved.facts.get("score_path", [])]
         self.plan = plan_from_facts(saved.facts["plan"])
 
 
-def relax(student: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum]) -> dict[str, ScoredLinear]:
-    """Put a ScoredLinear in the place of every target layer."""
+@torch.no_grad()
+def quantiles_of(scored: Mapping[str, ScoredLinear]) -> list[float]:
+    """The 5 %, 50 % and 95 % quantile of the scores of all components that are kept now (of the nearest rank)."""
+    ordered = torch.cat([layer.scores[layer.mask > 0].flatten() for layer in scored.values()]).sort().values
+    last = len(ordered) - 1
+    return [float(ordered[round(share * last)]) for share in (0.05, 0.5, 0.95)] if last >= 0 else [0.0, 0.0, 0.0]
+
+
+def relax(
+    student: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum], *, narrow: bool = False
+) -> dict[str, ScoredLinear]:
+    """Put a ScoredLinear in the place of every target layer, its components `narrow` or not."""
     scored = {}
     for layer in walk.layers:
         bias = student.get_submodule(layer.name).bias
-        scored[layer.name] = ScoredLinear(spectra[layer.name], bias if isinstance(bias, Tensor) else None)
+        scored[layer.name] = ScoredLinear(
+            components_of(spectra, layer.name), bias if isinstance(bias, Tensor) else None, narrow=narrow
+        )
         student.set_submodule(layer.name, scored[layer.name])
     return scored
 

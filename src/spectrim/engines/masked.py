@@ -64,6 +64,7 @@ def train_masks(
         returned=pressing.facts["returned"],
         warnings=pressing.warnings(),
         details=pressing.facts,
+        kept={name: layer.mask.bool() for name, layer in pressing.masked.items()},
     )
 
 

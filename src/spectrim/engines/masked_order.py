@@ -7,8 +7,8 @@ size:
     adapter (R)   first to be kept   ...   last to be kept
 
 A layer grows from the adapter alone by one component a step, until it costs no less than dense; then it is the dense
-weight plus the adapter. At size 1 the adapter's scores are 0, so that the model is the dense one; between 1 and the
-first anchor they rise to 1 (the paper switches the adapters of dense layers off at once).
+weight plus the adapter. At size 1 the adapter's scores are 0, so that the model is the dense one; how strong it is at
+the anchors between is found later (engines/fade.py; the paper switches the adapters of dense layers off at once).
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ Inputs that several layers share are measured once. Gradients come from labels s
 distribution (the true Fisher, not the empirical one): they need no reference text and vanish nowhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
+from spectrim.engines.labels import loss_of_sampled_labels, loss_of_text, skip_labels_of_others
 from spectrim.engines.pack import fingerprint
 from spectrim.engines.spread import bring_together, is_own, of_nothing, own_spans, owners_of
 from spectrim.engines.sums import KeptSums, Sums
@@ -82,7 +83,7 @@ def measure(
                 add_input(sums[name], x, needs)
 
         def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
-            _add_gradient(sums[name], gradient, x, needs, windows)
+            add_gradient(sums[name], gradient, x, needs, windows)
 
         skip_labels_of_others(model, ids[:border], batch_size, generator)
         spans = own_spans(len(ids), border, batch_size, measured)
@@ -97,7 +98,7 @@ def measure(
                 else:
                     with torch.no_grad():
                         model(input_ids=batch, use_cache=False)
-                _check_finite(sums, start)
+                check_sums(sums, f"the batch that starts at calibration window {start}")
                 keeper.save(stop, last=stop == len(ids))
                 passed += stop - start
                 if progress is not None:
@@ -114,35 +115,13 @@ def measure(
 def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
     """Backpropagate `sum over tokens of -log p(sampled next token)`."""
     with torch.enable_grad():
-        logits = model(input_ids=batch, use_cache=False).logits.float()
-        log_p = logits.log_softmax(-1)
-        with torch.no_grad():
-            # The Gumbel trick samples from all positions at once, on any device, from a seeded generator.
-            uniform = torch.rand(log_p.shape, generator=generator, device=log_p.device).clamp_(1e-20, 1 - 1e-7)
-            labels = (log_p - (-uniform.log()).log()).argmax(-1, keepdim=True)
-        loss = -log_p.gather(-1, labels).sum()
-        loss.backward()
-
-
-@torch.no_grad()
-def skip_labels_of_others(model: PreTrainedModel, ids: Tensor, batch_size: int, generator: torch.Generator) -> None:
-    """Draw what other ranks draw for their windows of `ids` before this one's: every window has the labels that it has
-    with one process (on a GPU: where shares are whole batches, since its numbers depend on how many are drawn at once).
-    """
-    before = present().share_of(len(ids)).start
-    if not before:
-        return
-    words = model(input_ids=ids[:1, :1].to(generator.device), use_cache=False).logits.shape[-1]
-    for start in range(0, before, batch_size):
-        shape = (min(batch_size, before - start), ids.shape[1], words)
-        torch.rand(shape, generator=generator, device=generator.device)
+        loss_of_sampled_labels(model(input_ids=batch, use_cache=False).logits, generator).backward()
 
 
 def backward_from_text(model: PreTrainedModel, batch: Tensor) -> None:
     """Backpropagate `sum over tokens of -log p(next token of the text)`."""
     with torch.enable_grad():
-        log_p = model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        (-log_p.gather(-1, batch[:, 1:, None]).sum()).backward()
+        loss_of_text(model(input_ids=batch, use_cache=False).logits, batch).backward()
 
 
 OnInput = Callable[[str, Tensor], None]
@@ -156,10 +135,32 @@ def hooks(
     model: PreTrainedModel, walk: Walk, on_input: OnInput | None, on_gradient: OnGradient | None
 ) -> Iterator[None]:
     """Forward hooks on every target layer that call back with its input; gradients through a hook on each output."""
-    windows = torch.Size((1, 1))  # (B, S) of the present batch
+    shape = [torch.Size((1, 1))]  # (B, S) of the present batch
 
-    def pass_on(call: OnGradient, name: str, x: Tensor, shape: torch.Size, gradient: Tensor) -> None:
-        call(name, gradient.detach(), x, shape)
+    def begin(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shape[0] = output.shape[:2]
+        output.requires_grad_(True)  # with all weights frozen the graph has to start somewhere
+
+    start = None if on_gradient is None else model.get_input_embeddings().register_forward_hook(begin)
+    try:
+        with hooks_on({la.name: model.get_submodule(la.name) for la in walk.layers}, on_input, on_gradient, shape):
+            yield
+    finally:
+        if start is not None:
+            start.remove()
+
+
+@contextmanager
+def hooks_on(
+    layers: Mapping[str, nn.Module],
+    on_input: OnInput | None,
+    on_gradient: OnGradient | None,
+    shape: Sequence[torch.Size] = (),
+) -> Iterator[None]:
+    """The same on some layers by name; `shape` holds (B, S) of the batch that is run when gradients are wanted."""
+
+    def pass_on(call: OnGradient, name: str, x: Tensor, windows: torch.Size, gradient: Tensor) -> None:
+        call(name, gradient.detach(), x, windows)
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -167,18 +168,11 @@ def hooks(
             if on_input is not None:
                 on_input(name, x)
             if on_gradient is not None and output.requires_grad:
-                output.register_hook(partial(pass_on, on_gradient, name, x, windows))
+                output.register_hook(partial(pass_on, on_gradient, name, x, shape[0]))
 
         return hook
 
-    def begin(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal windows
-        windows = output.shape[:2]
-        output.requires_grad_(True)  # with all weights frozen the graph has to start somewhere
-
-    handles = [model.get_submodule(la.name).register_forward_hook(note(la.name)) for la in walk.layers]
-    if on_gradient is not None:
-        handles.append(model.get_input_embeddings().register_forward_hook(begin))
+    handles = [module.register_forward_hook(note(name)) for name, module in layers.items()]
     try:
         yield
     finally:
@@ -199,7 +193,7 @@ def add_input(sums: Sums, x: Tensor, needs: frozenset[Stat]) -> None:
         sums.total(Stat.MEAN_ABS, (width,), x.device).add_(rows.double().abs().sum(0))
 
 
-def _add_gradient(sums: Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat], windows: torch.Size) -> None:
+def add_gradient(sums: Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat], windows: torch.Size) -> None:
     """Add the rows of the gradient (..., O) at a layer's output; x (..., I) is the input of the same call.
 
     `windows` is (B, S) of the batch; FISHER squares the sum over one sequence.
@@ -243,12 +237,16 @@ def finish(name: str, own: Sums, shared: Sums, needs: frozenset[Stat]) -> Stats:
 
 
 def dead_inputs(stats: Mapping[str, Stats]) -> list[str]:
-    """One warning that counts the layers with inputs that were 0 for every token; their columns are cut at will."""
+    """One warning that counts the layers with inputs that were 0 for every token; their columns are cut at will.
+
+    Of several processes each has `stats` of its own layers; the warning is of all.
+    """
     dead: dict[str, tuple[int, int]] = {}
     for name, own in stats.items():
         sizes = own.mean_abs if own.gram is None else own.gram.diagonal()
         if sizes is not None and not bool(sizes.all()):
             dead[name] = (int((sizes == 0).sum()), len(sizes))
+    dead = {name: counts for own in present().objects(dead) for name, counts in own.items()}
     if not dead:
         return []
     name, (count, total) = next(iter(dead.items()))
@@ -258,7 +256,7 @@ def dead_inputs(stats: Mapping[str, Stats]) -> list[str]:
     ]
 
 
-def _check_finite(sums: dict[str, Sums], start: int) -> None:
+def check_sums(sums: Mapping[str, Sums], where: str) -> None:
     """Stop at the first layer (sums are in running order) whose sums are not finite; later layers only inherit it."""
     # The diagonal of a Gram matrix tells all; others have none and have to be looked at in full.
     bad = [(name, stat) for name, own in sums.items() for stat, t in own.totals.items()
@@ -272,7 +270,7 @@ def _check_finite(sums: dict[str, Sums], start: int) -> None:
     total = sums[name].totals[stat]
     count = int((~torch.isfinite(total)).sum())
     raise NumericalError(
-        f"{name}: the {what} are not finite in the batch that starts at calibration window {start} "
+        f"{name}: the {what} are not finite in {where} "
         f"({count} of {total.numel()} entries of {stat.value}); no NaN or Inf is allowed. "
         f"Computed in {computing_dtype(total.device)} (bfloat16 and float32 reach further than float16): check the "
         "weights, or leave the text of that window out"
@@ -323,6 +321,15 @@ def cpu_has_bf16() -> bool:
     return bool(probe and probe())
 
 
-def default_gradient_windows(windows: int, device: torch.device) -> int:
-    """All on a GPU; a quarter on a CPU, where gradients are most of the time and the rest of them gains little."""
-    return max(1, windows // 4) if device.type == "cpu" else windows
+GRADIENT_TOKENS = 131_072
+"""Tokens whose gradients are enough: those of 256 windows of 512."""
+
+
+def default_gradient_windows(windows: int, device: torch.device, length: int) -> int:
+    """How many of the windows (of `length` tokens) give gradients when nothing is said.
+
+    On a GPU all up to GRADIENT_TOKENS, and a quarter where that is more. On a CPU a quarter: gradients are most of the
+    time there, and the rest of them gains little.
+    """
+    quarter = max(1, windows // 4)
+    return quarter if device.type == "cpu" else min(windows, max(quarter, -(-GRADIENT_TOKENS // length)))

@@ -9,7 +9,7 @@ for those that went, as learned scores do, for the price of one gradient: at kee
 steps of training give (docs/soco.md).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.pack import fill, fingerprint
 from spectrim.engines.parts import Run, energies_of, load_own
 from spectrim.engines.ranks import Plan
+from spectrim.engines.recompute import recomputed, recomputes
+from spectrim.engines.shelf import components_of, scale
 from spectrim.engines.spread import own_spans, own_windows, sum_gradients, sum_of_facts
 from spectrim.errors import NumericalError
 from spectrim.linalg.factor import Spectrum
@@ -42,7 +44,7 @@ def newton_scores(
     method: LearnedMethod,
     dense: PreTrainedModel,
     walk: Walk,
-    spectra: dict[str, Spectrum],
+    spectra: MutableMapping[str, Spectrum],
     plan: Plan,
     ids: Tensor,
     *,
@@ -59,14 +61,17 @@ def newton_scores(
     count = max(1, len(ids) // HELD_OUT)
     held_out, given = ids[-count:], ids[:-count] if len(ids) > count else ids
     student = skeleton(dense)
+    again = recomputes(dense, walk, batch_size * ids.shape[1])
     scored = relax(student, walk, spectra)
     for name, layer in scored.items():
         if plan.targets[name].codec != "dense":
             layer.mask[plan.targets[name].rank :] = 0
+        if again:
+            layer.settle(components_of(spectra, name))  # which it shares, where they lie on the device
     run = {} if checkpoint is None else {"after": energies_of(spectra), "windows": fingerprint(ids), "steps": steps}
     keeper = _Keeper(checkpoint, run, scored)
     taken, begun = keeper.load()
-    with frozen(student), frozen(dense):
+    with frozen(student), frozen(dense), recomputed(student, walk, wanted=again):
         for step in range(len(taken), steps):
             if taken and taken[-1] == 0:
                 break
@@ -79,9 +84,7 @@ def newton_scores(
             move(scored, moves, length)
             taken.append(length)
     for name, layer in scored.items():
-        scores = (layer.scores.detach() * layer.mask + (1 - layer.mask)).double()
-        spectrum = spectra[name]
-        spectra[name] = Spectrum(spectrum.left * scores, spectrum.right, spectrum.energy * scores.square())
+        scale(spectra, name, (layer.scores.detach() * layer.mask + (1 - layer.mask)).double())
     if progress is not None:
         progress("newton", steps, steps)
     return taken

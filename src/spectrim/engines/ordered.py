@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.engines.ranks import Plan, Priced, budget_under, menu_of, plan_of
+from spectrim.engines.ranks import Plan, Priced, budget_under, menu_of, plan_of, rank_step
 from spectrim.errors import NumericalError
 from spectrim.linalg.allocate import cut_in_order
 from spectrim.linalg.factor import Spectrum
@@ -23,7 +23,8 @@ def ordered_plan(
     keep: float,
 ) -> Plan:
     """Targets that keep `keep` of the numbers. Removals save nothing until a layer takes less than when dense."""
-    menu = menu_of(method, walk, {name: spectrum.energy for name, spectrum in spectra.items()})
+    # The order names single components, so the menu has every rank; multiples come last, downwards.
+    menu = menu_of(method, walk, {name: spectrum.energy for name, spectrum in spectra.items()}, step=1)
     if keep >= 1:
         return plan_of(menu, [len(own.targets) - 1 for own in menu], walk)
     prices = [
@@ -38,7 +39,15 @@ def ordered_plan(
             )
     costs = [costs_by_rank(own, len(price)) for own, price in zip(menu, prices, strict=True)]
     kept = cut_in_order(costs, method.removal_order(prices), budget_under(method, walk, keep))
-    return plan_of(menu, [min(rank, len(own.targets)) - 1 for own, rank in zip(menu, kept, strict=True)], walk)
+    return plan_of(menu, [_rounded(own, rank, method) for own, rank in zip(menu, kept, strict=True)], walk)
+
+
+def _rounded(own: Priced, rank: int, method: OrderedMethod) -> int:
+    """The place in a menu of every rank, for a rank down to a multiple; the dense layer is the last."""
+    if rank >= len(own.targets):
+        return len(own.targets) - 1
+    step = rank_step(own.layer, method.rank_multiple)
+    return max(1, rank // step * step) - 1
 
 
 def costs_by_rank(own: Priced, components: int) -> torch.Tensor:

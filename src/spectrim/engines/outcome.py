@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
@@ -35,6 +36,9 @@ class Outcome:
     learned: Learned | None = None
     recovered: tuple[Recovered, ...] = ()
     factor_quantization: FactorQuantization | None = None
+    energies: Mapping[str, Tensor] = field(default_factory=dict)
+    """Squared singular values (K,) of each layer in the method's metric, before the cut; none of methods of the whole
+    model."""
     seconds: dict[str, float] = field(default_factory=dict)
     gradient_windows: int = 0
     warnings: list[str] = field(default_factory=list)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.pack import find
+from spectrim.engines.shelf import energies_in
 from spectrim.linalg.factor import Spectrum
 
 Run = dict[str, Any]
@@ -134,4 +135,4 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
 
 def energies_of(spectra: Mapping[str, Spectrum]) -> str:
     """Short hash of all energies: another statistic, weight or solver changes their last bits."""
-    return digest_of(spectrum.energy for spectrum in spectra.values())
+    return digest_of(energies_in(spectra).values())

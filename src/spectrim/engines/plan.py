@@ -1,78 +1,186 @@
-"""What a run would do, without touching a weight: shapes, ranks where they follow, numbers, bytes, memory, time.
+"""What a run would do, without touching a weight: shapes, ranks where they follow, numbers, bytes, disk, memory, time.
 
-Time is estimated from the operations of the run and the matrix rate of this machine, measured for half a second.
+    numbers, bytes    from the shapes, as the files will count them          here
+    memory            what is alive in each stage                            engines/plan_memory.py
+    seconds           operations over the rates of this machine              engines/plan_time.py, machine.py
+
+How near that is to what then happens is measured by benchmarks/plan_accuracy.py.
 """
 
-import time
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from spectrim.engines.masked import budget_of
+from spectrim.engines.measure import default_gradient_windows
+from spectrim.engines.plan_memory import peak_memory_of
+from spectrim.engines.plan_time import Sizes, seconds_by_stage
+from spectrim.engines.quantise_factors import group_of
 from spectrim.engines.ranks import new_bias, plan_ranks
-from spectrim.engines.search import SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS, STAGES
-from spectrim.linalg.bits import PER_NUMBER
-from spectrim.linalg.curvature import coupling_operations
-from spectrim.method import LayerMethod, MaskedMethod, Method, TrainedMethod
+from spectrim.linalg.bits import Account, bias_account, uniform_account
+from spectrim.machine import Rates, measure_rates
+from spectrim.method import LayerMethod, MaskedMethod, Method
 from spectrim.model_method import ModelMethod
-from spectrim.models.load import Source, meta_model
+from spectrim.models.load import Source, context_length, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
-from spectrim.options import RECOVERY_BATCH
+from spectrim.options import recovery_of
 from spectrim.replacement import Target, stored_numbers
-from spectrim.stats import GRADIENT_STATS, Stat
+from spectrim.request import Request
 
-EFFICIENCY = 0.4
-"""Share of the measured matrix rate that whole training passes of small models reach here (measured, CPU and GPU)."""
+DOCUMENTS = (8_000, 700)
+"""Bytes of headers, report, card and manifest: of any result, and for each layer."""
+
+
+class Stored(NamedTuple):
+    """What the linear layers take: numbers as `keep` counts them, elements and bytes in the file."""
+
+    numbers: int | None
+    elements: int | None
+    nbytes: int
 
 
 def estimate(
     source: Source,
     method: Method,
-    keep: float,
+    request: Request,
     *,
-    windows: int,
-    length: int,
     dtype: torch.dtype,
     device: torch.device,
+    companions: int = 0,
+    rates: Rates | None = None,
 ) -> dict[str, Any]:
-    """The plan as a dict; `rank` is None where it depends on what calibration will measure."""
+    """The plan as a dict; `rank` is None where it depends on what calibration will measure.
+
+    `request` is settled (byte_budget.py): its `keep` is what a budget in bytes leaves. `companions` are the bytes of
+    the files that are copied beside the weights. `rates` are measured where they are not given.
+    """
     model = meta_model(source.config)
     walk = find_layers(model)
-    budget = budget_of(method, walk, keep)
-    if isinstance(method, ModelMethod):
-        method.check_model(source.config, walk, keep)
-        uniform, layers = False, _unplanned(walk, " or ".join(method.codecs) or "dense")
-        after = method.stored(walk, budget) // PER_NUMBER[method.budget_unit]  # bytes as numbers of 16 bits
-    else:
-        assert isinstance(method, LayerMethod)
-        uniform = method.allocation == "uniform" and not (isinstance(method, MaskedMethod) and method.steps)
-        layers = _planned(method, walk, keep) if uniform else _unplanned(walk, method.storage)
-        after = sum(row["numbers"] for row in layers) if uniform else budget + walk.numbers - sum_weights(walk)
+    layers, known = planned_layers(source, method, request, walk)
+    stored = stored_by(method, request, walk, layers, dtype, known)
     rest = untargeted_numbers(model, walk)
-    masks = sum((row["shape"][0] + 7) // 8 for row in layers if uniform and row["codec"] == "pivot")  # one byte each
-    bytes_after = (rest + after - masks) * dtype.itemsize + masks
+    bytes_after = rest * dtype.itemsize + stored.nbytes
     total = sum(p.numel() for p in model.parameters())
-    memory = peak_bytes(walk, method, total, length)
-    operations = count_operations(walk, method, total, windows, length)
-    rate = matrix_rate(device)
+    sizes = sizes_of(source, method, request, walk, bytes_after, device)
+    peak, stages = peak_memory_of(method, sizes, total, on_gpu=device.type != "cpu")
+    rates = measure_rates(device) if rates is None else rates
+    seconds, time_known = seconds_by_stage(method, sizes, rates)
     return {
         "model": source.name,
         "method": method.to_config(),
-        "keep": keep,
+        "keep": request.keep,
+        "any_size": request.any_size,
+        "recovery": [str(step) for step in sizes.steps],
+        "factor_bits": request.factor_bits,
         "layers": layers,
-        "ranks_known": uniform,
+        "ranks_known": known,
         "untouched": [{"name": n, "numbers": k, "why": why} for n, k, why in walk.untouched],
-        "linear_numbers": {"before": walk.numbers, "after": after},
-        "model_numbers": {"before": source.checkpoint.numel, "after": rest + after},
+        "linear_numbers": {"before": walk.numbers, "after": stored.numbers},
+        "linear_bytes": {"before": walk.numbers * source.dtype.itemsize, "after": stored.nbytes},
+        "model_numbers": {
+            "before": source.checkpoint.numel,
+            "after": None if stored.elements is None else rest + stored.elements,
+        },
         "model_bytes": {"before": source.checkpoint.nbytes, "after": bytes_after},
-        "disk_bytes": int(bytes_after * 1.1),
-        "peak_memory_bytes": memory,
-        "operations": operations,
-        "matrix_rate_per_s": rate,
-        "seconds": operations / (rate * EFFICIENCY),
+        "disk_bytes": bytes_after + companions + DOCUMENTS[0] + DOCUMENTS[1] * len(walk.layers),
+        "peak_memory_bytes": {"host": peak.host, **({"gpu": peak.gpu} if peak.gpu else {})},
+        "memory_by_stage": stages,
+        "seconds": sum(seconds.values()) if time_known else None,
+        "seconds_by_stage": seconds,
+        "rates": dataclasses.asdict(rates),
         "device": str(device),
     }
+
+
+def planned_layers(source: Source, method: Method, request: Request, walk: Walk) -> tuple[list[dict[str, Any]], bool]:
+    """One row a layer, and whether ranks follow from the shapes."""
+    if isinstance(method, ModelMethod):
+        method.check_model(source.config, walk, request.keep)
+        return _unplanned(walk, _codecs(method)), False
+    assert isinstance(method, LayerMethod)
+    if request.any_size:
+        return _unplanned(walk, "nested"), False
+    known = method.allocation == "uniform" and not (isinstance(method, MaskedMethod) and method.steps)
+    rows = _planned(method, walk, request.keep) if known else _unplanned(walk, method.storage)
+    if request.factor_bits is None:
+        return rows, known
+    coded = {"factor": "quantised-factor", "pivot": "quantised-pivot", "dense": "packed"}
+    return [{**row, "codec": coded[row["codec"]]} for row in rows], known
+
+
+def stored_by(
+    method: Method,
+    request: Request,
+    walk: Walk,
+    layers: list[dict[str, Any]],
+    dtype: torch.dtype,
+    known: bool,
+) -> Stored:
+    """What all linear layers will take in the file; a budget in full where ranks are not known."""
+    if request.any_size:
+        return all_sizes(walk, method, request.anchors, dtype)
+    budget = budget_of(method, walk, request.keep)
+    if isinstance(method, ModelMethod):
+        after = method.stored(walk, budget)
+        if method.budget_unit == "bytes":
+            return Stored(None, None, after)
+        return Stored(after, after, after * dtype.itemsize)
+    assert isinstance(method, LayerMethod)
+    after = sum(row["numbers"] for row in layers) if known else budget + walk.numbers - sum_weights(walk)
+    if request.factor_bits is not None:
+        account = sum((_in_bits(row, layer, request) for row, layer in zip(
+            _planned(method, walk, request.keep), walk.layers, strict=True)), Account())  # fmt: skip
+        codes = account.codes + account.zeros + account.indices
+        values = (account.scales + account.bias) // 2
+        return Stored(after, codes + values, codes + values * dtype.itemsize)
+    masks = sum((row["shape"][0] + 7) // 8 for row in layers if known and row["codec"] == "pivot")  # one byte each
+    return Stored(after, after, (after - masks) * dtype.itemsize + masks)
+
+
+def all_sizes(walk: Walk, method: Method, anchors: tuple[float, ...], dtype: torch.dtype) -> Stored:
+    """All components and adapters of all layers, the size at which each one goes, and their scores at each anchor."""
+    adapter = method.adapter_rank if isinstance(method, MaskedMethod) and method.steps else 0
+    ranks = [min(la.outputs, la.inputs) + adapter for la in walk.layers]
+    pairs = list(zip(ranks, walk.layers, strict=True))
+    values = sum(rank * (la.outputs + la.inputs) + la.numbers - la.weight_numbers for rank, la in pairs)
+    marks = sum(rank * (1 + 1 + len(anchors)) for rank in ranks)
+    return Stored(values, values + marks, values * dtype.itemsize + 4 * marks)
+
+
+def sizes_of(
+    source: Source, method: Method, request: Request, walk: Walk, bytes_after: int, device: torch.device
+) -> Sizes:
+    """What time and memory depend on."""
+    told = source.config.get_text_config()
+    windows = request.statistics_windows
+    gradients = request.gradient_windows or default_gradient_windows(windows, device, request.calib_length)
+    return Sizes(
+        walk=walk,
+        hidden=told.hidden_size,
+        vocabulary=told.vocab_size,
+        keep=request.keep,
+        windows=windows,
+        gradient_windows=min(windows, gradients),
+        length=min(request.calib_length, context_length(source.config) or request.calib_length),
+        eval_windows=0 if request.eval == "none" else request.eval_windows,
+        bytes_read=source.checkpoint.nbytes,
+        bytes_written=bytes_after,
+        steps=recovery_of(method, request.recover),
+        factor_bits=request.factor_bits,
+        any_size=request.any_size,
+        anchors=request.anchors if request.any_size else (),
+        any_size_steps=request.any_size_steps,
+    )
+
+
+def _codecs(method: ModelMethod) -> str:
+    """What its layers may become, in few words."""
+    if len(method.codecs) > 2:
+        return f"{method.codecs[0]} or another"
+    return " or ".join(method.codecs) or "dense"
 
 
 def sum_weights(walk: Walk) -> int:
@@ -111,80 +219,17 @@ def _numbers(method: LayerMethod, layer: Layer, target: Target) -> int:
     return stored_numbers(layer.outputs, layer.inputs, target) + bias
 
 
-def peak_bytes(walk: Walk, method: Method, total: int, length: int) -> int:
-    """Model in float32, spectra and statistics in float64, activations of a batch; or distillation, if that is more."""
-    spectra = sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in walk.layers) * 8
-    statistics = 0
-    if Stat.GRAM in method.needs:
-        statistics += sum(la.inputs**2 for la in walk.layers) * 8
-    if Stat.OUTPUT_GRAD in method.needs:
-        statistics += sum(la.outputs**2 for la in walk.layers) * 8
-    if method.needs & {Stat.FISHER, Stat.SLOPE}:
-        statistics += sum_weights(walk) * 8
-    if method.refinement is not None:  # sums in float64 and inverses in float32 beside the plain ones
-        statistics = statistics * 5 // 2
-    rounds = 2 if rounds_of(method) else 1
-    token = length * sum(3 * la.outputs + la.inputs for la in walk.layers) * 4
-    learned = spectra // 2 if isinstance(method, TrainedMethod) and method.steps else 0
-    batch = method.batch_size if learned and isinstance(method, TrainedMethod) else 4
-    peak = 4 * total + spectra + rounds * statistics + learned + batch * token
-    if getattr(method, "distil_steps", 0):  # roots of the metric, factors with gradient and two moments, beside spectra
-        roots = sum(la.inputs**2 + la.outputs**2 for la in walk.layers) * 8
-        factors = 4 * 4 * sum(la.weight_numbers for la in walk.layers)
-        peak = max(peak, 4 * total + spectra + roots + factors + RECOVERY_BATCH * token)
-    return peak
-
-
-def count_operations(walk: Walk, method: Method, total: int, windows: int, length: int) -> float:
-    """Floating-point operations of calibration, decomposition and learning."""
-    tokens = windows * length
-    forward = 2.0 * total * tokens
-    passes = (1 + rounds_of(method)) * (1.0 if not method.needs & GRADIENT_STATS else 2.0)
-    gram = sum(2.0 * la.inputs**2 for la in walk.layers) * tokens if method.needs else 0.0
-    if Stat.OUTPUT_GRAD in method.needs:
-        gram += sum(2.0 * la.outputs**2 for la in walk.layers) * tokens
-    decomposition = sum(30.0 * max(la.outputs, la.inputs) ** 3 for la in walk.layers) * (1 + rounds_of(method))
-    calibration = (forward * passes + gram * (1 + rounds_of(method))) if method.needs else 0.0
-    if method.refinement is not None:
-        coupled = sum(coupling_operations(la.outputs, la.inputs, length) for la in walk.layers) * windows
-        calibration += (3 * forward + coupled) * (1 + rounds_of(method))
-    if isinstance(method, LayerMethod) and method.error_share > 0:
-        # both models: to start, up to each of four groups of layers, and to go on
-        calibration += 8 * forward + 2 * gram
-        decomposition *= (2 + rounds_of(method)) / (1 + rounds_of(method))
-    calibration += forward / windows * searched_windows(method, len(walk.layers))
-    learning = 0.0
-    if isinstance(method, TrainedMethod):
-        steps = method.steps + getattr(method, "distil_steps", 0)
-        learning = 8.0 * total * steps * method.batch_size * length  # student there and back, teacher there
-    return calibration + decomposition + learning
-
-
-def rounds_of(method: Method) -> int:
-    """How often the statistics are measured again."""
-    return method.rounds if isinstance(method, LayerMethod) else 0
-
-
-def searched_windows(method: Method, layers: int) -> int:
-    """Windows that an allocation that searches runs the compressed model on."""
-    if not isinstance(method, LayerMethod):
-        return 0
-    if method.allocation == "sensitivity":
-        return layers * SENSITIVITY_LEVELS * SENSITIVITY_WINDOWS
-    if method.allocation == "evopress":
-        judged = [method.offspring, *(survivors + 1 for survivors, _ in STAGES[:-1])]
-        return method.generations * sum(n * windows for n, (_, windows) in zip(judged, STAGES, strict=True))
-    return 0
-
-
-def matrix_rate(device: torch.device) -> float:
-    """Operations per second of float32 products of model-like shapes on this device."""
-    a, b = torch.randn(2048, 1024, device=device), torch.randn(1024, 1024, device=device)
-    torch.matmul(a, b)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 0.5:
-        torch.matmul(a, b)
-        count += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return count * 2.0 * 2048 * 1024 * 1024 / (time.perf_counter() - start)
+def _in_bits(row: Mapping[str, Any], layer: Layer, request: Request) -> Account:
+    """A layer's parts in codes, as engines/quantise_factors.py stores them."""
+    bits, outputs, inputs, rank = request.factor_bits, layer.outputs, layer.inputs, row["rank"]
+    assert bits is not None
+    parts = {
+        "factor": [(rank, inputs), (outputs, rank)],
+        "pivot": [(rank, inputs), (outputs - rank, rank)],
+        "dense": [(outputs, inputs)],
+    }[row["codec"]]
+    found = bias_account(outputs, bias=layer.has_bias)
+    for rows, columns in parts:
+        size = group_of(columns, request.factor_group_size)
+        found += uniform_account(rows, columns, bits, size, symmetric=False)
+    return found + Account(indices=(outputs + 7) // 8 if row["codec"] == "pivot" else 0)

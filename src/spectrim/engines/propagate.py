@@ -16,7 +16,7 @@ error overfits the calibration text, on which C and S are measured.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def propagate(
     method: LayerMethod,
     dense: PreTrainedModel,
     walk: Walk,
-    spectra: dict[str, Spectrum],
+    spectra: MutableMapping[str, Spectrum],
     plan: Plan,
     stats: Mapping[str, Stats],
     ids: Tensor,
@@ -53,6 +53,7 @@ def propagate(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
     after: str | None = None,
+    begin: Callable[[PreTrainedModel, Walk, Tensor, int], Stream] = start,
 ) -> list[str]:
     """Put the spectra of all W* into `spectra`, layer by layer, for `ids` (windows, length); returns warnings.
 
@@ -63,7 +64,8 @@ def propagate(
     the spectra of all layers.
 
     With a `checkpoint` finished blocks are kept in parts; going on, both models pass them again without measuring.
-    `after` says by a hash what the spectra were at first: a try that failed has replaced some of them.
+    `after` says by a hash what the spectra were at first: a try that failed has replaced some of them. `begin` makes
+    the streams of both models (relay.entered runs no block for that).
     """
     layers = {layer.name: layer for layer in walk.layers}
     unpaired: list[str] = []
@@ -74,24 +76,20 @@ def propagate(
         student = skeleton(dense)
         groups = shared_inputs(dense, walk.layers)  # in running order
         owners, mine = holders_of(walk, stats), own_windows(ids)
-        full, small = start(dense, walk, mine, batch_size), start(student, walk, mine, batch_size)
+        full, small = begin(dense, walk, mine, batch_size), begin(student, walk, mine, batch_size)
         for block in range(len(walk.block_names)):
             here = [group for group in groups if layers[group[0]].block == block]
             for group in here:
                 moments = None if block < finished else _moments(full, small, block, group[0], len(mine) / len(ids))
-                for name in group:
-                    if moments is not None and name in stats:
-                        weight = weight_of(dense.get_submodule(name)).double()
-                        spectra[name] = _corrected(method, layers[name], weight, stats[name], moments, ids.numel())
-                    elif moments is None and block >= finished:
-                        unpaired.append(name)
+                if block >= finished:
+                    unpaired += group if moments is None else []
+                    own = [layers[name] for name in group if name in stats]
+                    _decompose(method, dense, own, spectra, stats, moments, ids.numel())
                 hand_round_some(dense, group, owners, spectra)
                 for name in group:
                     place_cut(student, dense, name, spectra[name], plan.targets[name])
             if block >= finished:
-                paired = [name for group in here for name in group if name not in unpaired]
-                tensors = {k: t for name in paired for k, t in spectrum_tensors(name, spectra[name]).items()}
-                parts.add({"paired": paired, "unpaired": list(unpaired)}, tensors)
+                _keep(parts, [name for group in here for name in group if name not in unpaired], unpaired, spectra)
             for stream in (full, small):
                 stream.advance(block)
             if progress is not None:
@@ -111,10 +109,17 @@ def _moments(full: Stream, small: Stream, block: int, name: str, share: float) -
     return group.sum_everywhere(own[0] * share), group.sum_everywhere(own[1] * share)
 
 
+def _keep(parts: Parts, paired: list[str], unpaired: list[str], spectra: Mapping[str, Spectrum]) -> None:
+    """One more block is done."""
+    if parts.checkpoint is not None:
+        tensors = {k: t for name in paired for k, t in spectrum_tensors(name, spectra[name]).items()}
+        parts.add({"paired": paired, "unpaired": list(unpaired)}, tensors)
+
+
 def _restore(
     parts: Parts,
     dense: PreTrainedModel,
-    spectra: dict[str, Spectrum],
+    spectra: MutableMapping[str, Spectrum],
     unpaired: list[str],
 ) -> int:
     """Take up the blocks that are in a checkpoint; how many. Each item names the unpaired layers up to it."""
@@ -124,6 +129,24 @@ def _restore(
             for name in item["paired"]:
                 spectra[name] = spectrum_from(saved.tensors, name, weight_of(dense.get_submodule(name)).device)
     return parts.saved
+
+
+def _decompose(
+    method: LayerMethod,
+    dense: PreTrainedModel,
+    layers: Sequence[Layer],
+    spectra: MutableMapping[str, Spectrum],
+    stats: Mapping[str, Stats],
+    moments: tuple[Tensor, Tensor] | None,
+    tokens: int,
+) -> None:
+    """The spectra of layers with one input, in place: of W*, or of the weight where the input has no partner."""
+    for layer in layers:
+        weight, own = weight_of(dense.get_submodule(layer.name)).double(), stats[layer.name]
+        if moments is not None:
+            spectra[layer.name] = _corrected(method, layer, weight, own, moments, tokens)
+        elif layer.name not in spectra:  # only the energies were worked out (large.py)
+            spectra[layer.name] = decompose_layer(method, layer, weight, own)
 
 
 def _corrected(

@@ -73,17 +73,32 @@ def smallest_keep(walk: Walk, least: int) -> float:
     return math.ceil(10_000 * (least + biases) / walk.numbers) / 10_000
 
 
-def options_of(layer: Layer, storage: Codec, energy: Tensor, extra: int = 0) -> tuple[Options, list[Target]]:
+WIDE, MULTIPLE = 512, 8
+"""Layers with sides from WIDE up get ranks that are multiples of MULTIPLE: rows of 16 bytes in 16 bits, without which
+products of many rows take several times as long (docs/speed.md). A step of 8 is then 1.6 % of the rank at most."""
+
+
+def rank_step(layer: Layer, asked: int) -> int:
+    """Of which number a layer's ranks are multiples; `asked` is the method's rank_multiple, 0 for its default."""
+    least = min(layer.outputs, layer.inputs)
+    if asked:
+        return min(asked, least)
+    return MULTIPLE if least >= WIDE else 1
+
+
+def options_of(
+    layer: Layer, storage: Codec, energy: Tensor, extra: int = 0, step: int = 1
+) -> tuple[Options, list[Target]]:
     """What a layer can be under a storage: each rank that pays, and dense. Error from `energy` (K,) descending.
 
-    `extra` numbers go with every rank.
+    `extra` numbers go with every rank. Ranks are multiples of `step`, and 1, so that every budget can be met.
     """
     ranks = torch.arange(1, len(energy) + 1)
     cost = (factor_cost if storage == "factor" else pivot_cost)(layer.outputs, layer.inputs, ranks) + extra
-    pays = cost < layer.weight_numbers
+    pays = (cost < layer.weight_numbers) & ((ranks % step == 0) | (ranks == 1))
     tail = energy.flip(0).cumsum(0).flip(0)  # tail[r] = error of rank r
     error = torch.cat([tail[1:], tail.new_zeros(1)])
-    targets = [Target(rank=int(r), codec=storage) for r in ranks[pays]]
+    targets = [Target(rank=rank, codec=storage) for rank in ranks[pays].tolist()]
     targets.append(Target(rank=min(layer.outputs, layer.inputs), codec="dense"))
     return (
         Options(
@@ -102,9 +117,18 @@ class Priced(NamedTuple):
     targets: list[Target]
 
 
-def menu_of(method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor]) -> list[Priced]:
-    """Every layer's menu. `energies[name]` (K,) is what losing each component costs."""
-    return [Priced(la, *options_of(la, method.storage, energies[la.name], new_bias(method, la))) for la in walk.layers]
+def menu_of(
+    method: LayerMethod, walk: Walk, energies: Mapping[str, Tensor], *, step: int | None = None
+) -> list[Priced]:
+    """Every layer's menu. `energies[name]` (K,) is what losing each component costs.
+
+    Ranks are multiples of `step`; None: of what the method asks for.
+    """
+    steps = [rank_step(layer, method.rank_multiple) if step is None else step for layer in walk.layers]
+    return [
+        Priced(la, *options_of(la, method.storage, energies[la.name], new_bias(method, la), step))
+        for la, step in zip(walk.layers, steps, strict=True)
+    ]
 
 
 def budget_under(method: LayerMethod, walk: Walk, keep: float) -> int:

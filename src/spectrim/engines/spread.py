@@ -11,7 +11,7 @@ With one process each of these is what it would be without this file. See docs/a
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.ranks import Plan
+from spectrim.engines.shelf import energies_in
 from spectrim.engines.sums import Sums
 from spectrim.linalg.factor import Spectrum
 from spectrim.models.walk import Layer, Walk, weight_of
@@ -124,15 +125,15 @@ def holders_of(walk: Walk, names: Iterable[str]) -> dict[str, int]:
 def energies_of_all(model: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
     """The energies (K,) of every layer, whoever decomposed it."""
     if present().alone:
-        return {name: spectrum.energy for name, spectrum in spectra.items()}
-    own = {name: {"energy": spectrum.energy} for name, spectrum in spectra.items()}
+        return energies_in(spectra)
+    own = {name: {"energy": energy} for name, energy in energies_in(spectra).items()}
     return {name: found["energy"] for name, found in _hand_over(model, holders_of(walk, own), own).items()}
 
 
 def hand_round(
     model: PreTrainedModel,
     walk: Walk,
-    spectra: dict[str, Spectrum],
+    spectra: MutableMapping[str, Spectrum],
     means: dict[str, Tensor],
     own: Iterable[str],
     plan: Plan | None = None,
@@ -159,7 +160,7 @@ def hand_round(
 
 
 def hand_round_some(
-    model: PreTrainedModel, names: Sequence[str], holders: Mapping[str, int], spectra: dict[str, Spectrum]
+    model: PreTrainedModel, names: Sequence[str], holders: Mapping[str, int], spectra: MutableMapping[str, Spectrum]
 ) -> None:
     """Spectra of a few layers from their holders to all ranks, in place; nobody else's are looked at."""
     if present().alone:

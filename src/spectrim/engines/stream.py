@@ -86,22 +86,22 @@ def start(model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int | lis
             calls.clear()
             model(input_ids=batch.to(device_of(model)), use_cache=False)
             first = stream.arguments[0] if stream.arguments else calls
-            stream.arguments.append([_shared(call, known) for call, known in zip(calls, first, strict=True)])
+            stream.arguments.append([shared(call, known) for call, known in zip(calls, first, strict=True)])
     finally:
         for handle in handles:
             handle.remove()
     return stream
 
 
-def _shared(new: Any, known: Any) -> Any:
+def shared(new: Any, known: Any) -> Any:
     """`known` in the place of `new` wherever they are equal: masks of all batches would be larger than the states."""
     if isinstance(new, Tensor):
         same = isinstance(known, Tensor) and new.shape == known.shape and new.dtype == known.dtype
         return known if new is known or (same and torch.equal(new, known)) else new
     if type(new) is tuple and type(known) is tuple and len(new) == len(known):
-        return tuple(_shared(a, b) for a, b in zip(new, known, strict=True))
+        return tuple(shared(a, b) for a, b in zip(new, known, strict=True))
     if type(new) is dict and type(known) is dict and new.keys() == known.keys():
-        return {key: _shared(value, known[key]) for key, value in new.items()}
+        return {key: shared(value, known[key]) for key, value in new.items()}
     return new
 
 

@@ -19,6 +19,11 @@ class Interval(NamedTuple):
     high: float
 
 
+def named(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A `dict_factory` of dataclasses.asdict that gives intervals as {low, high}."""
+    return {key: value._asdict() if isinstance(value, Interval) else value for key, value in pairs}
+
+
 def grouped_mean(values: Sequence[float], groups: Sequence[str]) -> float:
     """Mean over the groups of the mean in each."""
     sums: dict[str, list[float]] = {}
@@ -56,3 +61,27 @@ def paired(won: float, lost: float, num_items: float) -> Interval:
     b, c = (won * num_items + 0.5) / n, (lost * num_items + 0.5) / n
     half = Z95 * math.sqrt((b + c - (b - c) ** 2) / n)
     return Interval(max(b - c - half, -1.0), min(b - c + half, 1.0))
+
+
+def of_mean(values: Sequence[float]) -> Interval | None:
+    """Interval of the mean of independent values: Student's t times the standard error; None for fewer than two."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = math.fsum(values) / n
+    half = student95(n - 1) * math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return Interval(mean - half, mean + half)
+
+
+def student95(freedom: int) -> float:
+    """Student's t at 97.5 %: exact for 1 and 2 degrees of freedom, else Hill's expansion (1970), 1e-3 at worst."""
+    if freedom == 1:
+        return 12.706204736174694
+    if freedom == 2:
+        return 4.302652729749462
+    z, v = Z95, float(freedom)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
+    return z + first / v + second / v**2 + third / v**3 + fourth / v**4

@@ -2,6 +2,10 @@
 
 Windows do not overlap (stride = window); the first token of each is not scored. KL is E[KL(dense || model)] in nats
 a token over all scored positions; agreement is the share of positions where both put the same token first.
+
+Intervals (95 %) take the windows as what was drawn, since tokens of one window depend on each other: the mean of their
+means and its standard error. That of the perplexity says how it would move on other windows of the same text, which
+both models share; what a compression costs is known far better, by `excess`, the paired difference of the logarithms.
 """
 
 import math
@@ -13,6 +17,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.measure import autocast, frozen
 from spectrim.errors import NumericalError
+from spectrim.evaluate.intervals import Interval, of_mean
 from spectrim.memory import Batch
 from spectrim.models.walk import device_of
 from spectrim.processes import present
@@ -27,6 +32,12 @@ class Quality:
     window: int
     kl: float | None = None
     agreement: float | None = None
+    excess: float | None = None
+    """Log perplexity above that of the dense model, nats a token."""
+    perplexity_interval: Interval | None = None
+    kl_interval: Interval | None = None
+    agreement_interval: Interval | None = None
+    excess_interval: Interval | None = None
 
 
 def evaluate(
@@ -34,43 +45,69 @@ def evaluate(
 ) -> Quality:
     """Quality over `ids` (windows, length); `dense` is the model before compression. Batches shrink as memory does.
 
-    Several processes share the windows and all return the same.
+    `batch_size` is of windows of up to 512 tokens; of longer ones there are fewer in a batch. Several processes share
+    the windows, and all return the same.
     """
-    own = ids[present().share_of(len(ids))]
-    sums = Batch(batch_size).run("evaluate", lambda size: _sums(model, own, dense, size))
-    loss, divergence, same, count = present().sum_everywhere(sums).tolist()
-    if not math.isfinite(loss):
-        raise NumericalError(
-            f"the model's loss on the evaluation text is {loss}: its logits are not finite; none may be NaN or Inf. "
-            "Check its weights; what was made in bfloat16 or float32 can overflow in float16"
-        )
-    return Quality(
-        perplexity=math.exp(min(loss / count, 700.0)),
-        tokens=int(count),
-        window=ids.shape[1],
-        kl=None if dense is None else divergence / count,
-        agreement=None if dense is None else same / count,
-    )
+    share = present().share_of(len(ids))
+    size = max(1, batch_size * 512 // max(512, ids.shape[1]))
+    own = Batch(size).run("evaluate", lambda size: _sums(model, ids[share], dense, size))
+    sums = torch.zeros(len(own), len(ids), dtype=torch.float64)
+    sums[:, share] = own
+    return _quality(present().sum_everywhere(sums), ids.shape[1])
 
 
 @torch.no_grad()
 def _sums(model: PreTrainedModel, ids: Tensor, dense: PreTrainedModel | None, batch_size: int) -> Tensor:
-    """(4,) float64 over the windows: loss, divergence, positions that agree, positions."""
+    """What `_quality` is made from, over any number of windows (none, where there are fewer than processes)."""
     device = device_of(model)
-    loss = divergence = 0.0
-    same = count = 0
+    parts = [torch.zeros(1 if dense is None else 4, 0, dtype=torch.float64)]
     with frozen(model), autocast(device):
         for batch in ids.split(batch_size) if len(ids) else ():
             batch = batch.to(device)
             log_p = next_token_log_probabilities(model, batch)
-            loss -= float(log_p.gather(-1, batch[:, 1:, None]).double().sum())
-            count += batch[:, 1:].numel()
+            own = [-_of_text(log_p, batch)]
             if dense is not None:
                 with frozen(dense):
                     log_q = next_token_log_probabilities(dense, batch)
-                divergence += float((log_q.exp() * (log_q - log_p)).double().sum())
-                same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-    return torch.tensor([loss, divergence, same, count], dtype=torch.float64)
+                own.append(own[0] + _of_text(log_q, batch))
+                own.append((log_q.exp() * (log_q - log_p)).double().sum((1, 2)))
+                own.append((log_q.argmax(-1) == log_p.argmax(-1)).double().sum(1))
+            parts.append(torch.stack(own).cpu())
+    return torch.cat(parts, 1)
+
+
+def _of_text(log_p: Tensor, batch: Tensor) -> Tensor:
+    """Sum of log p (B,) of the text's own tokens, float64."""
+    return log_p.gather(-1, batch[:, 1:, None]).double().sum((1, 2))
+
+
+def _quality(sums: Tensor, window: int) -> Quality:
+    """From sums over each window (1 or 4, windows): loss; loss above the dense model's, KL, tokens put first alike."""
+    count = sums.shape[1] * (window - 1)
+    totals = [float(total) / count for total in sums.sum(1)]
+    if not math.isfinite(totals[0]):
+        raise NumericalError(
+            f"the model's loss on the evaluation text is {totals[0]}: its logits are not finite; none may be NaN or "
+            "Inf. Check its weights; what was made in bfloat16 or float32 can overflow in float16"
+        )
+    intervals = [of_mean((own / (window - 1)).tolist()) for own in sums]
+    loss = intervals[0]
+    beside = {} if len(totals) == 1 else {
+        **dict(zip(("excess", "kl", "agreement"), totals[1:], strict=True)),
+        **dict(zip(("excess_interval", "kl_interval", "agreement_interval"), intervals[1:], strict=True)),
+    }  # fmt: skip
+    return Quality(
+        perplexity=_exp(totals[0]),
+        tokens=count,
+        window=window,
+        perplexity_interval=None if loss is None else Interval(_exp(loss.low), _exp(loss.high)),
+        **beside,
+    )
+
+
+def _exp(loss: float) -> float:
+    """A perplexity, however large the loss."""
+    return math.exp(min(loss, 700.0))
 
 
 def next_token_log_probabilities(model: PreTrainedModel, batch: Tensor) -> Tensor:

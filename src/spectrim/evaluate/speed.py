@@ -22,6 +22,17 @@ def decode_tokens_per_s(model: PreTrainedModel, *, new_tokens: int = 32, prompt_
     return sorted(rates)[1]
 
 
+def speed_note(small: float, dense: float) -> str | None:
+    """What to say where the compressed model decodes slower than the dense one, None where it does not."""
+    if small >= dense:
+        return None
+    return (
+        f"the compressed model decodes at {small / dense:.2f} of the dense model's speed ({small:.1f} and {dense:.1f} "
+        "tokens/s, eagerly at batch 1): it has fewer bytes to read but more products to start. docs/speed.md says what "
+        "helps (torch.compile with a static cache, spectrim.speed_up)"
+    )
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectrim.data.tasks import Item, Task, load_tasks
 from spectrim.engines.measure import Progress
 from spectrim.evaluate.intervals import Interval, effective_items, grouped_mean, paired, wilson
+from spectrim.evaluate.kick import retained
 from spectrim.evaluate.score import BATCH_TOKENS, Encoded, Score, encode_task, score
 from spectrim.models.load import check_vocabulary, context_length
 
@@ -35,6 +36,9 @@ class Compared:
     only_dense_right: int
     agreement: float
     agreement_interval: Interval
+    retained: float | None = None
+    """Of the items that the dense model has right, the share that the model has right too (evaluate/kick.py)."""
+    retained_interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +161,7 @@ def accuracy(task: Task, scored: list[list[Score]], dense: list[list[Score]] | N
     lost = [b and not a for a, b in zip(right, right_dense, strict=True)]
     same = grouped_mean([a == b for a, b in zip(chosen, chosen_dense, strict=True)], groups)
     value_dense = grouped_mean(right_dense, groups)
+    kept = retained(right, right_dense)
     compared = Compared(
         value=value_dense,
         interval=wilson(value_dense, worth),
@@ -166,6 +171,8 @@ def accuracy(task: Task, scored: list[list[Score]], dense: list[list[Score]] | N
         only_dense_right=sum(lost),
         agreement=same,
         agreement_interval=wilson(same, worth),
+        retained=None if kept is None else kept[0],
+        retained_interval=None if kept is None else kept[1],
     )
     return Accuracy(value=value, interval=wilson(value, worth), dense=compared)
 

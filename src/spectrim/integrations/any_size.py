@@ -184,9 +184,10 @@ class Slices:
         prefix = self.model.base_model_prefix + "."
         patterns = [rf"(^|\.){re.escape(path.removeprefix(prefix))}\." for path in self.names]
         for attribute in IGNORED:
-            known = getattr(self.model, attribute, None) or set()
+            known = getattr(self.model, attribute, None)
             self.ignored[attribute] = known
-            setattr(self.model, attribute, type(known)([*known, *patterns]))
+            kind = list if known is None else type(known)  # a set in new releases, which never leave it None
+            setattr(self.model, attribute, kind([*(known or ()), *patterns]))
 
     @torch.no_grad()
     def fill(self) -> None:

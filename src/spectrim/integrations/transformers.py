@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
@@ -107,6 +108,7 @@ class SpectrimHfQuantizer(HfQuantizer):
     slices: Slices | None = None  # between the two hooks, of a folder that holds all sizes
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_release(transformers.__version__)
         config, files = self.quantization_config, kwargs.get("checkpoint_files")
         if config.any_size is None:
             install_modules(model, config, files)
@@ -146,6 +148,15 @@ class SpectrimHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def check_release(release: str) -> None:
+    """`InputError` for releases that would load a folder and compute something else."""
+    if int(release.partition(".")[0]) < 5:
+        raise InputError(
+            f"transformers {release} reads the base of rotary positions from rope_theta, folders hold rope_parameters: "
+            "it would load most models without a word and compute wrong logits. Install transformers>=5.0,<6"
+        )
 
 
 def install_modules(model: PreTrainedModel, config: SpectrimConfig, files: Iterable[str | Path] | None = None) -> None:

@@ -36,7 +36,7 @@ def pivot_cost(outputs: int, inputs: int, rank: Tensor) -> Tensor:
 
 def allocate(layers: list[Options], budget: int) -> list[int]:
     """The index of the option each layer takes. The cheapest options must fit; the sum never exceeds `budget`."""
-    errors, costs = _padded(layers)
+    errors, costs = padded(layers)
     cheapest = int(costs.min(dim=1).values.sum())
     if cheapest > budget:
         raise ValueError(f"budget {budget:,} is below the cheapest choice of all layers, {cheapest:,}")
@@ -111,7 +111,7 @@ def cut_in_order(costs: list[Tensor], order: Iterable[int], budget: int) -> list
     return kept
 
 
-def _padded(layers: list[Options]) -> tuple[Tensor, Tensor]:
+def padded(layers: list[Options]) -> tuple[Tensor, Tensor]:
     """Errors and costs as (L, most options); padding can never be chosen."""
     width = max(len(layer.error) for layer in layers)
     errors = torch.full((len(layers), width), torch.inf, dtype=torch.float64)

@@ -16,8 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectrim.linalg.metric import Root
+from spectrim.linalg.metric import Root, Triangle, safe_cholesky
 from spectrim.linalg.solver import eigh, svd
+
+Half = Root | Triangle
+"""One side of a metric."""
 
 
 class Spectrum(NamedTuple):
@@ -49,7 +52,7 @@ def tail_energy(energy: Tensor) -> Tensor:
     return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
 
-def decompose(weight: Tensor, left: Root | None = None, right: Root | None = None) -> Spectrum:
+def decompose(weight: Tensor, left: Half | None = None, right: Half | None = None) -> Spectrum:
     """All components of `weight` (O, I) in the metric given by two roots; None is the identity.
 
     Cost: one symmetric eigenproblem on the smaller side, two products. Precision is that of `weight`: pass float64.
@@ -62,12 +65,12 @@ def decompose(weight: Tensor, left: Root | None = None, right: Root | None = Non
     outputs, inputs = measured.shape
     if outputs <= inputs:
         energy, basis = descending_eigh(measured @ measured.mT)
-        left_OK = basis if left is None else left.dual @ basis
+        left_OK = basis if left is None else left.dual_times(basis)
         right_KI = basis.mT @ (weight if left is None else left.root.mT @ weight)
     else:
         energy, basis = descending_eigh(measured.mT @ measured)
         left_OK = (weight if right is None else weight @ right.root) @ basis
-        right_KI = basis.mT if right is None else basis.mT @ right.dual.mT
+        right_KI = basis.mT if right is None else right.dual_times(basis).mT
     return Spectrum(left_OK, right_KI, energy)
 
 
@@ -75,6 +78,13 @@ def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, clamped at 0) and eigenvectors of a symmetric non-negative matrix."""
     values, vectors = eigh((gram + gram.mT) / 2)
     return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def squared_singular_values(measured: Tensor) -> Tensor:
+    """Of a matrix (O, I), descending: the eigenvalues (K,) of its Gram matrix on the smaller side."""
+    gram = measured @ measured.mT if measured.shape[0] <= measured.shape[1] else measured.mT @ measured
+    # With vectors or without, a GPU takes as long; with them the answer can be checked.
+    return descending_eigh(gram)[0]
 
 
 def truncate(spectrum: Spectrum, rank: int) -> Factors:
@@ -196,7 +206,10 @@ def drift_target(weight: Tensor, cross: Tensor, gram: Tensor, *, mix: float, rid
     if mix == 0 or gram.diagonal().max() <= 0:
         return weight
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return weight + mix * solve_symmetric(gram + damping * eye, (weight @ (cross - gram)).mT).mT
+    system, missing = gram + damping * eye, (weight @ (cross - gram)).mT
+    lower = safe_cholesky(system)  # the ridge makes it safe but for inputs of wildly different sizes
+    solved = solve_symmetric(system, missing) if lower is None else torch.cholesky_solve(missing, lower)
+    return weight + mix * solved.mT
 
 
 def solve_symmetric(system: Tensor, target: Tensor) -> Tensor:

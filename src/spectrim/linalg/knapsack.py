@@ -14,16 +14,18 @@ and the budget itself is held in whole numbers.
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
-from typing import Any
+from math import exp, log
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectrim.linalg.allocate import Options, allocate
+from spectrim.linalg.allocate import Options, allocate, padded
 from spectrim.linalg.solver import SolverError
 
 SIZE = 1e4
 """Of scaled costs and errors."""
+GOLDEN, PRICES = 0.6180339887498949, 80
 TRIES = 8
 """With a budget lower by what rounding went over it."""
 
@@ -51,6 +53,53 @@ def knapsack(layers: list[Options], budget: int) -> list[int]:
     found = _optimum(menus, budget)
     best = min((found, by_price), key=lambda choice: total_error(menus, choice))
     return [int(kept[k]) for kept, k in zip(usable, best, strict=True)]
+
+
+class Settled(NamedTuple):
+    """A choice, and how much its errors may exceed those of the best choice there is, as a share of them."""
+
+    choice: list[int]
+    gap: float
+
+
+def settle(layers: list[Options], budget: int, *, gap: float = 1e-3) -> Settled:
+    """The choice by one price where that is proven to be within `gap` of the optimum, else by branch and cut.
+
+    Without SciPy the former is taken whatever its gap, which is told. ValueError as `knapsack`.
+    """
+    choice = allocate(layers, budget)
+    own = total_error(layers, choice)
+    found = Settled(choice, _share_above(own, price_bound(layers, budget)))
+    if found.gap <= gap or not has_solver():
+        return found
+    choice = knapsack(layers, budget)
+    return Settled(choice, 0.0)
+
+
+def price_bound(layers: list[Options], budget: int) -> float:
+    """What no choice within `budget` is below: the largest, over prices p, of  sum_l min_k (error + p cost) - p budget.
+
+    Concave in p: by golden sections over log p. Errors are finite and not negative.
+    """
+    errors, costs = padded(layers)
+
+    def bound(log_price: float) -> float:
+        price = exp(log_price)
+        return float((errors + price * costs.double()).min(1).values.sum()) - price * budget
+
+    largest = float(errors[torch.isfinite(errors)].max())
+    low, high = log(max(largest, 1e-300) / max(budget, 1)) - 40.0, log(max(largest, 1e-300))
+    best = max(0.0, float(errors.min(1).values.sum()))
+    for _ in range(PRICES):
+        a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+        at_a, at_b = bound(a), bound(b)
+        best = max(best, at_a, at_b)
+        low, high = (a, high) if at_a < at_b else (low, b)
+    return best
+
+
+def _share_above(own: float, bound: float) -> float:
+    return 0.0 if own <= bound else (own - bound) / own
 
 
 def total_error(layers: list[Options], choice: list[int]) -> float:

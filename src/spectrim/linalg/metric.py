@@ -30,6 +30,20 @@ class Root(NamedTuple):
     root: Tensor  # (n, n)
     dual: Tensor  # (n, n), the transpose of the inverse of `root`
 
+    def dual_times(self, columns: Tensor) -> Tensor:
+        """`dual @ columns` (n, m)."""
+        return self.dual @ columns
+
+
+class Triangle(NamedTuple):
+    """A lower triangular root of a covariance, which needs no inverse: `root @ root.T = C`."""
+
+    root: Tensor  # (n, n)
+
+    def dual_times(self, columns: Tensor) -> Tensor:
+        """`root^-T columns` (n, m): a triangular system, a third of the work of inverting first."""
+        return torch.linalg.solve_triangular(self.root.mT, columns, upper=True)
+
 
 def shrink(covariance: Tensor, ratio: float) -> Tensor:
     """Mix a covariance (n, n) with a multiple of the identity of the same trace: `(1-ratio) C + ratio tr(C)/n 1`.
@@ -61,13 +75,24 @@ def quick_root(covariance: Tensor) -> Root:
     Any root gives the same decomposition of a weight. Where the factorisation fails or is close to it (no shrinkage and
     fewer tokens than dimensions), the eigen root is taken, which never fails.
     """
-    symmetric = (covariance + covariance.mT) / 2
-    lower, failed = torch.linalg.cholesky_ex(symmetric)
-    pivots = lower.diagonal().square()
-    if int(failed) or not bool(pivots.min() > pivots.max() * SAFE_PIVOT):
+    lower = safe_cholesky(covariance)
+    if lower is None:
         return root_of(covariance)
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return Root(lower, torch.linalg.solve_triangular(lower, eye, upper=False).mT)
+
+
+def triangle_of(covariance: Tensor) -> Triangle | Root:
+    """The root that `quick_root` takes, for whoever multiplies by its dual once."""
+    lower = safe_cholesky(covariance)
+    return root_of(covariance) if lower is None else Triangle(lower)
+
+
+def safe_cholesky(covariance: Tensor) -> Tensor | None:
+    """The Cholesky factor (n, n) of a symmetric matrix; None where it fails or leaves too little to the inverse."""
+    lower, failed = torch.linalg.cholesky_ex((covariance + covariance.mT) / 2)
+    pivots = lower.diagonal().square()
+    return None if int(failed) or not bool(pivots.min() > pivots.max() * SAFE_PIVOT) else lower
 
 
 def diagonal_root(weights: Tensor, *, floor: float = RELATIVE_FLOOR) -> Root:

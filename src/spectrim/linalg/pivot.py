@@ -18,6 +18,9 @@ from torch import Tensor
 
 from spectrim.linalg.factor import Factors
 
+MANY = 1024
+"""Columns from which a rotation that is drawn on the host takes a GPU longer than all the rest."""
+
 
 class Pivots(NamedTuple):
     """A rank-R matrix in pivot storage; `mask` (O,) bool marks the R pivot rows, in ascending order in `rows`."""
@@ -35,10 +38,8 @@ def to_pivots(factors: Factors, *, bound: float = 1.2) -> Pivots:
     """
     left, right = factors
     outputs, rank = left.shape
-    basis = _generic_basis(left)
-    index = _starting_rows(basis)
+    index, coefficients = _start(_generic_basis(left))
     chosen, others = index[:rank], index[rank:]
-    coefficients = torch.linalg.solve(basis[chosen], basis[others], left=False)
     chosen, others, coefficients = _swap_until_bounded(chosen, others, coefficients, bound)
     by_pivot, by_other = chosen.argsort(), others.argsort()
     mask = torch.zeros(outputs, dtype=torch.bool, device=left.device)
@@ -72,21 +73,30 @@ def _generic_basis(left: Tensor) -> Tensor:
     """Orthonormal columns (O, R) that span those of `left`: what combines its rows combines those of `left` alike.
 
     Turned by a fixed random rotation, since partial pivoting depends on the columns it is given: on some (lower
-    triangles of -1) it leaves coefficients that grow like 2^R, on random ones it does not.
+    triangles of -1) it leaves coefficients that grow like 2^R, on random ones it does not. Many columns on a GPU are
+    mixed by random numbers drawn there: not a rotation, but of a condition (about R) that float64 does not notice.
     """
-    rank = left.shape[1]
+    rank, orthonormal = left.shape[1], torch.linalg.qr(left).Q
+    if left.is_cuda and rank >= MANY:
+        generator = torch.Generator(device=left.device).manual_seed(0)
+        return orthonormal @ torch.randn(rank, rank, generator=generator, dtype=left.dtype, device=left.device)
     seeded = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return torch.linalg.qr(left).Q @ torch.linalg.qr(seeded.to(left)).Q
+    return orthonormal @ torch.linalg.qr(seeded.to(left)).Q
 
 
-def _starting_rows(basis: Tensor) -> Tensor:
-    """Row order (O,) of LU with partial pivoting of `basis` (O, R): the first R rows are the starting pivots."""
-    _, swaps = torch.linalg.lu_factor(basis)
-    index = torch.arange(basis.shape[0], device=basis.device)
+def _start(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """LU with partial pivoting of `basis` (O, R): the row order (O,) whose first R rows are the starting pivots, and
+    the coefficients (O - R, R) of the others. Those are L2 U = C (L1 U) with L = [L1; L2]: U drops out.
+    """
+    packed, swaps = torch.linalg.lu_factor(basis)
+    index = list(range(basis.shape[0]))  # thousands of swaps: on the host
     for row, other in enumerate((swaps - 1).tolist()):
-        if row != other:
-            index[[row, other]] = index[[other, row]]
-    return index
+        index[row], index[other] = index[other], index[row]
+    rank = basis.shape[1]
+    coefficients = torch.linalg.solve_triangular(
+        packed[:rank], packed[rank:], upper=False, left=False, unitriangular=True
+    )
+    return torch.tensor(index, device=basis.device), coefficients
 
 
 def _swap_until_bounded(

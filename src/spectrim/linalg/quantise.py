@@ -150,7 +150,7 @@ def packed_width(count: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (..., n) below 2^bits to bytes (..., packed_width(n)) uint8; the first code in the lowest bits."""
-    count, size = _unit(bits)
+    count, size = code_unit(bits)
     padded = torch.nn.functional.pad(codes.long(), (0, -codes.shape[-1] % count))
     units = padded.unflatten(-1, (padded.shape[-1] // count, count))  # -1 would have no answer for 0 rows
     words = (units << _shifts(count, bits, codes.device)).sum(-1, keepdim=True)
@@ -160,7 +160,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: codes (..., count) uint8."""
-    codes, size = _unit(bits)
+    codes, size = code_unit(bits)
     if bits == 8:
         return packed[..., :count]
     whole = torch.int32 if 8 * size < 32 else torch.int64
@@ -171,7 +171,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return found.flatten(-2)[..., :count].to(torch.uint8)
 
 
-def _unit(bits: int) -> tuple[int, int]:
+def code_unit(bits: int) -> tuple[int, int]:
     """The fewest codes that fill whole bytes, and those bytes."""
     shared = gcd(bits, 8)
     return 8 // shared, bits // shared

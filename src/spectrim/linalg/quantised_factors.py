@@ -54,16 +54,18 @@ def round_factors(
     *,
     outputs: Tensor | None = None,
     basis: Basis = "rotated",
+    rows_at_once: int | None = None,
 ) -> tuple[Kept, Kept]:
     """Both factors (left, right) as `rounding` keeps them, all in float64.
 
-    `gram` (I, I) is A and `outputs` (O, O) is B (None: 1). `together` makes one of what was kept of blocks of rows.
+    `gram` (I, I) is A and `outputs` (O, O) is B (None: 1). `together` makes one of what was kept of blocks of rows,
+    `rows_at_once` of them each in step 4 (default: as `round_rows`).
     """
     left, right = spread(factors, outputs) if basis == "rotated" else balance(factors)
     kept_left, rounded = rounding(left, moment_behind(right, gram))
     weighed = _weighed(rounded, outputs)
     refitted = refit_rows(left, rounded, right, weighed)
-    return kept_left, together(round_rows(refitted, gram, rounded.mT @ weighed, rounding))
+    return kept_left, together(round_rows(refitted, gram, rounded.mT @ weighed, rounding, size=rows_at_once))
 
 
 def round_pivots(
@@ -74,6 +76,7 @@ def round_pivots(
     together: Callable[[list[Kept]], Kept],
     *,
     outputs: Tensor | None = None,
+    rows_at_once: int | None = None,
 ) -> tuple[Kept, Kept]:
     """Pivot rows (R, I) and the coefficients (O - R, R) of the others as `rounding` keeps them, all in float64.
 
@@ -84,7 +87,7 @@ def round_pivots(
     left = torch.cat([eye, rounded])
     weighed = _weighed(left, outputs)
     refitted = refit_rows(torch.cat([eye, coefficients]), left, rows, weighed)
-    return together(round_rows(refitted, gram, left.mT @ weighed, rounding)), kept_coefficients
+    return together(round_rows(refitted, gram, left.mT @ weighed, rounding, size=rows_at_once)), kept_coefficients
 
 
 def spread(factors: Factors, outputs: Tensor | None = None, *, seed: int = 0) -> Factors:
@@ -98,10 +101,14 @@ def spread(factors: Factors, outputs: Tensor | None = None, *, seed: int = 0) ->
         root = quick_root(outputs)
         measured, right = balance(Factors(root.root.mT @ factors.left, factors.right))
         left = root.dual @ measured
-    rank = left.shape[1]
+    turn = rotation(left.shape[1], left, seed=seed)
+    return Factors(left @ turn, turn.mT @ right)
+
+
+def rotation(rank: int, like: Tensor, *, seed: int = 0) -> Tensor:
+    """The fixed random rotation (R, R), in the dtype and on the device of `like`."""
     drawn = torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    rotation = torch.linalg.qr(drawn).Q.to(left)
-    return Factors(left @ rotation, rotation.mT @ right)
+    return torch.linalg.qr(drawn).Q.to(like)
 
 
 def refit_rows(left: Tensor, rounded: Tensor, right: Tensor, weighed: Tensor, *, ridge: float = RIDGE) -> Tensor:

@@ -13,20 +13,26 @@ and leave the next one a bad start (squared error at 2 bits: .088 in pieces of 6
 Source: block feedback of QuIP# and QTIP (arXiv 2402.04396, 2406.11235); streams that go on across pieces are ours.
 """
 
+from math import erfc, exp, pi, sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectrim.linalg.bits import VALUE_BYTES, Account
+from spectrim.linalg.outliers import Entries, entries_at
 from spectrim.linalg.quantise import as_stored, packed_width
-from spectrim.linalg.trellis import Rate, code_table, decode, viterbi
+from spectrim.linalg.trellis import Rate, code_table, decode, distortion, viterbi
 
 STRIP = 16
 BLOCK = 8
 """Columns that are decided at once: errors inside a block are not made up for, and the ends of blocks cost something.
 On a weight of the reference model the error is .0716, .0655, .0623, .0616, .0619 of 1, 2, 4, 8, 16 at 2 bits."""
 AHEAD = 8
+
+
+SCALES = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+"""Of a row's root mean square, that are considered: a table ends, and rows with large weights may need more of it."""
 
 
 class Coded(NamedTuple):
@@ -71,12 +77,78 @@ def trellis_columns(
     `importance` (O,) says what an error of each row counts (default: all the same). Codes are chosen for the rows'
     root mean squares as scales; the scales that are kept are the best for these codes (least squares in the metric).
     """
-    scales = as_stored(weight.square().mean(1).sqrt())
-    coded = _path(weight, upper, rate, scales, importance, block)
+    return trellis_with_entries(weight, upper, rate, None, importance=importance, block=block)[0]
+
+
+def trellis_with_entries(
+    weight: Tensor,
+    upper: Tensor,
+    rate: Rate,
+    kept: Tensor | None,
+    *,
+    importance: Tensor | None = None,
+    block: int = BLOCK,
+) -> tuple[Coded, Entries]:
+    """As `trellis_columns`, with the entries where `kept` (O, I) bool is true beside the codes, exact in bfloat16.
+
+    They take what feedback has made of them by the time their column comes, and whatever the codes say there does not
+    count.
+    """
+    others = None if kept is None else ~kept
+    own = weight if others is None else weight * others
+    best = row_losses(own, upper, rate.window).best(within_table(rate))
+    scales = as_stored(own.square().mean(1).sqrt() * best.scales)
+    coded, stored = _path(weight, upper, rate, scales, importance, block, kept)
     table = code_table(rate, weight.device, torch.float64)
     unscaled = unscaled_weight(coded.codes, rate, len(weight), weight.shape[1], table)
+    if kept is None or others is None:
+        entries = Entries(torch.empty(0, dtype=torch.int64, device=weight.device), weight.new_empty(0))
+    else:
+        entries = entries_at(stored, kept)
+        weight, unscaled = weight - torch.where(kept, stored, 0), unscaled * others
     # Of either sign: a row whose errors hardly count is coded as its neighbours like it, and may come out reversed.
-    return coded._replace(scales=as_stored(best_scales(weight, unscaled, upper)))
+    return coded._replace(scales=as_stored(best_scales(weight, unscaled, upper))), entries
+
+
+class RowLosses(NamedTuple):
+    """What codes of the rows lose for each of `SCALES`, up to what an output counts."""
+
+    size: Tensor  # (O,) mean square times sum_j 1 / U_jj^2: times D and the scale squared, the code's error
+    overload: Tensor  # (scales, O) sum_j of squares beyond the table's end / U_jj^2
+
+    def best(self, distortion: float) -> "BestScales":
+        """The least loss of each row and the scale that has it."""
+        squares = torch.tensor(SCALES, dtype=self.size.dtype, device=self.size.device).square()[:, None]
+        least = (distortion * squares * self.size + self.overload).min(0)
+        return BestScales(least.values, squares[:, 0].sqrt()[least.indices])
+
+
+class BestScales(NamedTuple):
+    """Both (O,)."""
+
+    losses: Tensor
+    scales: Tensor
+
+
+def code_end(window: int) -> float:
+    """The largest value of a table, in units of the scale; all rates have the same quantiles."""
+    return float(code_table(Rate(1, 1, window)).max())
+
+
+def within_table(rate: Rate) -> float:
+    """D without what a normal weight loses beyond the table's end, which `RowLosses` counts by itself."""
+    end, whole = code_end(rate.window), distortion(rate)
+    tail, density = erfc(end / sqrt(2)), 2 * exp(-(end**2) / 2) / sqrt(2 * pi)
+    return max(whole - ((1 + end**2) * tail - end * density), whole / 2)
+
+
+def row_losses(weight: Tensor, upper: Tensor, window: int) -> RowLosses:
+    """For a weight (O, I); nothing of it is coded."""
+    columns = upper.diagonal().square().reciprocal()
+    squares = weight.square().mean(1)
+    ends = [code_end(window) * scale * squares.sqrt()[:, None] for scale in SCALES]
+    overload = torch.stack([(weight.abs() - end).clamp(min=0).square() @ columns for end in ends])
+    return RowLosses(squares * columns.sum(), overload)
 
 
 def best_scales(weight: Tensor, unscaled: Tensor, upper: Tensor) -> Tensor:
@@ -87,12 +159,22 @@ def best_scales(weight: Tensor, unscaled: Tensor, upper: Tensor) -> Tensor:
     return torch.where(own > 0, cross / own.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
 
 
-def _path(weight: Tensor, upper: Tensor, rate: Rate, scales: Tensor, importance: Tensor | None, block: int) -> Coded:
+def _path(
+    weight: Tensor,
+    upper: Tensor,
+    rate: Rate,
+    scales: Tensor,
+    importance: Tensor | None,
+    block: int,
+    kept: Tensor | None,
+) -> tuple[Coded, Tensor]:
+    """Codes for these scales, and the weight (O, I) that they and the entries kept stand for."""
     outputs, inputs = weight.shape
     strips, device = strips_of(outputs), weight.device
     table = code_table(rate, device)
     missing = strips * STRIP - outputs
     now = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+    free = None if kept is None else torch.nn.functional.pad(kept, (0, 0, 0, missing))
     divisors = torch.nn.functional.pad(
         torch.where(scales > 0, scales, torch.ones_like(scales)), (0, missing), value=1.0
     )
@@ -106,7 +188,10 @@ def _path(weight: Tensor, upper: Tensor, rate: Rate, scales: Tensor, importance:
         stop = min(start + block, inputs)
         beyond = min(stop + 1, inputs)
         targets = (now[:, start:beyond] / divisors[:, None]).view(strips, STRIP, -1).mT.reshape(strips, -1, rate.width)
-        costs = torch.outer(rows, columns[start:beyond]).view(strips, STRIP, -1).mT.reshape(strips, -1, rate.width)
+        prices = torch.outer(rows, columns[start:beyond])
+        if free is not None:
+            prices = torch.where(free[:, start:beyond], 0, prices)
+        costs = prices.view(strips, STRIP, -1).mT.reshape(strips, -1, rate.width)
         here = (stop - start) * STRIP // rate.width
         seen = slice(0, here + AHEAD)
         path = viterbi(targets[:, seen].float(), costs[:, seen].float(), state, rate)
@@ -115,7 +200,11 @@ def _path(weight: Tensor, upper: Tensor, rate: Rate, scales: Tensor, importance:
         first = start * STRIP // rate.width
         codes[:, first : first + here] = (states & ((1 << rate.step_bits) - 1)).to(torch.uint8)
         values = table[states].double().view(strips, stop - start, STRIP).mT.reshape(-1, stop - start)
-        error = now[:, start:stop] - values * divisors[:, None]
+        stored = values * divisors[:, None]
+        if free is not None:
+            stored = torch.where(free[:, start:stop], as_stored(now[:, start:stop]), stored)
+        error = now[:, start:stop] - stored
+        now[:, start:stop] = stored
         spread = torch.linalg.solve_triangular(upper[start:stop, start:stop], error, upper=True, left=False)
         now[:, stop:] -= spread @ upper[start:stop, stop:]
-    return Coded(codes, scales)
+    return Coded(codes, scales), now[:outputs]

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean, without_tokens
 from spectrim.integrations.transformers import register
+from spectrim.memory import holds_wide
 from spectrim.models.extra import give_extra
 from spectrim.models.plain_reads import plain_reads
 from spectrim.models.walk import find_layers, weight_of
@@ -31,6 +32,7 @@ BUILTIN = {"builtin:tiny": "tiny"}
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab*", "*.jinja", "LICENSE*"]
+HUB_FILES += ["README.md"]  # its metadata state the licence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,14 +232,17 @@ def load_dense(
     warnings: list[str] | None = None,
     extra: dict[str, TensorInfo] | None = None,
 ) -> PreTrainedModel:
-    """The dense model in float32 on `device`; anything missing from the files is an error, never random numbers.
+    """The dense model on `device`; anything missing from the files is an error, never random numbers.
+
+    In float32; as it is stored where that is bfloat16 and float32 would take too much of a GPU (memory.py).
 
     So is NaN or Inf anywhere, unless allowed. `extra` is given the tensors that are in the files and have no place in
     the model, for whoever writes a result; `warnings` is told of them.
     """
     require_dense(source)
     check_against_config(source)
-    model, info = _from_pretrained(source, dtype=torch.float32)
+    narrow = source.dtype == torch.bfloat16 and not holds_wide(device, source.checkpoint.numel)
+    model, info = _from_pretrained(source, dtype=source.dtype if narrow else torch.float32)
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(

@@ -39,6 +39,8 @@ class StoredLinear(nn.Module):
     rank: int
     """A number that says how much is kept: the rank where there is one."""
     weight: Tensor
+    few: Any = None
+    """A quicker form of the product with few rows (nn/kernels/few.py), where one was chosen."""
 
     def add_guard(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """The zero-element `weight`; every constructor ends with it."""

@@ -45,6 +45,8 @@ class LowRankLinear(RankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
+        if self.few is not None and self.few.takes(x):
+            return self.few.product(self, x)
         return self.U(self.V(x))
 
     def dense_weight(self) -> Tensor:
@@ -110,12 +112,15 @@ class PivotLinear(RankLinear):
 
     def refresh_order(self) -> None:
         """Recompute `order` after the mask has changed (loading does this)."""
+        self.few = None  # it knows the places of the outputs
         if self.mask.is_meta:
             return
         self.order = order_of(self.mask, self.out_features, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
+        if self.few is not None and self.few.takes(x):
+            return self.few.product(self, x)
         pivots = self.pivot(x)
         y = torch.cat([pivots, self.rest(pivots)], dim=-1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias.to(y.dtype)

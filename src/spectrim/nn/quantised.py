@@ -108,6 +108,8 @@ class QuantisedFactorLinear(QuantisedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
+        if self.few is not None and self.few.takes(x):
+            return self.few.product(self, x)
         right, left = self.stores.values()
         return nn.functional.linear(nn.functional.linear(x, right.matrix()), left.matrix(), self.bias)
 
@@ -171,11 +173,14 @@ class QuantisedPivotLinear(QuantisedLinear):
 
     def refresh_order(self) -> None:
         """Recompute `order` after the mask has changed (loading does this)."""
+        self.few = None  # it knows the places of the outputs
         if not self.mask.is_meta:
             self.order = order_of(self.mask, self.out_features, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
+        if self.few is not None and self.few.takes(x):
+            return self.few.product(self, x)
         rows, rest = self.stores.values()
         pivots = nn.functional.linear(x, rows.matrix())
         others = nn.functional.linear(pivots, rest.matrix())

@@ -5,6 +5,13 @@
 The product is formed once a forward pass (K O I operations, little beside the tokens) and used as an ordinary weight:
 its gradient then reaches *all* scores, also those of components that the mask holds at 0, as a straight-through
 estimate of what bringing them back would gain.
+
+For large models the components are held in bf16, and added to a weight that was formed once from accurate ones:
+
+    W(s) = W(s0) + left diag(s - s0) right        s0: the scores and the mask when it was formed
+
+Components of a metric are far from orthogonal, so that their sum cancels: in bf16 it would not give the weight. Of the
+change since s0, which is small, bf16 is as good as it is of any weight.
 """
 
 import torch
@@ -21,12 +28,19 @@ class ScoredLinear(nn.Module):
     right: Tensor
     energy: Tensor
     mask: Tensor
+    anchor: Tensor | None
+    """W(s0) (O, I), where components are narrow."""
+    start: Tensor | None
+    """s0 (K,)."""
 
-    def __init__(self, spectrum: Spectrum, bias: Tensor | None) -> None:
+    def __init__(self, spectrum: Spectrum, bias: Tensor | None, *, narrow: bool = False) -> None:
         super().__init__()
+        dtype = torch.bfloat16 if narrow else torch.float32
         self.out_features, self.in_features = spectrum.left.shape[0], spectrum.right.shape[1]
-        self.register_buffer("left", spectrum.left.float().contiguous(), persistent=False)
-        self.register_buffer("right", spectrum.right.float().contiguous(), persistent=False)
+        self.register_buffer("left", spectrum.left.to(dtype).contiguous(), persistent=False)
+        self.register_buffer("right", spectrum.right.to(dtype).contiguous(), persistent=False)
+        self.register_buffer("anchor", None, persistent=False)
+        self.register_buffer("start", None, persistent=False)
         self.register_buffer("energy", spectrum.energy.double(), persistent=False)
         self.register_buffer("mask", torch.ones(len(spectrum.energy), device=self.left.device), persistent=False)
         self.scores = nn.Parameter(torch.ones(len(spectrum.energy), device=self.left.device))
@@ -39,14 +53,27 @@ class ScoredLinear(nn.Module):
 
     def weight_now(self) -> Tensor:
         """The weight (O, I) at the present scores."""
-        return wide_product(self.left * self.effective_scores(), self.right)
+        scores = self.effective_scores()
+        if self.anchor is None or self.start is None:
+            return wide_product(self.left * scores, self.right)
+        change = (self.left * (scores - self.start)).bfloat16()
+        return self.anchor + wide_product(change, self.right.bfloat16())
+
+    @torch.no_grad()
+    def settle(self, spectrum: Spectrum) -> None:
+        """Form W(s0) of the present scores from components that are as accurate as there are; bf16 from here on."""
+        self.start = self.effective_scores().detach().clone()
+        formed = wide_product(spectrum.left.float() * self.start, spectrum.right.float())
+        self.anchor = formed.bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
-        return F.linear(x, self.weight_now(), self.bias)
+        weight = self.weight_now()
+        return F.linear(x, weight if self.anchor is None else weight.to(x.dtype), self.bias)
 
-    def kept(self) -> Factors:
-        """The components whose mask is 1, scores folded into the left factor."""
+    def kept(self, spectrum: Spectrum | None = None) -> Factors:
+        """The components whose mask is 1, of `spectrum` if given, scores folded into the left factor."""
         index = self.mask.nonzero().flatten()
         scores = self.scores.detach()[index]
-        return Factors(self.left[:, index] * scores, self.right[index])
+        left, right = (self.left, self.right) if spectrum is None else spectrum[:2]
+        return Factors(left[:, index] * scores, right[index])

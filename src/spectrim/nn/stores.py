@@ -8,6 +8,8 @@
     half       two of every four, and where they stand; the values are a store again    linalg/sparse24.py
     groups     some groups of neighbouring inputs, and where they stand; a store again      linalg/groups.py
     outliers   any of these, with a few entries kept apart in 16 bits                   linalg/outliers.py
+    trellis    a stream of bits of which every window is a weight                       linalg/trellis.py
+    corrected  any of these, and a product of two more beside it                        linalg/predicted.py
 
 A store stays packed in memory: `matrix` makes the weight for one product and it is let go afterwards. Codes are
 buffers; scales, tables and plain numbers are parameters, which can be trained (`unpacked`). A new form is a file
@@ -32,6 +34,7 @@ STORES = {
     "groups": "spectrim.nn.stores_groups:GroupStore",
     "outliers": "spectrim.nn.stores_outliers:OutlierStore",
     "normal": "spectrim.nn.stores_normal:NormalStore",
+    "corrected": "spectrim.nn.stores_corrected:CorrectedStore",
 }
 """Kind in the file to class, imported at first use."""
 

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 
 from spectrim import version
+from spectrim.evaluate.intervals import named
+from spectrim.method import MaskedMethod
+from spectrim.report.card import head, licence_lines
 from spectrim.report.facts import describe_source, describe_windows, environment
 from spectrim.report.plot import line_chart
+from spectrim.report.record import spectra_of
 
 CURVE = "size-curve.svg"
 
@@ -18,6 +22,10 @@ def build_any_size_report(
 ) -> dict[str, Any]:
     """All facts known before writing. `quality` holds "dense" and each measured size; `stored` is completed later."""
     plans = {size: sizes.plan(size) for size in sizes.anchors[1:]}
+    masked = isinstance(sizes.method, MaskedMethod)  # no record of which components are kept
+    default = sizes.plan(request["keep"]).targets
+    ranks = {name: None if masked else default[name].rank for name in sizes.energies}
+    spectra = spectra_of(sizes.energies, ranks)
     outside = source.checkpoint.numel - sizes.walk.numbers
     return {
         "format_version": 1,
@@ -36,11 +44,11 @@ def build_any_size_report(
                 "linear_numbers": plan.numbers_after,
                 "keep": plan.keep,
                 "model_numbers": outside + plan.numbers_after,
-                "quality": None if quality is None else asdict(quality[size]),
+                "quality": None if quality is None else asdict(quality[size], dict_factory=named),
             }
             for size, plan in plans.items()
         ],
-        "dense": None if quality is None else asdict(quality["dense"]),
+        "dense": None if quality is None else asdict(quality["dense"], dict_factory=named),
         "text": {
             "calibration": describe_windows(texts.calibration),
             "training": None if texts.training is None else describe_windows(texts.training),
@@ -53,6 +61,7 @@ def build_any_size_report(
                 "sizes": {
                     f"{size:g}": [p.targets[layer.name].codec, p.targets[layer.name].rank] for size, p in plans.items()
                 },
+                "spectrum": spectra.get(layer.name),
             }
             for layer in sizes.walk.layers
         ],
@@ -61,16 +70,6 @@ def build_any_size_report(
         "seconds": dict(sizes.seconds),
         "warnings": list(sizes.warnings),
         "environment": environment(),
-    }
-
-
-def _layer(layer: Any, plans: Mapping[float, Any]) -> dict[str, Any]:
-    """Codec and rank of one layer at each size."""
-    targets = {f"{size:g}": plan.targets[layer.name] for size, plan in plans.items()}
-    return {
-        "name": layer.name,
-        "shape": [layer.outputs, layer.inputs],
-        "sizes": {size: {"codec": target.codec, "rank": target.rank} for size, target in targets.items()},
     }
 
 
@@ -112,10 +111,7 @@ def any_size_card(report: Mapping[str, Any]) -> str:
     header = size_header(report)
     smallest, default = report["sizes"][-1]["size"], report["request"]["keep"]
     lines = [
-        "---",
-        "library_name: transformers",
-        f"tags: [spectrim, low-rank, {method}]",
-        "---",
+        *head(report, []),
         f"# {source} in all sizes from {smallest:g} to 1",
         "",
         f"Compressed by {report['tool']} with `{method}`: one order of all components of the decoder's linear layers. "
@@ -149,6 +145,10 @@ def any_size_card(report: Mapping[str, Any]) -> str:
             for use, w in report["text"].items()
             if w
         ),
+        "",
+        *licence_lines(report),
+        "",
+        "Spectra, ranks, training, samples, time and memory: `report.html` in this folder.",
     ]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {w}" for w in report["warnings"])]

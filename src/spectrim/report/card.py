@@ -1,17 +1,22 @@
 """README.md of a compressed folder: what it is, what it costs, how to load it."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from spectrim.report.forms import FORMS_HEADER, forms_rows
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(report: Mapping[str, Any]) -> str:
     """Markdown with the measured table; every figure is from the report."""
     request, stored, source = report["request"], report["stored"], report["source"]
     lines = [
-        "---",
-        "library_name: transformers",
-        f"tags: [spectrim, {report['method']['method']}]",
-        "---",
+        *head(report, figures_of(report)),
         f"# {source['name']} at keep {stored.get('keep', request['keep']):.4f}",
         "",
         f"Compressed by {report['tool']} with `{report['method']['method']}`: {stored_as(report)}.",
@@ -20,6 +25,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         "|---|---|---|",
         *(_row(*cells) for cells in table(report)),
         "",
+        *_forms(report),
         "## Load",
         "",
         "```python",
@@ -36,10 +42,65 @@ def model_card(report: Mapping[str, Any]) -> str:
         "## Measured on",
         "",
         *_texts(report),
+        "",
+        *licence_lines(report),
+        "",
+        "Spectra, ranks, training, samples, time and memory: `report.html` in this folder.",
     ]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {w}" for w in report["warnings"])]
     return "\n".join(lines) + "\n"
+
+
+def head(report: Mapping[str, Any], figures: Sequence[tuple[str, str, float]]) -> list[str]:
+    """The metadata of the card between its two lines: what the hub shows and searches.
+
+    Licence and languages are the source's own (`source.card` of the report); the base model is named where the source
+    came from the hub. `figures` (name, type, value) were measured on the evaluation text.
+    """
+    source, method = report["source"], report["method"]["method"]
+    carried = {k: v for k, v in source.get("card", {}).items() if k != "problem"}
+    text = (report.get("text") or {}).get("evaluation")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["spectrim", "compressed", method],
+        base_model=base_model(source),
+        **carried,
+    )
+    if figures and text:
+        data.model_name = f"{source['name']} by {method}"
+        common = {"task_type": "text-generation", "dataset_type": "text", "dataset_name": text["source"]}
+        data.eval_results = [
+            EvalResult(**common, metric_type=kind, metric_name=name, metric_value=value)
+            for name, kind, value in figures
+        ]
+    return ["---", *data.to_yaml(line_break="\n").rstrip("\n").split("\n"), "---"]
+
+
+def figures_of(report: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """What was measured of the compressed model, as the metadata takes it."""
+    if not report["quality"]:
+        return []
+    small = report["quality"]["compressed"]
+    figures = [("perplexity", "perplexity", small["perplexity"]), ("KL to the dense model", "kl", small["kl"])]
+    return [*figures, ("same top token as the dense model", "agreement", small["agreement"])]
+
+
+def base_model(source: Mapping[str, Any]) -> str | None:
+    """The hub id that was compressed; None for a folder or a model in memory."""
+    name = source["name"]
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def licence_lines(report: Mapping[str, Any]) -> list[str]:
+    """What the card says about the licence: the source's, or that it is not known."""
+    card, name = report["source"].get("card", {}), report["source"]["name"]
+    if "license" not in card:
+        return ["## Licence", "", f"That of {name}, whose model card states none."]
+    stated = card["license"] if card["license"] != "other" else card.get("license_name", "other")
+    where = f" ({card['license_link']})" if "license_link" in card else ""
+    return ["## Licence", "", f"That of {name}: {stated}{where}."]
 
 
 def is_plain(report: Mapping[str, Any]) -> bool:
@@ -91,6 +152,15 @@ def bytes_row(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _forms(report: Mapping[str, Any]) -> list[str]:
+    """What the layers became, by form."""
+    found = report.get("forms", [])
+    if is_plain(report) or not found:
+        return []
+    return ["## Forms", "", _row(*FORMS_HEADER), "|---" * len(FORMS_HEADER) + "|",
+            *(_row(*cells) for cells in forms_rows(found)), ""]  # fmt: skip
 
 
 def _texts(report: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,11 @@ import torch
 import transformers
 
 from spectrim import version
+from spectrim.evaluate.intervals import named
+from spectrim.linalg.bits import size_of
+from spectrim.report.forms import form_of, forms_table
+from spectrim.report.licence import carried_over
+from spectrim.report.record import spectra_of
 
 
 def build_report(
@@ -26,23 +31,15 @@ def build_report(
             "linear_numbers_dense": plan.numbers_before,
             "linear_numbers_planned": plan.numbers_after,
         },
-        "quality": None if quality is None else {name: asdict(q) for name, q in quality.items()},
+        "quality": None if quality is None else {name: asdict(q, dict_factory=named) for name, q in quality.items()},
         "text": {
             "calibration": describe_windows(texts.calibration),
             "training": None if texts.training is None else describe_windows(texts.training),
             "evaluation": None if texts.evaluation is None else describe_windows(texts.evaluation),
         },
         "gradient_windows": outcome.gradient_windows,
-        "layers": [
-            {
-                "name": layer.name,
-                "shape": [layer.outputs, layer.inputs],
-                "codec": codec_of(outcome, layer.name),
-                "rank": outcome.placed[layer.name].rank,
-                "numbers": outcome.placed[layer.name].numbers,
-            }
-            for layer in outcome.walk.layers
-        ],
+        "layers": describe_layers(outcome),
+        "forms": forms_table(outcome.model, outcome.walk),
         "factor_quantization": None if rounded is None else rounded._asdict(),
         "untouched": [{"name": n, "numbers": k, "why": why} for n, k, why in outcome.walk.untouched],
         "learning": describe_learning(outcome),
@@ -50,6 +47,32 @@ def build_report(
         "warnings": list(outcome.warnings),
         "environment": environment(),
     }
+
+
+def describe_layers(outcome: Any) -> list[dict[str, Any]]:
+    """What became of each layer, and of its spectrum where it was decomposed alone (`energies` of an Outcome)."""
+    placed, kept = outcome.placed, {} if outcome.learned is None else outcome.learned.kept
+    spectra = spectra_of(outcome.energies, {name: placed[name].rank for name in outcome.energies}, kept)
+    return [
+        {
+            "name": layer.name,
+            "shape": [layer.outputs, layer.inputs],
+            "codec": codec_of(outcome, layer.name),
+            "form": form_of(outcome.model.get_submodule(layer.name)),
+            "rank": placed[layer.name].rank,
+            "numbers": placed[layer.name].numbers,
+            "bytes": bytes_of(outcome, layer.name),
+            "spectrum": spectra.get(layer.name),
+        }
+        for layer in outcome.walk.layers
+    ]
+
+
+def bytes_of(outcome: Any, name: str) -> int:
+    """Of one layer as it is stored: two for a number, one for a byte of codes."""
+    if outcome.factor_quantization is None:
+        return outcome.placed[name].size("bytes")
+    return size_of(outcome.model.get_submodule(name).state_dict().values(), "bytes")
 
 
 def codec_of(outcome: Any, name: str) -> str:
@@ -61,7 +84,7 @@ def codec_of(outcome: Any, name: str) -> str:
 def describe_source(source: Any) -> dict[str, Any]:
     """Which model it was; the commit where it came from the hub."""
     numbers = {"numbers": source.checkpoint.numel, "bytes": source.checkpoint.nbytes}
-    return {"name": source.name, "revision": source.revision, **numbers}
+    return {"name": source.name, "revision": source.revision, **numbers, "card": carried_over(source.folder)}
 
 
 def describe_windows(windows: Any) -> dict[str, Any]:
@@ -83,6 +106,7 @@ def describe_learning(outcome: Any) -> dict[str, Any] | None:
     return {
         "losses": [] if learned is None else list(learned.losses),
         "keeps": [] if learned is None else list(learned.keeps),
+        "score_path": [] if learned is None else [list(point) for point in learned.score_path],
         "components_returned": 0 if learned is None else learned.returned,
         "details": {} if learned is None else dict(learned.details),
         "distil_losses": list(outcome.distil_losses),

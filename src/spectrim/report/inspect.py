@@ -9,6 +9,7 @@ from spectrim.errors import NumericalError
 from spectrim.models.load import Source, load_model, meta_model, quantization_of
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.nn.codecs import StoredLinear
+from spectrim.report.forms import form_of
 
 
 def inspect_folder(source: Source, *, spectrum: bool = True, size: float | None = None) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def describe_layer(name: str, module: nn.Module, spectrum: bool) -> dict[str, An
         row: dict[str, Any] = {
             "name": name,
             "codec": module.codec,
+            "form": form_of(module),
             "rank": module.rank,
             "shape": [module.out_features, module.in_features],
             "numbers": module.numbers,
@@ -54,6 +56,7 @@ def describe_layer(name: str, module: nn.Module, spectrum: bool) -> dict[str, An
         row = {
             "name": name,
             "codec": "dense",
+            "form": "dense",
             "rank": min(weight.shape),
             "shape": list(weight.shape),
             "numbers": sum(p.numel() for p in module.parameters()),

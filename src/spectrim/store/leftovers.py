@@ -24,7 +24,8 @@ from spectrim.store.work import COMMAND, SUFFIX, WorkFolder, locked, read_comman
 
 Kind = Literal["resume", "partial", "old"]
 _NAME = re.compile(rf"(?P<out>.+?)(?:(?P<resume>{re.escape(SUFFIX)})|\.(?P<kind>partial|old)-[0-9a-f]{{8}})", re.DOTALL)
-_RESULT_FILE = re.compile(r"[A-Za-z0-9._-]+\.(safetensors|json|md|txt|jinja|svg|model)(\.[a-z0-9]+)?|LICENSE|\.tmp\w+")
+_RESULT_KINDS = "safetensors|json|md|html|txt|jinja|svg|model"
+_RESULT_FILE = re.compile(rf"[A-Za-z0-9._-]+\.({_RESULT_KINDS})(\.[a-z0-9]+)?|LICENSE|\.tmp\w+")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,16 +11,16 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from spectrim.errors import UsageError
+from spectrim.errors import ResourceError, UsageError
 from spectrim.store import disk
 from spectrim.store.points import point
 from spectrim.store.target import absolute, create_partial, preflight, refuse_existing
 
-__all__ = ["preflight", "staged", "write_json", "write_text"]
+__all__ = ["preflight", "replace_text", "staged", "write_json", "write_text"]
 
 _log = logging.getLogger(__name__)
 
@@ -106,3 +106,18 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         # writes and syncs do not say which file; a full disk's message must
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`text` as the file `path`, which is at every moment absent, what it was, or complete."""
+    path = absolute(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write_text(partial, text)
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        reason = f"{error.strerror} (errno {error.errno})"
+        raise ResourceError(f"{path}: cannot be written: {reason}; choose another place") from error
+    disk.fsync_folder(path.parent)

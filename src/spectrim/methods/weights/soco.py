@@ -30,7 +30,7 @@ from torch import Tensor
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.method import Components, LearnedMethod, MethodInfo, require_choice, require_range
-from spectrim.methods.weights.two_sided import TwoSidedMetric, two_sided_spectrum
+from spectrim.methods.weights.two_sided import TwoSidedMetric, two_sided_energies, two_sided_spectrum
 from spectrim.stats import Stat, Stats
 
 LARGEST_SCORE_ON_RETURN = 2.0
@@ -86,6 +86,12 @@ class SoCo(TwoSidedMetric, LearnedMethod):
         if self.basis == "two-sided":
             return two_sided_spectrum(weight, stats, self.input_shrinkage, self.output_shrinkage)
         return price_in_loss(decompose(weight), stats)
+
+    def energies(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Of those components."""
+        if self.basis == "two-sided":
+            return two_sided_energies(weight, stats, self.input_shrinkage, self.output_shrinkage)
+        return super().energies(weight, stats)
 
     def loss(self, student_logits: Tensor, ids: Tensor, teacher_logits: Tensor) -> Tensor:
         """KL(dense || compressed) and a little of the next-token loss, in nats a token; the last token has no label."""

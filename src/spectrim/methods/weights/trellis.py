@@ -1,91 +1,67 @@
-"""Trellis-coded weights: 1 to 4 bits each, every layer with as many as it earns, under one budget of bytes.
+"""Fewest bytes: every layer in the form that earns its bytes, under one budget; trellis codes are most of them.
 
-    1. loss of layer l at d bits, to second order:   1/2 D(d) sum_i B_ii s_i^2 sum_j 1 / U_jj^2
-       A = E[x x^T] = (U^T U)^-1, B = E[g g^T], s_i the rows' root mean squares, D(d) the error of the code at d bits
-    2. bits of all layers: least sum of losses under the budget (1 to 4 in halves, 8, or as they are)
-    3. in running order: the weight makes up for the drift of its inputs (linalg/factor.drift_target), and is written
-       in codes column by column, later columns making up for the error of earlier ones (linalg/trellis_columns.py)
+    1. the menu of layer l: codes of 1 to 6 and 8 bits, alone or with a low-rank correction or a few entries beside
+       them, factors and pivots in 2 to 16 bits, or as it is; what each takes and, to second order, loses
+       (engines/forms.py, linalg/predicted.py)
+    2. the least sum of losses under the budget (linalg/knapsack.py), perhaps corrected by probes (engines/probe.py)
+    3. in running order: the weight makes up for the drift of its inputs (linalg/factor.drift_target), and is put in its
+       form; codes column by column, later columns making up for the error of earlier ones (linalg/trellis_columns.py)
 
-`keep` is the share of the bytes that decoder linears take in 16 bits, all of which is used. D(d) is known beforehand,
-so that no layer has to be quantised more than once.
+`keep` is the share of the bytes that decoder linears take in 16 bits, all of which is used. Losses are known before
+anything is coded, so that no layer has to be coded more than once.
 
 Sources: trellis and block feedback of QTIP (arXiv 2406.11235); GPTAQ (arXiv 2504.02692) for targets behind drifted
-inputs; the choice of bits by predicted loss is ours. Not taken from QTIP: rotations of inputs and outputs (weights that
-are normal already gain nothing by them, and they cost a transform at every layer), fine-tuning.
+inputs; the choice of forms by predicted loss is ours. Not taken from QTIP: rotations of inputs and outputs (weights
+that are normal already gain nothing by them, and they cost a transform at every layer), fine-tuning.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from spectrim.engines.coded import put_in_form
+from spectrim.engines.forms import DENSE, Form, Menu, code_menu, codes_of, full_menu
 from spectrim.engines.learned import skeleton
 from spectrim.engines.paired import Moments, in_order
+from spectrim.engines.probe import WINDOWS as PROBE_WINDOWS
+from spectrim.engines.probe import Noise, Probed, corrected, corrections, evolve_forms
+from spectrim.engines.quantise_factors import require_finite
 from spectrim.errors import NumericalError, UsageError
-from spectrim.linalg.allocate import Options, allocate
-from spectrim.linalg.bits import VALUE_BYTES, Account, Unit, bias_account, budget_in, uniform_account
-from spectrim.linalg.columns import DAMPING, gptq, inverse_root
+from spectrim.linalg.bits import VALUE_BYTES, Unit, bias_account, budget_in
+from spectrim.linalg.columns import DAMPING, inverse_root
 from spectrim.linalg.factor import drift_target, token_share
-from spectrim.linalg.solver import SolverError
-from spectrim.linalg.trellis import RATES, WINDOW, WINDOWS, Rate, distortion
-from spectrim.linalg.trellis_columns import trellis_account, trellis_columns
-from spectrim.method import MethodInfo, require_range
+from spectrim.linalg.knapsack import settle
+from spectrim.linalg.metric import shrink
+from spectrim.linalg.predicted import Measured, in_codes
+from spectrim.linalg.solver import LinAlgError, SolverError
+from spectrim.linalg.trellis import WINDOW, WINDOWS
+from spectrim.method import MethodInfo, require_choice, require_range
 from spectrim.model_method import Job, ModelMethod
 from spectrim.models.walk import Layer, Walk, weight_of
-from spectrim.nn.packed import PackedLinear
-from spectrim.nn.stores import Store
-from spectrim.nn.stores_trellis import TrellisStore
-from spectrim.nn.stores_uniform import UniformStore
 from spectrim.stats import Stat, Stats
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-BYTE_DISTORTION = 8e-5
-"""Of 8-bit codes with one grid a row of normal weights: a range of +-4.5 deviations in 255 steps, (9 / 255)^2 / 12."""
-
-
-class Form(NamedTuple):
-    """What a layer may be: trellis codes at a rate; 8-bit codes, a grid a row (None); or as it is ("dense")."""
-
-    rate: Rate | None = None
-    dense: bool = False
-
-    def account(self, layer: Layer) -> Account:
-        """Its bytes."""
-        if self.dense:
-            return Account(values=layer.weight_numbers * VALUE_BYTES)
-        if self.rate is None:
-            return uniform_account(layer.outputs, layer.inputs, 8, 0, symmetric=True)
-        return trellis_account(layer.outputs, layer.inputs, self.rate)
-
-    @property
-    def error(self) -> float:
-        """Mean squared error of normal weights of variance 1."""
-        if self.dense:
-            return 0.0
-        return BYTE_DISTORTION if self.rate is None else distortion(self.rate)
-
-
-def forms_of(window: int) -> tuple[Form, ...]:
-    """By what they lose, most first."""
-    return (*(Form(rate._replace(window=window)) for rate in RATES), Form(), Form(dense=True))
+MOST_GAP = 1e-3
+"""Of the predicted loss above the optimum; more is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trellis(ModelMethod):
-    """Codes of 1 to 4 bits a weight, bits where they are worth most."""
+    """Each layer in the form that is worth most, nearly always trellis codes."""
 
     info: ClassVar = MethodInfo(
         name="trellis",
         family="weights",
         paper="arXiv 2406.11235",
-        promise="fewest bytes for the same loss: trellis codes, bits where they are worth most",
+        promise="fewest bytes for the same loss: trellis codes, bits and forms where they are worth most",
     )
     needs: ClassVar = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
-    codecs: ClassVar[tuple[str, ...]] = ("packed",)
+    codecs: ClassVar[tuple[str, ...]] = ("packed", "quantised-factor", "quantised-pivot", "factor", "pivot")
     budget_unit: ClassVar[Unit] = "bytes"
 
     damping: float = DAMPING
@@ -94,6 +70,12 @@ class Trellis(ModelMethod):
     propagate: float = 0.5
     """How much of the drift of its inputs a weight makes up for, where there is text enough to know it."""
     output_shrinkage: float = 0.2
+    forms: Literal["all", "codes"] = "all"
+    """The menu: everything of engines/forms.py, or codes alone."""
+    allocation: Literal["predicted", "probed", "evopress"] = "predicted"
+    generations: int = 40
+    offspring: int = 16
+    """Of allocation="evopress"."""
 
     def __post_init__(self) -> None:
         if self.window not in WINDOWS:
@@ -101,6 +83,10 @@ class Trellis(ModelMethod):
         require_range("trellis", "damping", self.damping, 1e-8, 100.0)
         require_range("trellis", "propagate", self.propagate, 0.0, 1.0)
         require_range("trellis", "output_shrinkage", self.output_shrinkage, 0.0, 1.0)
+        require_choice("trellis", "forms", self.forms, ("all", "codes"))
+        require_choice("trellis", "allocation", self.allocation, ("predicted", "probed", "evopress"))
+        require_range("trellis", "generations", self.generations, 1, 100_000)
+        require_range("trellis", "offspring", self.offspring, 1, 100_000)
 
     def check_model(self, config: "PretrainedConfig", walk: Walk, keep: float) -> None:
         """Refuse a budget below 1 bit everywhere."""
@@ -112,50 +98,77 @@ class Trellis(ModelMethod):
 
     def compress(self, job: Job) -> "PreTrainedModel":
         """Steps 1 to 3."""
+        forms = dict(zip((layer.name for layer in job.walk.layers), self.chosen(job), strict=True))
         layers = {layer.name: layer for layer in job.walk.layers}
-        with job.timed("allocate"):
-            worth = {n: self.loss_scale(weight_of(job.dense.get_submodule(n)), job.stats[n], n) for n in layers}
-            budget = budget_for_weights(job.walk, job.budget, job.keep)
-            forms = dict(zip(layers, choose(job.walk.layers, worth, budget, forms_of(self.window)), strict=True))
         model = skeleton(job.dense)
 
         def treat(names: list[str], moments: Moments | None) -> None:
             for name in names:
-                module = job.dense.get_submodule(name)
-                placed = self.coded(
-                    module, layers[name], job.stats[name], moments, forms[name], job.calibration.numel()
-                )
+                module, tokens = job.dense.get_submodule(name), job.calibration.numel()
+                placed = self.placed(module, layers[name], job.stats[name], moments, forms[name], tokens)
                 if placed is not None:
                     model.set_submodule(name, placed)
 
         in_order(job.dense, model, job.walk, job.calibration, treat, progress=job.progress)
         return model
 
-    def loss_scale(self, weight: Tensor, stats: Stats, name: str) -> float:
-        """What step 1 has beside D(d)."""
+    def chosen(self, job: Job) -> list[Form]:
+        """Steps 1 and 2: the form of every layer."""
+        budget = budget_for_weights(job.walk, job.budget, job.keep)
+        with job.timed("predict"):
+            menus = [self.menu(job, layer) for layer in job.walk.layers]
+        with job.timed("allocate"):
+            found = settle([menu.options for menu in menus], budget, gap=MOST_GAP)
+            choice = found.choice
+            if self.allocation != "predicted":
+                choice = self.probed(job, menus, choice, budget)
+        if found.gap > MOST_GAP:
+            job.warnings.append(
+                f"the choice of forms may be {found.gap:.2%} above the least predicted loss; spectrim[ilp] finds it"
+            )
+        return [menu.forms[k] for menu, k in zip(menus, choice, strict=True)]
+
+    def probed(self, job: Job, menus: Sequence[Menu], choice: list[int], budget: int) -> list[int]:
+        """Step 2 by what the model makes of it."""
+        names = [layer.name for layer in job.walk.layers]
+        noises = {name: Noise(self.measured(job, name), job.seed + i) for i, name in enumerate(names)}
+        probed = Probed(job.dense, skeleton(job.dense), names, noises, menus)
+        ids = job.training
+        if self.allocation == "evopress":
+            return evolve_forms(
+                probed, choice, budget, ids, generations=self.generations, offspring=self.offspring, seed=job.seed,
+                progress=job.progress,
+            )  # fmt: skip
+        by_kind = corrections(probed, job.walk, choice, ids[-PROBE_WINDOWS:])
+        return settle(corrected(menus, job.walk, by_kind), budget, gap=MOST_GAP).choice
+
+    def menu(self, job: Job, layer: Layer) -> Menu:
+        """Step 1."""
+        measured = self.measured(job, layer.name)
+        if self.forms == "codes":
+            return code_menu(layer, in_codes(measured, self.window), self.window)
+        return full_menu(layer, measured, self.window)
+
+    def measured(self, job: Job, name: str) -> Measured:
+        """The dense weight in its metric; NumericalError names the layer."""
+        return self.in_metric(weight_of(job.dense.get_submodule(name)).detach().double(), job.stats[name], name)
+
+    def in_metric(self, weight: Tensor, stats: Stats, name: str, gram: Tensor | None = None) -> Measured:
+        """A weight (O, I), float64, for inputs of the second moment `gram` (default: as measured)."""
         if not stats.is_finite():
             raise NumericalError(f"{name}: its statistics hold NaN or Inf; measure again on other text")
-        rows = (weight.detach().double().square().mean(1) * self.row_importance(stats)).sum()
-        columns = self.inverse_root(stats.get(Stat.GRAM), name).diagonal().square().reciprocal().sum()
-        return float(rows * columns) / 2
-
-    def row_importance(self, stats: Stats) -> Tensor:
-        """(O,): the gradients' mean squares, drawn to their mean."""
-        own = stats.get(Stat.OUTPUT_GRAD).diagonal()
-        return torch.lerp(own, own.mean(), self.output_shrinkage)
-
-    def inverse_root(self, gram: Tensor, name: str) -> Tensor:
-        """U; NumericalError that names the layer."""
+        moment = stats.get(Stat.GRAM) if gram is None else gram
         try:
-            return inverse_root(gram, damping=self.damping)
+            upper = inverse_root(moment, damping=self.damping)
         except SolverError as error:
             raise NumericalError(f"{name}: {error}; use more calibration text") from error
+        return Measured(weight, moment, upper, shrink(stats.get(Stat.OUTPUT_GRAD), self.output_shrinkage))
 
-    def coded(
+    def placed(
         self, module: nn.Module, layer: Layer, stats: Stats, moments: Moments | None, form: Form, tokens: int
-    ) -> PackedLinear | None:
+    ) -> nn.Module | None:
         """Step 3 for one layer; None where it stays as it is."""
-        if form.dense:
+        if form == DENSE:
             return None
         weight = weight_of(module).detach()
         target, gram = weight.double(), stats.get(Stat.GRAM)
@@ -164,21 +177,19 @@ class Trellis(ModelMethod):
             share = token_share(tokens, layer.inputs)
             target = drift_target(target, cross, here, mix=share * self.propagate)
             gram = torch.lerp(gram, here, share)
-        base: Store
-        if form.rate is None:
-            base = UniformStore.holding(
-                gptq(target, gram, 8, 0, symmetric=True, damping=self.damping), bits=8, group_size=0, dtype=weight.dtype
-            )
-        else:
-            upper = self.inverse_root(gram, layer.name)
-            coded = trellis_columns(target, upper, form.rate, importance=self.row_importance(stats))
-            base = TrellisStore.holding(coded, layer.inputs, form.rate, dtype=weight.dtype)
-        return PackedLinear.holding(base, None, cast("Tensor | None", module.bias), dtype=weight.dtype)
+        measured = self.in_metric(target, stats, layer.name, gram)
+        try:
+            made = put_in_form(form, measured, cast("Tensor | None", module.bias), weight.dtype, self.damping)
+        except (SolverError, LinAlgError) as error:
+            raise NumericalError(f"{layer.name}: {error}; use more calibration text") from error
+        require_finite(layer.name, made)
+        return made
 
 
 def least_bytes(walk: Walk) -> int:
-    """All weights in their smallest forms, and biases. Of few outputs that is not 1 bit, since strips are filled up."""
-    weights = sum(min(form.account(la).total for form in forms_of(WINDOW)) for la in walk.layers)
+    """All weights in their smallest codes, and biases. Of few outputs that is not 1 bit, since strips are filled up."""
+    smallest = [*(Form("codes", code) for code in codes_of(WINDOW)), DENSE]
+    weights = sum(min(form.account(la).total for form in smallest) for la in walk.layers)
     return weights + sum(bias_account(la.outputs, bias=la.has_bias).total for la in walk.layers)
 
 
@@ -192,13 +203,3 @@ def budget_for_weights(walk: Walk, budget: int, keep: float) -> int:
             f"linear layers; keep {keep:g} allows {budget:,}. The smallest reachable keep is {smallest:g}"
         )
     return budget - sum(bias_account(la.outputs, bias=la.has_bias).total for la in walk.layers)
-
-
-def choose(layers: Sequence[Layer], worth: Mapping[str, float], budget: int, forms: Sequence[Form]) -> list[Form]:
-    """Step 2."""
-    errors = torch.tensor([form.error for form in forms], dtype=torch.float64)
-    options = [
-        Options(worth[layer.name] * errors, torch.tensor([form.account(layer).total for form in forms]))
-        for layer in layers
-    ]
-    return [forms[k] for k in allocate(options, budget)]

@@ -24,8 +24,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from spectrim.linalg.factor import Spectrum, decompose
-from spectrim.linalg.metric import quick_root, shrink
+from spectrim.linalg.factor import Spectrum, decompose, squared_singular_values
+from spectrim.linalg.metric import shrink, triangle_of
 from spectrim.method import Allocation, LayerMethod, MethodInfo, require_choice, require_range
 from spectrim.replacement import Storage
 from spectrim.stats import Coupling, Stat, Stats
@@ -77,9 +77,20 @@ class TwoSided(TwoSidedMetric):
         """Components in the metric (root of the gradient covariance, root of the input Gram)."""
         return two_sided_spectrum(weight, stats, self.input_shrinkage, self.output_shrinkage)
 
+    def energies(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Of those components."""
+        return two_sided_energies(weight, stats, self.input_shrinkage, self.output_shrinkage)
+
+
+def two_sided_energies(weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float) -> Tensor:
+    """Squared singular values (K,) of L^T W R for one weight (O, I), float64; no root is inverted for them."""
+    left = triangle_of(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage)).root
+    right = triangle_of(shrink(stats.get(Stat.GRAM), input_shrinkage)).root
+    return squared_singular_values(left.mT @ weight @ right)
+
 
 def two_sided_spectrum(weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float) -> Spectrum:
     """Steps 1 to 3 for one weight (O, I), float64."""
-    left = quick_root(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage))
-    right = quick_root(shrink(stats.get(Stat.GRAM), input_shrinkage))
+    left = triangle_of(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage))
+    right = triangle_of(shrink(stats.get(Stat.GRAM), input_shrinkage))
     return decompose(weight, left, right)

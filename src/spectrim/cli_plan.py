@@ -1,0 +1,118 @@
+"""`spectrim plan`: what `compress` would do with the same flags."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from spectrim.cli_options import (
+    ANCHORS,
+    AllowNonfinite,
+    Anchors,
+    AnySize,
+    AnySizeSteps,
+    Bytes,
+    Calib,
+    CalibLength,
+    CalibWindows,
+    Device,
+    Dtype,
+    Eval,
+    EvalWindows,
+    FactorBits,
+    FactorGroupSize,
+    GradientWindows,
+    Json,
+    KeepBytes,
+    KeepOrNone,
+    MethodOrNone,
+    ModelArg,
+    Preset,
+    Recipe,
+    Recover,
+    Set,
+    Tokenizer,
+    TrainWindows,
+)
+from spectrim.cli_request import request_from
+from spectrim.terminal import emit, print_table, stdout
+
+
+def plan(
+    context: typer.Context,
+    model: ModelArg,
+    recipe: Recipe = None,
+    keep: KeepOrNone = None,
+    bytes_: Bytes = None,
+    keep_bytes: KeepBytes = None,
+    any_size: AnySize = False,
+    anchors: Anchors = ANCHORS,
+    any_size_steps: AnySizeSteps = 1600,
+    method: MethodOrNone = None,
+    preset: Preset = None,
+    set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
+    recover: Recover = [],  # noqa: B006
+    factor_bits: FactorBits = None,
+    factor_group_size: FactorGroupSize = 128,
+    calib: Calib = "builtin:stdlib",
+    calib_windows: CalibWindows = None,
+    calib_length: CalibLength = 512,
+    gradient_windows: GradientWindows = None,
+    train_windows: TrainWindows = None,
+    eval_: Eval = "builtin:stdlib",
+    eval_windows: EvalWindows = 40,
+    allow_nonfinite: AllowNonfinite = "refuse",
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_: Json = False,
+) -> None:
+    """Say what `compress` would do, without touching a weight."""
+    request = request_from(context, locals())
+    configured = request.check()  # before transformers is imported: a mistake is told at once
+    from spectrim.byte_budget import settled
+    from spectrim.engines.plan import estimate
+    from spectrim.integrations.folder import COMPANIONS
+    from spectrim.job import foresee_all
+    from spectrim.models.load import pick_device, pick_dtype, resolve
+
+    source = resolve(model)
+    request = settled(request, configured, source)
+    foresee_all(request, configured, source)
+    copied = [source.folder / name for name in COMPANIONS]
+    facts = estimate(
+        source, configured, request, dtype=pick_dtype(request.dtype, source.dtype), device=pick_device(request.device),
+        companions=sum(path.stat().st_size for path in copied if path.is_file()),
+    )  # fmt: skip
+    emit(facts, json_, lambda: show_plan(facts))
+
+
+def show_plan(facts: Mapping[str, Any]) -> None:
+    """The table of layers and what the whole run takes."""
+    rows = [
+        [
+            r["name"],
+            "x".join(map(str, r["shape"])),
+            r["codec"],
+            str(r["rank"] or ("all" if facts["any_size"] else "by calibration")),
+            f"{r['dense']:,}",
+        ]
+        for r in facts["layers"]
+    ]
+    title = f"{facts['model']}, {facts['method']['method']}, keep {facts['keep']:g}"
+    print_table(title, ["layer", "shape", "codec", "rank", "dense numbers"], rows)
+    for part in ("linear_numbers", "linear_bytes", "model_numbers", "model_bytes"):
+        after = facts[part]["after"]
+        told = "counted in bytes" if after is None else f"{after:,}"
+        stdout.print(f"{part:18} {facts[part]['before']:>16,} -> {told}")
+    for where, peak in facts["peak_memory_bytes"].items():
+        stdout.print(f"{'peak memory, ' + where:18} about {peak / 2**30:.2f} GiB")
+    stdout.print(f"{'disk':18} {facts['disk_bytes'] / 2**20:.1f} MiB")
+    stages = sorted(facts["seconds_by_stage"].items(), key=lambda pair: -pair[1])
+    most = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages[:4])
+    if facts["seconds"] is None:
+        stdout.print(f"{'time':18} not known for method {facts['method']['method']}; the rest of the run: {most} s")
+    else:
+        stdout.print(f"{'time':18} about {facts['seconds']:.0f} s on {facts['device']} ({most})")
+    for row in facts["untouched"]:
+        stdout.print(f"untouched: {row['name']} ({row['numbers']:,} numbers): {row['why']}")

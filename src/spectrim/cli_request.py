@@ -1,0 +1,79 @@
+"""From the flags of `compress` and `plan`, and a recipe under them, to one request."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from spectrim.cli_options import parse_anchors, parse_options
+from spectrim.errors import UsageError
+from spectrim.options import METHOD, METHOD_IN_BYTES, parse_bytes
+
+if TYPE_CHECKING:
+    from spectrim.request import Request
+
+FIELDS = {"set_": "options", "bytes_": "model_bytes", "eval_": "eval"}
+"""Flags whose field in the request has another name."""
+CONVERT: Mapping[str, Callable[[Any], Any]] = {
+    "options": parse_options,
+    "recover": tuple,
+    "anchors": parse_anchors,
+    "model_bytes": parse_bytes,
+}
+BUDGETS = ("keep", "model_bytes", "keep_bytes")
+
+
+def request_from(context: typer.Context, flags: Mapping[str, Any]) -> "Request":
+    """What is asked for: flags that were typed, then the recipe named by `recipe`, then the defaults of the flags.
+
+    A budget that is typed takes the place of the recipe's, whatever its kind; another method than the recipe's drops
+    the recipe's preset and options, which are the other method's. Options of one method are merged.
+    """
+    from spectrim.request import Request
+
+    typed: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for flag, value in flags.items():
+        name = FIELDS.get(flag, flag)
+        if name not in Request.__dataclass_fields__:
+            continue
+        own = value if value is None else CONVERT.get(name, lambda given: given)(value)
+        values[name] = own
+        if was_typed(context, flag):
+            typed[name] = own
+    recipe = recipe_values(flags.get("recipe"))
+    if any(typed.get(name) is not None for name in BUDGETS):
+        recipe = {name: value for name, value in recipe.items() if name not in BUDGETS}
+    if typed.get("method") not in (None, recipe.get("method")):
+        recipe = {name: value for name, value in recipe.items() if name not in ("preset", "options")}
+    options = {**recipe.get("options", {}), **typed.get("options", {})}
+    return _completed({**values, **recipe, **typed, "options": options})
+
+
+def was_typed(context: typer.Context, flag: str) -> bool:
+    """Whether a parameter was given on the command line (or in the environment), not by its default."""
+    source = context.get_parameter_source(flag)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def recipe_values(name: str | None) -> dict[str, Any]:
+    """Fields of the request that a recipe sets."""
+    if name is None:
+        return {}
+    from spectrim.recipe import load_recipe
+
+    return load_recipe(name).values()
+
+
+def _completed(values: dict[str, Any]) -> "Request":
+    """The default budget, size and method, which depend on each other."""
+    from spectrim.request import Request
+
+    in_bytes = values.get("model_bytes") is not None or values.get("keep_bytes") is not None
+    if in_bytes and values.get("keep") is not None:
+        raise UsageError("--keep and a budget in bytes (--bytes, --keep-bytes) exclude each other; pass one of them")
+    if values.get("keep") is None:
+        values["keep"] = values["anchors"][0] if values.get("any_size") else 0.8
+    if values.get("method") is None:
+        values["method"] = METHOD_IN_BYTES if in_bytes else METHOD
+    return Request(**values)

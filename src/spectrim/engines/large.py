@@ -1,0 +1,154 @@
+"""The closed form of run.py for models whose statistics and spectra of all layers a GPU cannot hold at once.
+
+    statistics    measured block by block (measure_blocks.py), kept on the host, averaged there round by round
+    spectra       in float32 (shelf.py); once ranks are planned, only the components that are kept
+    decisions     before propagation, which decomposes every weight again, the last plan needs energies alone
+    measure again in a student of plain layers: nothing is stored that is only looked at
+
+The same steps in the same order; results differ from run.py by float32 rounding of the spectra. States of these
+stages are not saved: they are larger than the time they take is worth.
+"""
+
+from collections.abc import Mapping, MutableMapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.engines.clock import timed
+from spectrim.engines.layerwise import decompose_all, energies_of_layer, place_cut
+from spectrim.engines.learned import skeleton
+from spectrim.engines.measure_blocks import measure_blocks, whole_bytes
+from spectrim.engines.propagate import propagate
+from spectrim.engines.ranks import Plan, plan_ranks
+from spectrim.engines.relay import entered
+from spectrim.engines.run import Run
+from spectrim.engines.shelf import SpectraShelf, StatsShelf, energies_in
+from spectrim.engines.unspread import ALONE
+from spectrim.errors import UsageError
+from spectrim.linalg.factor import Spectrum
+from spectrim.memory import fits_whole, release
+from spectrim.method import SEARCHED, LayerMethod, Method, OrderedMethod
+from spectrim.models.walk import Walk, device_of, weight_of
+from spectrim.processes import present
+from spectrim.stats import Stats
+
+
+def run_of(dense: PreTrainedModel, walk: Walk, method: Method) -> type[Run]:
+    """How the closed form of this model is run on its device: by the memory at hand."""
+    if not isinstance(method, LayerMethod):
+        return Run
+    spectra = 8 * sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in walk.layers)
+    if fits_whole(device_of(dense), whole_bytes(walk, method.needs) + spectra):
+        return Run
+    if not present().alone:
+        raise UsageError(
+            f"method {method.info.name}: a model of this size is measured block by block, which is not spread over "
+            f"several processes yet, and there are {present().world}; {ALONE}"
+        )
+    if method.rounds > 1:
+        raise UsageError(
+            f"method {method.info.name}: rounds={method.rounds} holds the statistics of all rounds; a model of this "
+            "size is measured block by block, which averages one round: use --set rounds=1"
+        )
+    if method.refinement is not None:
+        raise UsageError(
+            f"method {method.info.name}: coupling=sequence holds sums of all layers at once, for which this device is "
+            "too small; use --set coupling=none, or --preset fast"
+        )
+    return LargeRun
+
+
+class LargeRun(Run):
+    """One block's statistics and one layer's spectrum at a time."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether all components are learned on: in 16 bits on the device, with the accurate ones on the host."""
+        return self.method.windows_trained > 0
+
+    def statistics(
+        self, model: PreTrainedModel, ids: Tensor, again: int, after: str = "", stage: int | str | None = None
+    ) -> Mapping[str, Stats]:
+        """Of the dense model, into a new shelf."""
+        shelf = StatsShelf(device_of(model))
+        self.measure_into(shelf, model, ids, share=1.0, again=again)
+        return shelf
+
+    def measure_into(self, shelf: StatsShelf, model: PreTrainedModel, ids: Tensor, *, share: float, again: int) -> None:
+        """One measurement, as `share` of the mean."""
+        if not self.method.needs:
+            for layer in self.walk.layers:
+                shelf.describe(layer.name, int(ids.numel()), {}, again=again)
+            return
+        given = (model, self.walk, ids, self.method.needs, shelf)
+        told = {"seed": self.seed + again, "share": share, "again": again, "progress": self.progress}
+        with timed(self.clock, "calibrate"):
+            self.batch.run(
+                "calibrate",
+                lambda size: measure_blocks(*given, batch_size=size, gradient_windows=self.gradient_windows, **told),
+                most=len(ids),
+            )
+        release()
+
+    def blended(
+        self, first: Mapping[str, Stats], spectra: MutableMapping[str, Spectrum], plan: Plan, ids: Tensor, again: int
+    ) -> Mapping[str, Stats]:
+        """In place: the mean of the first statistics and those of the model compressed to each size it is to serve.
+
+        Half of it from the first ones. The spectra are cleared where they serve one size, as their layers are placed.
+        """
+        assert isinstance(first, StatsShelf)
+        sizes = self.again_at or (self.keep,)
+        for position, size in enumerate(sizes):
+            at_size = plan if size == self.keep else plan_ranks(self.by_layer, self.walk, energies_in(spectra), size)
+            with timed(self.clock, "place"):
+                student = skeleton(self.dense)
+                for layer in self.walk.layers:
+                    given = (layer.name, spectra[layer.name], at_size.targets[layer.name])
+                    place_cut(student, self.dense, *given, self.means.get(layer.name))
+                    if position + 1 == len(sizes):
+                        del spectra[layer.name]
+            share = 1 / (len(sizes) + position + 1)  # in the end: half of the first, the rest in equal parts
+            self.measure_into(first, student, self.round_windows(ids), share=share, again=again + position)
+        return first
+
+    def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[MutableMapping[str, Spectrum], Plan]:
+        """Ranks, and the spectra where they are used before propagation makes others."""
+        asked = self.by_layer
+        if isinstance(asked, OrderedMethod) and asked.allocation == "order":
+            raise UsageError(
+                f"method {asked.info.name}: allocation=order looks at all spectra at once, for which this device is "
+                "too small; use --set allocation=global"
+            )
+        if asked.centres:
+            self.means = {name: mean for name, own in stats.items() if (mean := own.mean) is not None}
+        spectra = SpectraShelf(device_of(self.dense), on_host=self.trains)
+        with timed(self.clock, "decompose"):
+            if again == self.rounds and self.propagates and asked.allocation not in SEARCHED:
+                energies = {
+                    la.name: energies_of_layer(asked, la, weight_of(self.dense.get_submodule(la.name)), stats[la.name])
+                    for la in self.walk.layers
+                }
+            else:
+                decompose_all(asked, self.dense, self.walk, stats, into=spectra, progress=self.progress)
+                energies = spectra.energies
+        release()
+        with timed(self.clock, "allocate"):
+            return spectra, plan_ranks(asked, self.walk, energies, self.keep)
+
+    def propagate(
+        self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor
+    ) -> None:
+        """Step 5 over the windows of a later round: what they tell of a drift is enough."""
+        assert isinstance(spectra, SpectraShelf)
+
+        def keep(name: str) -> int | None:
+            target = plan.targets[name]
+            return None if self.trains or target.codec == "dense" else target.rank
+
+        spectra.keep = keep
+        given = (self.by_layer, self.dense, self.walk, spectra, plan, stats, self.round_windows(ids))
+        with timed(self.clock, "propagate"):
+            told = {"progress": self.progress, "begin": entered}
+            self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
+        release()

@@ -1,0 +1,217 @@
+"""The statistics of measure.py for models too large to measure all layers at once: block by block, there and back.
+
+    forward    all windows pass a block before the next one is looked at: sums over inputs, of this block alone.
+               Every ceil(sqrt(blocks))-th block, the states of the windows that give gradients are kept.
+    backward   the last states give the loss and its gradient; the blocks between two kept states are passed once more,
+               and then, last block first, once more with gradients: sums over output gradients, of this block alone.
+
+Held at a time: the statistics of one block, hidden states of all windows, 2 sqrt(blocks) states of those that give
+gradients. For those windows three forward passes and one backward pass, instead of one each. Finished statistics go to
+a shelf (shelf.py); the labels are the ones that measure.py would draw.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectrim.engines.labels import loss_of_sampled_labels, loss_of_text
+from spectrim.engines.measure import (
+    Progress,
+    add_gradient,
+    add_input,
+    autocast,
+    check_sums,
+    frozen,
+    hooks_on,
+)
+from spectrim.engines.relay import Relay
+from spectrim.engines.shelf import StatsShelf
+from spectrim.engines.spread import own_spans
+from spectrim.engines.stream import Call
+from spectrim.engines.sums import Sums
+from spectrim.errors import InputError
+from spectrim.models.walk import Layer, Walk, device_of, shared_inputs
+from spectrim.stats import GRADIENT_STATS, INPUT_STATS, Stat
+
+ONE_WAY = 4
+"""How many times as many windows are in a batch that gives no gradients."""
+
+
+class Batch(NamedTuple):
+    """Some windows on their way through the blocks."""
+
+    ids: Tensor  # (B, S)
+    calls: list[Call]
+    gives_gradient: bool
+
+
+def whole_bytes(walk: Walk, needs: frozenset[Stat]) -> int:
+    """What measure.py holds at once of sums, float64."""
+    sides = {Stat.GRAM: lambda la: la.inputs**2, Stat.OUTPUT_GRAD: lambda la: la.outputs**2}
+    full = sum(layer.weight_numbers for layer in walk.layers) * len(needs & {Stat.FISHER, Stat.SLOPE})
+    return 8 * (full + sum(size(layer) for stat, size in sides.items() if stat in needs for layer in walk.layers))
+
+
+@torch.no_grad()
+def measure_blocks(
+    model: PreTrainedModel,
+    walk: Walk,
+    ids: Tensor,
+    needs: frozenset[Stat],
+    shelf: StatsShelf,
+    *,
+    batch_size: int,
+    gradient_windows: int,
+    seed: int = 0,
+    share: float = 1.0,
+    again: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Statistics of every target layer over `ids` (windows, length) into the shelf, as `share` of the mean there.
+
+    `again` numbers the measurement; what it had finished before memory ran out is not counted twice. Raises InputError
+    where no token came to a layer: blocks whose layers are chosen token by token need measure.py.
+    """
+    device = device_of(model)
+    with frozen(model), autocast(device):
+        relay = Relay(model, walk)
+        relay.check()
+        run = _Run(relay, walk, needs, shelf, share, again, progress, shared_inputs(model, walk.layers))
+        border = min(gradient_windows, len(ids)) if needs & GRADIENT_STATS else 0
+        batches, hidden = [], []
+        # Those that only go forward save nothing for a way back: more of them at a time.
+        for start, stop in [
+            *own_spans(border, border, batch_size),
+            *own_spans(len(ids), 0, ONE_WAY * batch_size, border),
+        ]:
+            tokens = ids[start:stop].to(device)
+            first, calls = relay.enter(tokens)
+            hidden.append(first)
+            batches.append(Batch(tokens, calls, start < border))
+        kept = run.forward(batches, hidden)
+        if border:
+            generator = torch.Generator(device=device).manual_seed(seed)
+            given = [i for i, batch in enumerate(batches) if batch.gives_gradient]
+            last = [hidden[i] for i in given]
+            del hidden, first
+            run.backward([batches[i] for i in given], last, kept, generator)
+
+
+class _Run:
+    """One measurement."""
+
+    def __init__(
+        self,
+        relay: Relay,
+        walk: Walk,
+        needs: frozenset[Stat],
+        shelf: StatsShelf,
+        share: float,
+        again: int,
+        progress: Progress | None,
+        groups: list[list[str]],
+    ) -> None:
+        self.relay, self.needs, self.shelf, self.share, self.again = relay, needs, shelf, share, again
+        self.leader = {name: group[0] for group in groups for name in group}
+        self.layers: list[list[Layer]] = [[] for _ in walk.block_names]
+        for layer in walk.layers:
+            self.layers[layer.block].append(layer)
+        self.stride = math.ceil(math.sqrt(len(self.layers)))
+        self.progress, self.done = progress, 0
+        self.stages = len(self.layers) * (2 if needs & GRADIENT_STATS else 1)
+
+    def forward(self, batches: list[Batch], hidden: list[Tensor]) -> dict[int, list[Tensor]]:
+        """`hidden` is moved behind the last block, in place; states before every `stride`-th block come back."""
+        kept: dict[int, list[Tensor]] = {}
+        wanted = self.needs & INPUT_STATS
+        for block, layers in enumerate(self.layers):
+            if block % self.stride == 0:
+                kept[block] = [h for h, batch in zip(hidden, batches, strict=True) if batch.gives_gradient]
+            sums = {layer.name: Sums() for layer in layers if self.leader[layer.name] == layer.name}
+
+            def on_input(name: str, x: Tensor, sums: dict[str, Sums] = sums) -> None:
+                if name in sums:
+                    add_input(sums[name], x, wanted)
+
+            with hooks_on(self._modules(layers), on_input, None):
+                for i, batch in enumerate(batches):
+                    hidden[i] = self.relay.run(block, hidden[i], batch.calls[block])
+            self._put(sums)
+            for layer in layers:
+                tokens = sums[self.leader[layer.name]].tokens
+                if not tokens:
+                    raise InputError(f"{layer.name}: no calibration token reached this layer (an expert?)")
+                owners = {s: self.leader[layer.name] if s in INPUT_STATS else layer.name for s in self.needs}
+                self.shelf.describe(layer.name, tokens, owners, again=self.again)
+            self._say()
+        return kept
+
+    def backward(
+        self, batches: list[Batch], last: list[Tensor], kept: dict[int, list[Tensor]], generator: torch.Generator
+    ) -> None:
+        """Output gradients of all blocks, last first, from the states behind the last one."""
+        gradients = [self._gradient_of_loss(b, h, generator) for b, h in zip(batches, last, strict=True)]
+        last.clear()
+        for start in sorted(kept, reverse=True):
+            inputs = [kept.pop(start)]
+            for block in range(start, min(start + self.stride, len(self.layers)) - 1):
+                inputs.append(
+                    [self.relay.run(block, h, b.calls[block]) for h, b in zip(inputs[-1], batches, strict=True)]
+                )
+            while inputs:
+                self._one_back(start + len(inputs) - 1, batches, inputs.pop(), gradients)
+
+    def _gradient_of_loss(self, batch: Batch, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """At the hidden states behind the last block; one window at a time, since logits are large."""
+        found = torch.empty_like(hidden)
+        for window in range(len(hidden)):
+            here = hidden[window : window + 1].detach().requires_grad_(True)
+            ids = batch.ids[window : window + 1]
+            with torch.enable_grad():
+                logits = self.relay.leave(ids, here)
+                loss = (
+                    loss_of_text(logits, ids) if Stat.SLOPE in self.needs else loss_of_sampled_labels(logits, generator)
+                )
+            (found[window : window + 1],) = torch.autograd.grad(loss, here)
+        return found
+
+    def _one_back(self, block: int, batches: list[Batch], inputs: list[Tensor], gradients: list[Tensor]) -> None:
+        """Sums of one block; `gradients` at its output become those at its input, in place."""
+        layers = self.layers[block]
+        sums = {layer.name: Sums() for layer in layers}
+        wanted = self.needs & GRADIENT_STATS
+
+        def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
+            add_gradient(sums[name], gradient, x, wanted, windows)
+
+        for i, batch in enumerate(batches):
+            before = inputs[i].detach().requires_grad_(True)
+            with torch.enable_grad(), hooks_on(self._modules(layers), None, on_gradient, [batch.ids.shape]):
+                after = self.relay.run(block, before, batch.calls[block])
+                (gradients[i],) = torch.autograd.grad(after, before, gradients[i])
+        for name, own in sums.items():
+            if not own.gradient_tokens:
+                raise InputError(f"{name}: no gradient reached this layer; raise gradient_windows (an expert?)")
+        self._put(sums)
+        self._say()
+
+    def _put(self, sums: Mapping[str, Sums]) -> None:
+        """Finished sums, as means, into the shelf."""
+        check_sums(sums, "the calibration windows")
+        for name, own in sums.items():
+            own.to_means()
+            for stat, mean in own.totals.items():
+                self.shelf.add(name, stat, mean, share=self.share, again=self.again)
+            own.totals.clear()
+
+    def _modules(self, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+        return {layer.name: self.relay.model.get_submodule(layer.name) for layer in layers}
+
+    def _say(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress("calibrate", self.done, self.stages)

@@ -1,0 +1,201 @@
+"""Statistics and spectra of models too large to keep them on the device: in float32, on the host where room ends.
+
+A shelf reads like the dict it stands for: one layer's tensors come to the device in float64 when they are asked for.
+What layers share is kept once. Where a tensor lies is chosen by the memory at hand when it is put there (memory.py).
+
+    statistics of a 7B model   (inputs^2 + outputs^2) of every layer, 64 GB in float32
+    spectra of a 7B model      K (O + I) numbers of every layer, 41 GB in float32; 22 GB once cut to keep 0.8
+"""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+
+import torch
+from torch import Tensor
+
+from spectrim.linalg.factor import Spectrum
+from spectrim.memory import has_room
+from spectrim.stats import Stat, Stats
+
+Owned = tuple[str, Stat]
+"""Whose measurement, and of what."""
+
+
+class Shelf:
+    """Tensors by key, in float32, on the device while it has room (never, if they are to be `on_host`), else there."""
+
+    def __init__(self, device: torch.device, *, on_host: bool = False) -> None:
+        self.device, self.on_host = device, on_host
+        self.kept: dict[object, Tensor] = {}
+
+    def put(self, key: object, tensor: Tensor) -> None:
+        """Keep it, in the place of what had this key: where that lies, if its shape is the same."""
+        narrow, old = tensor.detach().float(), self.kept.get(key)
+        if old is not None and old.shape == narrow.shape:
+            old.copy_(narrow)
+            return
+        here = not self.on_host and has_room(self.device, narrow.nbytes)
+        # A copy in every case: a view would keep the tensor it looks at alive. Pinned memory is copied at full speed.
+        pinned = not here and self.device.type == "cuda"
+        place = self.device if here else "cpu"
+        self.kept[key] = torch.empty(narrow.shape, device=place, pin_memory=pinned).copy_(narrow)
+
+    def get(self, key: object) -> Tensor:
+        """On the device, in float64."""
+        return self.kept[key].to(self.device).double()
+
+
+STRIP = 1024
+"""Rows in one strip of a packed symmetric matrix."""
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """Strips of a symmetric matrix (n, n) from the diagonal on, as one row: little more than half of its numbers."""
+    lows = range(0, len(matrix), STRIP)
+    return torch.cat([matrix[low : low + STRIP, low:].reshape(-1) for low in lows])
+
+
+def unpack_symmetric(packed: Tensor, n: int) -> Tensor:
+    """The matrix (n, n) again."""
+    matrix = packed.new_empty(n, n)
+    start = 0
+    for low in range(0, n, STRIP):
+        high = min(low + STRIP, n)
+        strip = packed[start : start + (high - low) * (n - low)].view(high - low, n - low)
+        matrix[low:high, low:] = strip
+        matrix[high:, low:high] = strip[:, high - low :].mT
+        start += strip.numel()
+    return matrix
+
+
+SYMMETRIC = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
+
+
+class StatsShelf(Mapping[str, Stats]):
+    """Statistics of every layer; layers that read the same share what was measured of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.shelf = Shelf(device, on_host=True)
+        self.tokens: dict[str, dict[int, int]] = {}
+        self.owners: dict[str, dict[Stat, str]] = {}
+        self.rounds: dict[Owned, int] = {}
+        self.sides: dict[Owned, int] = {}
+        self.sizes: dict[Owned, Tensor] = {}
+        self.recent: dict[Owned, Tensor] = {}
+
+    def add(self, owner: str, stat: Stat, value: Tensor, *, share: float, again: int) -> None:
+        """What round `again` measured: `share` of the mean with what is there. Twice in one round counts once."""
+        key = (owner, stat)
+        if self.rounds.get(key, -1) >= again:
+            return
+        mean = value if key not in self.rounds else self._get(key).mul_(1 - share).add_(value, alpha=share)
+        self.sides[key] = len(value)
+        if stat in (Stat.GRAM, Stat.MEAN_ABS):
+            self.sizes[key] = mean.diagonal().clone() if stat == Stat.GRAM else mean
+        self.shelf.put(key, pack_symmetric(mean.float()) if stat in SYMMETRIC else mean)
+        self.rounds[key] = again
+        self.recent = {}
+
+    def _get(self, key: Owned) -> Tensor:
+        """In float64 on the device."""
+        packed = self.shelf.kept[key].to(self.shelf.device)
+        return (unpack_symmetric(packed, self.sides[key]) if key[1] in SYMMETRIC else packed).double()
+
+    def describe(self, name: str, tokens: int, owners: Mapping[Stat, str], *, again: int) -> None:
+        """Which measurements make up the statistics of a layer, and over how many tokens in round `again`."""
+        self.tokens.setdefault(name, {})[again] = tokens
+        self.owners[name] = dict(owners)
+
+    def input_sizes(self) -> dict[str, Stats]:
+        """Of every layer only what says which inputs never fire, from where it lies."""
+        found = {}
+        for name, owners in self.owners.items():
+            stat = next((s for s in (Stat.GRAM, Stat.MEAN_ABS) if s in owners), None)
+            sizes = None if stat is None else self.sizes[owners[stat], stat]
+            found[name] = Stats(tokens=sum(self.tokens[name].values()), mean_abs=sizes)
+        return found
+
+    def __getitem__(self, name: str) -> Stats:
+        wanted: dict[Owned, Tensor] = {}
+        for stat, owner in self.owners[name].items():
+            key = (owner, stat)
+            held = self.recent.get(key)  # q, k and v come one after the other
+            wanted[key] = self._get(key) if held is None else held
+        self.recent = wanted
+        found = {stat.value: value for (_, stat), value in wanted.items()}
+        return Stats(tokens=sum(self.tokens[name].values()), **found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.owners)
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+
+class SpectraShelf(MutableMapping[str, Spectrum]):
+    """Spectra of every layer; energies in float64, always at hand.
+
+    `keep` says how many components of a layer are needed from now on; energies are kept of all.
+    """
+
+    def __init__(
+        self, device: torch.device, keep: Callable[[str], int | None] = lambda _: None, *, on_host: bool = False
+    ) -> None:
+        self.shelf = Shelf(device, on_host=on_host)
+        self.energies: dict[str, Tensor] = {}
+        self.keep = keep
+
+    def __setitem__(self, name: str, spectrum: Spectrum) -> None:
+        count = self.keep(name)
+        self.shelf.put((name, "left"), spectrum.left[:, :count])
+        self.shelf.put((name, "right"), spectrum.right[:count])
+        self.energies[name] = spectrum.energy
+
+    def __getitem__(self, name: str) -> Spectrum:
+        left, right = (self.shelf.get((name, part)) for part in ("left", "right"))
+        return Spectrum(left, right, self.energies[name])
+
+    def as_kept(self, name: str) -> Spectrum:
+        """In float32, without a copy where it lies on the device; energies of the components that are there."""
+        left, right = (self.shelf.kept[name, part].to(self.shelf.device) for part in ("left", "right"))
+        return Spectrum(left, right, self.energies[name][: left.shape[1]])
+
+    def __delitem__(self, name: str) -> None:
+        del self.energies[name]
+        for part in ("left", "right"):
+            del self.shelf.kept[name, part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.energies)
+
+    def __len__(self) -> int:
+        return len(self.energies)
+
+
+def energies_in(spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
+    """The energies (K,) of every layer, without moving its components."""
+    return spectra.energies if isinstance(spectra, SpectraShelf) else {n: s.energy for n, s in spectra.items()}
+
+
+def components_of(spectra: Mapping[str, Spectrum], name: str) -> Spectrum:
+    """One spectrum for learning, in whatever precision it is kept."""
+    return spectra.as_kept(name) if isinstance(spectra, SpectraShelf) else spectra[name]
+
+
+def scale(spectra: MutableMapping[str, Spectrum], name: str, scores: Tensor) -> None:
+    """Scores (float64, of the components that are there) folded into the left factor and the energies, in place."""
+    if isinstance(spectra, SpectraShelf):
+        left = spectra.shelf.kept[name, "left"]
+        left *= scores.to(left)
+        energy = spectra.energies[name].clone()
+        energy[: len(scores)] *= scores.square()
+        spectra.energies[name] = energy
+    else:
+        own = spectra[name]
+        spectra[name] = Spectrum(own.left * scores, own.right, own.energy * scores.square())
+
+
+def bytes_of(spectra: Mapping[str, Spectrum]) -> int:
+    """What all components take as they are kept."""
+    if isinstance(spectra, SpectraShelf):
+        return sum(tensor.nbytes for tensor in spectra.shelf.kept.values())
+    return sum(part.nbytes for spectrum in spectra.values() for part in spectrum)

@@ -1,0 +1,141 @@
+"""Layers that read one input, computed together when it has few rows: what `StoredLinear.few` refers to.
+
+The first layer of a group that is called with some tensor computes all of them; the others find their results. A group
+holds no tensors of its own and is no part of what is saved.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectrim.nn.codecs import StoredLinear
+from spectrim.nn.kernels.launch import Tile, coded_products, products, shared_group
+from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
+from spectrim.nn.stores_uniform import UniformStore
+
+Tiles = tuple[Tile, Tile]
+PLAIN = (LowRankLinear, PivotLinear)
+CODED = (QuantisedFactorLinear, QuantisedPivotLinear)
+
+
+@dataclass(eq=False)
+class FewRows:
+    """A group of layers and, for numbers of rows for which the kernels won, the tiles that won.
+
+    `dtype` and `device` are those of the layers when the clock ran: after `model.to(...)` the torch products are back.
+    """
+
+    layers: tuple[StoredLinear, ...]
+    tiles: dict[int, Tiles]
+    dtype: torch.dtype
+    device: torch.device
+    places: list[Tensor] = field(default_factory=list)
+    seen: Tensor | None = None
+    made: list[Tensor] = field(default_factory=list)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels won for this many rows, and no gradient is asked for."""
+        as_timed = x.dtype == self.dtype and x.device == self.device
+        return as_timed and x.numel() // x.shape[-1] in self.tiles and not torch.is_grad_enabled()
+
+    def product(self, layer: StoredLinear, x: Tensor) -> Tensor:
+        """y (..., O) of one layer of the group for x (..., I)."""
+        index = next(i for i, member in enumerate(self.layers) if member is layer)
+        if self.seen is not x:
+            self.made, self.seen = self.all_of(x), x
+        y = self.made[index]
+        if index == len(self.layers) - 1:
+            self.made, self.seen = [], None  # or results would live until the next token
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def all_of(self, x: Tensor, tiles: Tiles | None = None) -> list[Tensor]:
+        """y_g (M, O_g) of all layers."""
+        lines = x.reshape(-1, x.shape[-1]).contiguous()
+        first, second = self.tiles[len(lines)] if tiles is None else tiles
+        biases: list[Any] = [layer.bias for layer in self.layers if layer.has_bias]
+        if isinstance(self.layers[0], CODED):
+            stores = [store for layer in self.layers for store in coded_parts(layer)]
+            right, left = stores[::2], stores[1::2]
+            return coded_products(
+                lines, *_tensors(right), *_tensors(left), self.places, biases, [right[0].bits, left[0].bits],
+                [_group(right), _group(left)], list(first), list(second),
+            )  # fmt: skip
+        pairs: list[Any] = [plain_parts(layer) for layer in self.layers]
+        weights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return products(lines, *weights, self.places, biases, list(first), list(second))
+
+
+def plain_parts(layer: StoredLinear) -> tuple[Tensor, Tensor]:
+    """V and U of a factor layer, pivot rows and coefficients of a pivot layer."""
+    if isinstance(layer, PivotLinear):
+        return layer.pivot.weight, layer.rest.weight
+    assert isinstance(layer, LowRankLinear)
+    return layer.V.weight, layer.U.weight
+
+
+def coded_parts(layer: StoredLinear) -> tuple[UniformStore, UniformStore]:
+    """The two stores of a quantised layer."""
+    assert isinstance(layer, CODED)
+    right, left = layer.stores.values()
+    assert isinstance(right, UniformStore)
+    assert isinstance(left, UniformStore)
+    return right, left
+
+
+def _tensors(stores: Sequence[UniformStore]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    zeros = [store.zeros for store in stores if store.zeros is not None]
+    return [store.codes for store in stores], [store.scales for store in stores], zeros
+
+
+def _group(stores: Sequence[UniformStore]) -> int:
+    found = shared_group([store.group_size or store.inputs for store in stores], stores[0].bits)
+    assert found is not None
+    return found
+
+
+def unsuited(layers: Sequence[StoredLinear]) -> str | None:
+    """Why the kernels have no form for these layers together, None where they have."""
+    kind = type(layers[0])
+    if any(type(layer) is not kind for layer in layers) or not isinstance(layers[0], PLAIN + CODED):
+        return f"no kernel for {', '.join(sorted({layer.codec for layer in layers}))}"
+    if len({layer.has_bias for layer in layers}) > 1:
+        return "some have a bias, others not"
+    if len({parameter.dtype for layer in layers for parameter in layer.parameters()}) > 1:
+        return "several dtypes"
+    if isinstance(layers[0], CODED):
+        return _unsuited_codes(layers)
+    weights = [part for layer in layers for part in plain_parts(layer)]
+    return None if all(weight.is_contiguous() for weight in weights) else "weights that are not contiguous"
+
+
+def _unsuited_codes(layers: Sequence[StoredLinear]) -> str | None:
+    assert all(isinstance(layer, CODED) for layer in layers)
+    for side in (0, 1):
+        stores = [list(layer.stores.values())[side] for layer in layers if isinstance(layer, CODED)]
+        uniform = [store for store in stores if isinstance(store, UniformStore)]
+        if len(uniform) < len(stores):
+            return "no kernel for these stores"
+        if len({(store.bits, store.symmetric) for store in uniform}) > 1:
+            return "several widths of codes"
+        if shared_group([store.group_size or store.inputs for store in uniform], uniform[0].bits) is None:
+            return "groups of inputs that 32 does not divide"
+    return None
+
+
+def group_of(layers: Sequence[StoredLinear], tiles: dict[int, Tiles]) -> FewRows:
+    """A group ready to run, not yet attached."""
+    placed = [layer for layer in layers if isinstance(layer, PivotLinear | QuantisedPivotLinear)]
+    like = next(parameter for parameter in layers[0].parameters())
+    # `order` says where each output comes from, `places` where each result goes.
+    places = [layer.order.argsort().int() for layer in placed]
+    return FewRows(tuple(layers), tiles, like.dtype, like.device, places)
+
+
+def attach(group: FewRows) -> None:
+    """Let the layers of a group use it."""
+    for layer in group.layers:
+        layer.few = group

@@ -1,0 +1,212 @@
+"""Two products of up to three low-rank layers with one input, in two launches: calls into the kernels and their twins.
+
+    mid_g = V_g x        y_g = U_g mid_g + b_g                             factor
+    mid_g = A_g x        y_g[place] = [mid_g, C_g mid_g]  (+ b_g)          pivot
+
+`products` and `coded_products` are operators of torch, so torch.compile and CUDA graphs take each as one node.
+`products_in_torch` says in plain torch what they compute.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectrim.linalg.quantise import code_unit
+
+MOST_LINES = 16
+"""Rows of x, at most: above it the products of torch are as fast."""
+MOST_LAYERS = 3
+"""Layers that share a launch, at most."""
+
+
+class Tile(NamedTuple):
+    """How a launch cuts its work; `rows`, `columns` and `warps` are powers of two."""
+
+    rows: int  # of the weight, in a program
+    columns: int  # of the weight, at a time; of weights in codes: groups of inputs
+    warps: int
+    stages: int
+    pdl: int = 0  # 1: launches overlap (Hopper)
+
+
+class Side(NamedTuple):
+    """What one launch reads of the layers: codes and what goes with them, or plain weights alone."""
+
+    weights: Sequence[Tensor]
+    widths: Sequence[int]
+    scales: Sequence[Tensor] = ()
+    zeros: Sequence[Tensor] = ()
+    bits: int = 0
+    group: int = 0
+
+
+class Ends(NamedTuple):
+    """Where results go: `mid` (M, N) each, or `y` (M, O) at `places`, plus `biases`; () for what there is none of."""
+
+    mid: Sequence[Tensor]
+    y: Sequence[Tensor]
+    places: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    out: bool
+
+
+@cache
+def missing() -> str | None:
+    """Why the kernels cannot run here, None where they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed; builds of torch for CUDA bring it"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no CUDA device"
+    return None
+
+
+@cache
+def has_pdl(device: torch.device) -> bool:
+    """Whether launches may overlap there: Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@torch.library.custom_op("spectrim::products", mutates_args=())
+def products(
+    x: Tensor,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    places: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    first_tile: Sequence[int],
+    second_tile: Sequence[int],
+) -> list[Tensor]:
+    """y_g (M, O_g) of x (M, I), M <= 16, contiguous; at most three layers.
+
+    first (R_g, I) and second (N_g, R_g) contiguous and of the dtype of x. places: () for factor layers, else the output
+    (O_g,) int32 of each of [pivots, rest]; biases (O_g,) each, or (). Tiles as `Tile`.
+    """
+    mid, y = _results(x, [len(w) for w in first], [len(w) for w in second], places)
+    _both(x, Side(first, [w.shape[1] for w in first]), Side(second, [w.shape[1] for w in second]), mid, y, places,
+          biases, Tile(*first_tile), Tile(*second_tile))  # fmt: skip
+    return y
+
+
+@products.register_fake
+def _(x, first, second, places, biases, first_tile, second_tile):
+    return _results(x, [], [len(w) for w in second], places)[1]
+
+
+@torch.library.custom_op("spectrim::coded_products", mutates_args=())
+def coded_products(
+    x: Tensor,
+    first: Sequence[Tensor],
+    first_scales: Sequence[Tensor],
+    first_zeros: Sequence[Tensor],
+    second: Sequence[Tensor],
+    second_scales: Sequence[Tensor],
+    second_zeros: Sequence[Tensor],
+    places: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bits: Sequence[int],
+    groups: Sequence[int],
+    first_tile: Sequence[int],
+    second_tile: Sequence[int],
+) -> list[Tensor]:
+    """The same for weights in codes: codes (N, bytes) uint8, scales (N, G), zeros packed, or () where symmetric.
+
+    bits and groups are of the first weights and of the second: how many inputs a kernel's group has (`shared_group`).
+    """
+    ranks = [len(w) for w in first]
+    mid, y = _results(x, ranks, [len(w) for w in second], places)
+    inputs = [x.shape[1]] * len(first)
+    _both(x, Side(first, inputs, first_scales, first_zeros, bits[0], groups[0]),
+          Side(second, ranks, second_scales, second_zeros, bits[1], groups[1]), mid, y, places, biases,
+          Tile(*first_tile), Tile(*second_tile))  # fmt: skip
+    return y
+
+
+@coded_products.register_fake
+def _(x, first, first_scales, first_zeros, second, second_scales, second_zeros, places, biases, bits, groups, first_tile, second_tile):  # noqa: E501  # fmt: skip
+    return _results(x, [], [len(w) for w in second], places)[1]
+
+
+def products_in_torch(
+    x: Tensor, first: Sequence[Tensor], second: Sequence[Tensor], places: Sequence[Tensor], biases: Sequence[Tensor]
+) -> list[Tensor]:
+    """What `products` computes, and `coded_products` of the weights that its codes stand for."""
+    found = []
+    for g, (right, left) in enumerate(zip(first, second, strict=True)):
+        mid = x @ right.mT
+        y = mid @ left.mT
+        if len(places):
+            y = torch.cat([mid, y], -1).index_select(-1, places[g].argsort())
+        found.append(y + biases[g] if len(biases) else y)
+    return found
+
+
+def shared_group(sizes: Sequence[int], bits: int) -> int | None:
+    """Inputs of a kernel's group: the largest power of two that divides the groups of all; None if below 32."""
+    most = 64 * code_unit(bits)[0]
+    return next((g for g in (512, 256, 128, 64, 32) if g <= most and all(s % g == 0 for s in sizes)), None)
+
+
+def _results(
+    x: Tensor, ranks: Sequence[int], others: Sequence[int], places: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    outputs = [len(place) for place in places] if len(places) else others
+    return [x.new_empty(len(x), rank) for rank in ranks], [x.new_empty(len(x), count) for count in outputs]
+
+
+def _both(
+    x: Tensor, first: Side, second: Side, mid: list[Tensor], y: list[Tensor], places: Sequence[Tensor],
+    biases: Sequence[Tensor], first_tile: Tile, second_tile: Tile,
+) -> None:  # fmt: skip
+    placed = len(places) > 0
+    _launch([x] * len(mid), first, Ends(mid, y, places, biases, placed), first_tile, ahead=False)
+    after = [place[m.shape[1] :] for place, m in zip(places, mid, strict=True)] if placed else []
+    _launch(mid, second, Ends([], y, after, biases, True), second_tile, ahead=True)
+
+
+def _three(tensors: Sequence[Any], fill: Any) -> list[Any]:
+    return [*tensors, *[fill] * (MOST_LAYERS - len(tensors))]
+
+
+def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: bool) -> None:
+    heights = _three([len(w) for w in side.weights], 0)
+    blocks = sum(-(-height // tile.rows) for height in heights)
+    if not blocks:
+        return  # pivot layers of full rank have no other rows
+    lines, placed = len(x[0]), len(ends.places) > 0
+    given: list[Any] = [
+        *_three(x, x[0]), *_three(side.weights, side.weights[0]), *_three(ends.mid, x[0]), *_three(ends.y, ends.y[0]),
+        *_three(ends.places, ends.places[0] if placed else x[0]), *_three(ends.biases, x[0]), *heights,
+        *_three(side.widths, side.widths[0]), *_three([t.shape[1] for t in ends.y], ends.y[0].shape[1]), lines,
+    ]  # fmt: skip
+    flags: dict[str, Any] = {
+        "RAW": len(ends.mid) > 0, "OUT": ends.out, "PLACED": placed, "BIAS": len(ends.biases) > 0,
+        "BLOCK_N": tile.rows, "STAGES": tile.stages, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if tile.pdl:
+        flags["launch_pdl"] = True
+    if side.bits:
+        _launch_coded(given, flags, side, tile, (blocks, lines))
+        return
+    from spectrim.nn.kernels import plain
+
+    kernel: Any = plain.matvec if lines == 1 else plain.few_rows
+    even = all(width % tile.columns == 0 for width in side.widths)
+    kernel[(blocks,)](*given, EVEN=even, PDL=(2 if ahead else 1) if tile.pdl else 0, BLOCK_K=tile.columns, **flags)
+
+
+def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, grid: tuple[int, int]) -> None:
+    from spectrim.nn.kernels import coded
+
+    count, size = code_unit(side.bits)
+    counts = [scales.shape[1] for scales in side.scales]
+    extra = [*_three(side.scales, side.scales[0]), *_three(side.zeros, side.weights[0]), *_three(counts, counts[0])]
+    kernel: Any = coded.coded
+    kernel[grid](
+        *given, *extra, PDL=tile.pdl, SYMMETRIC=not len(side.zeros), BITS=side.bits, COUNT=count, SIZE=size,
+        UNITS=side.group // count, GROUPS=tile.columns, **flags,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Recipes that come with spectrim, one YAML file each; read by recipe.py."""
