@@ -73,7 +73,10 @@ def quality(model: PreTrainedModel) -> dict[str, Tensor]:
     """Figures of a compressed model beside the dense one."""
     found = evaluate(model, token_ids(5, 16, seed=7), dense=tiny("llama"), batch_size=2)
     assert found.kl is not None
-    return {"quality": torch.tensor([found.perplexity, found.kl, found.tokens], dtype=torch.float64)}
+    assert found.kl_interval is not None
+    return {
+        "quality": torch.tensor([found.perplexity, found.kl, *found.kl_interval, found.tokens], dtype=torch.float64)
+    }
 
 
 def save(out: Path, name: str, tensors: dict[str, Tensor]) -> None:

@@ -16,16 +16,19 @@ from safetensors.torch import load_file
 
 import several_worker
 from command_line import small_model, small_text
-from spectrim import processes, same_for_all
+from spectrim import cli_ranks, processes, same_for_all
+from spectrim.engines import large, unspread
 from spectrim.engines import measure as measuring
-from spectrim.engines import unspread
 from spectrim.errors import ResourceError, UsageError
+from spectrim.eval_job import EvalRequest, run_eval
 from spectrim.models.load import resolve
+from spectrim.models.walk import find_layers
 from spectrim.options import Step
 from spectrim.peers import Member
 from spectrim.processes import Group, launched, own_device, spread_by_cost
 from spectrim.registry import make_method
 from spectrim.request import Request
+from spectrim.stats import Stats
 from tiny_models import logits_of, tiny
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -78,6 +81,8 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    if found.shape == wanted.shape and not wanted.numel():  # a weight that is kept as other tensors
+        return 0.0
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-300))
 
 
@@ -133,6 +138,19 @@ def test_torchrun_writes_the_folder_that_one_process_writes(tmp_path: Path):
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(relative(two[name], one[name]) < 1e-6 for name in one)
+
+    assert len(reports["two"]["samples"]) == len(reports["one"]["samples"])
+
+    facts = {}
+    words = ["eval", str(tmp_path / "two"), "--against", str(model), "--text", str(text), "--length", "32"]
+    for out, start in (("one", []), ("two", launcher)):
+        command = [sys.executable, *start, "-m", "spectrim", *words, "--device", "cpu", "--windows", "5", "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+        assert done.returncode == 0, done.stderr
+        facts[out] = json.loads(done.stdout)
+        assert facts[out]["model"]["decode_tokens_per_s"] > 0  # of the first alone
+    assert facts["two"]["sha256"] == facts["one"]["sha256"]
+    assert abs(facts["two"]["model"]["perplexity"] / facts["one"]["model"]["perplexity"] - 1) < 1e-3  # bf16, by batches
 
     refused = subprocess.run(
         [sys.executable, *launcher, "-m", "spectrim", "inspect", str(tmp_path / "two")],
@@ -247,6 +265,55 @@ def test_ranks_that_read_another_model_or_were_asked_otherwise_are_refused(prete
 def test_what_is_not_spread_is_refused_by_name(pretended: Pretended, method, options, steps, bits, windows, says):
     with pytest.raises(UsageError, match=says):
         unspread.refuse_unspread(make_method(method, None, options), steps, bits, windows, windows)
+
+
+def test_models_that_are_measured_block_by_block_are_refused(pretended: Pretended, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(large, "fits_whole", lambda _device, _nbytes: False)
+    model = tiny("llama")
+    with pytest.raises(UsageError, match=r"method svd-llm: a model of this size is .* and there are 2"):
+        large.run_of(model, find_layers(model), make_method("svd-llm", None, {}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"text": "self", "against": "dense"}, "eval --text self: "),
+        ({"tasks": ("tasks.jsonl",), "metrics": ("repetition",)}, "eval --tasks, --metrics: "),
+    ],
+)
+def test_of_an_evaluation_only_that_on_text_is_spread(pretended: Pretended, asked, says):
+    with pytest.raises(UsageError, match=says):
+        run_eval(EvalRequest(model="nowhere", **asked))
+
+
+@pytest.mark.parametrize("command", ["report", "push", "recipe", "doctor", "plan", "resume", "export"])
+def test_commands_for_one_process_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, capsys, command: str):
+    monkeypatch.setattr(sys, "argv", ["spectrim", command, "folder"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(SystemExit) as end, cli_ranks.started():
+        pytest.fail("the command was run")
+    assert end.value.code == 2
+    assert ended == [2]
+    assert f"spectrim {command} is done by one process, and the launcher has started 2" in capsys.readouterr().err
+
+
+def test_dead_inputs_of_all_ranks_are_counted(pretended: Pretended):
+    own = {"a": Stats(tokens=4, mean_abs=torch.tensor([0.0, 1.0])), "b": Stats(tokens=4, mean_abs=torch.ones(2))}
+    pretended.theirs = {dict: {"c": (2, 3)}}
+    assert measuring.dead_inputs(own)[0].startswith("2 layers have inputs that are 0")
+    assert "(first a: 1 of 2)" in measuring.dead_inputs(own)[0]
+
+
+def test_the_environment_of_one_comes_back(monkeypatch: pytest.MonkeyPatch):
+    for name in (*processes.VARIABLES, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "2")
+    before = dict(os.environ)
+    with processes.as_one():
+        assert not {*processes.VARIABLES, "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    assert dict(os.environ) == before
 
 
 def test_the_same_by_one_process_is_not_refused():
