@@ -30,6 +30,7 @@ from spectrim.report.documents import write_documents
 from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
+from spectrim.several_job import refuse_several
 from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_manifest
 from spectrim.unsolved import unsolved_saved
 from spectrim.windows_in_use import cut_windows, read_text
@@ -56,6 +57,7 @@ def _run(
     progress: Progress | None,
     fallbacks: list[Fallback],
 ) -> dict[str, Any]:
+    refuse_several("a run for all sizes (--any-size)")
     started = time.perf_counter()
     skips = request.allow_nonfinite == "skip"
     method = request.check()

@@ -52,11 +52,12 @@ from spectrim.cli_options import (
 )
 from spectrim.cli_plan import plan
 from spectrim.cli_push import PushTo, check_push_to, push, push_result
+from spectrim.cli_ranks import started
 from spectrim.cli_recipe import recipe_app
 from spectrim.cli_report import report
 from spectrim.cli_request import request_from
 from spectrim.errors import UsageError
-from spectrim.terminal import emit, exit_codes, print_table, progress_printer, stdout, stoppable
+from spectrim.terminal import emit, print_table, progress_printer, stdout
 from spectrim.track import check_trackers, track_run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -71,7 +72,7 @@ def main() -> None:
     """Entry point: exit codes as in docs/errors.md, a traceback only with SPECTRIM_DEBUG=1."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with exit_codes(), stoppable():
+    with started():
         app()
 
 
@@ -121,10 +122,10 @@ def compress(
     check_push_to(push_to)
     trackers = check_trackers(track)
     from spectrim.evaluate.gate import refuse_failed
-    from spectrim.job import run
     from spectrim.report.card import table
     from spectrim.report.forms import FORMS_HEADER, forms_rows
     from spectrim.resume import ResumeOptions
+    from spectrim.several_job import run_together
 
     options = ResumeOptions(
         save_every_s=save_every, restart=restart, take_lock=take_lock, command=given_command("compress")
@@ -134,7 +135,10 @@ def compress(
         track_run(trackers, report, out)
         refuse_failed(report)
         return push_result(out, push_to)
-    report = run(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_)).report
+    made = run_together(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_))
+    if made is None:  # one of several processes; the first speaks
+        return None
+    report = made.report
 
     def show() -> None:
         print_table(

@@ -43,6 +43,7 @@ def eval_(
     if text == "self" and against is None:
         raise UsageError("--text self samples the text from the dense model; name it with --against")
     from spectrim.eval_job import EvalRequest, run_eval
+    from spectrim.processes import joined
     from spectrim.report.evaluation import show_evaluation
 
     request = EvalRequest(
@@ -50,8 +51,10 @@ def eval_(
         tasks=tuple(tasks), task_limit=task_limit, metrics=words_of(metrics), questions=questions, gaps=tuple(gap),
         harness=words_of(lm_eval), harness_folder=lm_eval_include, tokenizer=tokenizer, device=device, seed=seed,
     )  # fmt: skip
-    facts, results = run_eval(request, progress=progress_printer(json_))
-    emit(facts, json_, lambda: show_evaluation(facts, results))
+    with joined(device) as group:
+        facts, results = run_eval(request, progress=progress_printer(json_))
+        if group.is_first:
+            emit(facts, json_, lambda: show_evaluation(facts, results))
 
 
 def words_of(given: list[str]) -> tuple[str, ...]:

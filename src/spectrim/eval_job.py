@@ -21,7 +21,9 @@ from spectrim.evaluate.metrics import check_metrics, measure_metrics
 from spectrim.evaluate.speed import decode_tokens_per_s, speed_note
 from spectrim.evaluate.tasks import TaskResult, evaluate_tasks
 from spectrim.models.load import Source, check_vocabulary, context_length, load_model, pick_device, resolve
+from spectrim.processes import present
 from spectrim.report import tasks as task_table
+from spectrim.same_for_all import require_same
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,16 +73,23 @@ class EvalRequest:
 
 
 def run_eval(request: EvalRequest, *, progress: Progress | None = None) -> tuple[dict[str, Any], list[TaskResult]]:
-    """All figures as one JSON-ready dict, and the results of `tasks` for a table."""
+    """All figures as one JSON-ready dict, and the results of `tasks` for a table.
+
+    Several processes (processes.joined) share the windows of the text; all else is for one, and is refused.
+    """
+    refuse_unspread(request)
     asked = load_tasks(list(request.tasks), limit=request.task_limit, seed=request.seed) if request.tasks else None
     pairs = gaps_of(request, [] if asked is None else [task.name for task in asked.tasks])
     questions = None if request.questions is None else load_questions(request.questions)
     where, sources = pick_device(request.device), {"model": resolve(request.model)}
     if request.against is not None:
         sources["dense"] = resolve(request.against)
-    words = _tokenizer(request.tokenizer, sources["model"]) if request.wants_tokenizer else None
+    for source in sources.values():
+        require_same(request, source)
+    first_only = present().first_only
+    words = first_only(lambda: _tokenizer(request.tokenizer, sources["model"])) if request.wants_tokenizer else None
     length = min(request.length, *(context_length(source.config) or request.length for source in sources.values()))
-    read = None if request.text == "self" or words is None else _read(request, words, length)
+    read = None if request.text == "self" else present().from_first(lambda: _read(request, words, length))
     models = {
         name: load_model(source, where, torch.float32, size=request.size if name == "model" else None)
         for name, source in sources.items()
@@ -100,13 +109,30 @@ def run_eval(request: EvalRequest, *, progress: Progress | None = None) -> tuple
     if request.harness and words is not None:
         given = {"include": request.harness_folder, "limit": request.task_limit, "seed": seed}
         facts["lm_eval"] = run_harness(models, words, request.harness, **given)
-    if request.speed:
+    if request.speed and present().is_first:
         for name, model in models.items():
             nn.Module.to(model, sources[name].dtype)  # in place; transformers' own `to` has no usable type
             facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model)
         if "dense" in models:
             facts["speed_note"] = speed_note(*(facts[name]["decode_tokens_per_s"] for name in ("model", "dense")))
     return facts, results
+
+
+def refuse_unspread(request: EvalRequest) -> None:
+    """UsageError where several processes would each do what one does."""
+    world = present().world
+    alone = {
+        "--text self": request.text == "self",
+        "--tasks": request.tasks,
+        "--metrics": request.metrics,
+        "--lm-eval": request.harness,
+    }
+    asked = [name for name, wanted in alone.items() if wanted]
+    if world > 1 and asked:
+        raise UsageError(
+            f"eval {', '.join(asked)}: of an evaluation only that on a text is spread over several processes, and "
+            f"there are {world}; leave it out, or run it as one process (without torchrun)"
+        )
 
 
 def text_facts(request: EvalRequest, tokens: Windows) -> dict[str, Any]:
@@ -183,5 +209,6 @@ def _tokenizer(given: str | None, source: Source) -> "PreTrainedTokenizerBase":
         raise InputError(f"{error}, or --text self --against DENSE, which needs no tokenizer") from error
 
 
-def _read(request: EvalRequest, words: "PreTrainedTokenizerBase", length: int) -> Windows:
+def _read(request: EvalRequest, words: "PreTrainedTokenizerBase | None", length: int) -> Windows:
+    assert words is not None
     return evaluation_windows(load_texts(request.text, split="evaluation"), words, length=length, count=request.windows)

@@ -26,6 +26,7 @@ from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.engines.quantise_factors import check_groups
+from spectrim.engines.shared_checkpoint import shared
 from spectrim.errors import NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
@@ -47,12 +48,14 @@ from spectrim.models.load import (
     resolve,
 )
 from spectrim.models.walk import find_layers
+from spectrim.processes import present
 from spectrim.reloaded import LOGIT_TOLERANCE, reload_difference
 from spectrim.report.documents import write_documents
 from spectrim.report.facts import build_report
 from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
+from spectrim.same_for_all import facts_of_processes, of_all_ranks, require_same
 from spectrim.store import (
     TensorInfo,
     check_companions,
@@ -62,7 +65,7 @@ from spectrim.store import (
     write_manifest,
 )
 from spectrim.unsolved import unsolved_saved
-from spectrim.windows_in_use import cut_windows, read_text
+from spectrim.windows_in_use import TextRead, cut_windows, read_text
 
 
 @dataclass(kw_only=True)
@@ -177,17 +180,17 @@ def _compress_source(
         )
     device = pick_device(request.device)
     dtype = pick_dtype(request.dtype, source.dtype)
+    said = require_same(request, source)
     clock: dict[str, float] = {}
     with timed(clock, "text"):
-        text = read_text(request, source)
+        text = present().first_only(lambda: read_text(request, source))
     _say(progress, "load", 0, 1)
-    said: list[str] = []
     extra: dict[str, TensorInfo] = {}
     skips = request.allow_nonfinite == "skip"
     with timed(clock, "load"):
         dense = load_dense(source, device, allow_nonfinite=skips, warnings=said, extra=extra)
     with timed(clock, "text"):
-        texts = cut_windows(request, method, dense, text, progress=progress)
+        texts = present().from_first(lambda: cut_windows(request, method, dense, text, progress=progress))
     if resume is not None:
         resume.folder.claim(text_fields(texts))
     with nullcontext() if resume is None else resume.signals():
@@ -204,7 +207,7 @@ def _compress_source(
             nonfinite=request.allow_nonfinite,
             seed=request.seed,
             progress=progress,
-            checkpoint=resume,
+            checkpoint=shared(resume),
         )
     outcome.seconds |= clock
     outcome.warnings += [*said, *texts.warnings]
@@ -212,20 +215,27 @@ def _compress_source(
     with timed(outcome.seconds, "evaluate"):
         quality = judge(outcome, dense, texts.evaluation, progress)
     with timed(outcome.seconds, "samples"):
-        shown = [] if texts.evaluation is None else [outcome.model, texts.evaluation.ids, text.tokenizer]
-        samples = compare_samples(dense, *shown) if shown else []
+        samples = present().first_only(lambda: samples_of(dense, outcome, texts.evaluation, text))
     verdict = gate_of(quality, request.quality_gate)
+    fallbacks = of_all_ranks(fallbacks)
     outcome.warnings += [*filter(None, [gate_warning(verdict)]), *summary(fallbacks)]
     if resume is not None:
         outcome.warnings.extend(resume.warnings)
     report = build_report(dataclasses.asdict(request), source, outcome, texts, quality, dtype)
     report |= {"quality_gate": verdict, "fallbacks": [f._asdict() for f in fallbacks], "samples": samples}
-    report["determinism"] = determinism()
+    report |= {"determinism": determinism(), **facts_of_processes()}
     if resume is not None:
         report["resumed"] = resume.resumed
     model = finalise(outcome, dtype, base_model=request.model)
     report["stored"]["format"] = "spectrim" if hasattr(model.config, "quantization_config") else "plain"
     return Compressed(model=model, outcome=outcome, report=report, source=source, extra=extra)
+
+
+def samples_of(
+    dense: PreTrainedModel, outcome: Outcome, windows: Windows | None, text: TextRead
+) -> list[dict[str, Any]]:
+    """What both models say after the beginnings of some evaluation windows."""
+    return [] if windows is None else compare_samples(dense, outcome.model, windows.ids, text.tokenizer)
 
 
 def judge(

@@ -8,6 +8,7 @@ import torch
 
 from spectrim.errors import ResourceError
 from spectrim.linalg.fallback import Fallback, tell
+from spectrim.processes import present
 
 T = TypeVar("T")
 
@@ -29,8 +30,10 @@ class Batch:
         """`work(size)`, from its beginning with half the size as often as memory runs out.
 
         `work` must give the same result for every size and leave nothing behind when it fails, or go on with what it
-        left. `most` is how many windows there are, where that may be fewer.
+        left. `most` is how many windows there are, where that may be fewer. One of several processes cannot begin anew
+        where it has exchanged something with the others: it then fails.
         """
+        exchanges = present().exchanges
         while True:
             size = self.size if most is None else min(self.size, most)
             try:
@@ -41,6 +44,8 @@ class Batch:
                 said = short(error)
                 if size == 1:
                     raise out_of_memory(stage, "one window", said) from error
+                if present().exchanges != exchanges:
+                    raise out_of_memory(stage, f"{size} windows in one of several processes", said) from error
             # Only here: the error's traceback held the tensors of the failed try.
             self.size = size
             self.halve(stage, said)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.errors import InputError, NumericalError
+from spectrim.processes import environment_of_one
 
 LOGIT_TOLERANCE = 1e-3
 """Largest difference between the logits before saving and after reloading, relative to the largest logit."""
@@ -44,7 +45,7 @@ def logits_elsewhere(folder: Path, ids: Tensor, device: torch.device) -> Tensor:
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"ids": ids}, Path(scratch) / "in.safetensors")
         command = [sys.executable, "-m", "spectrim.integrations.reload", str(folder), scratch, str(device)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_of_one())
         if done.returncode != 0:
             raise InputError(
                 f"{folder}: the written folder cannot be loaded in a fresh process:\n{done.stderr.strip()[-2000:]}"

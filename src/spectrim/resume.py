@@ -35,6 +35,7 @@ from spectrim.errors import InputError, Interrupted, NumericalError, ResourceErr
 from spectrim.linalg.fallback import Fallback, heard, recall, take_back
 from spectrim.method import Method
 from spectrim.models.load import Source, pick_device
+from spectrim.processes import present
 from spectrim.request import Request
 from spectrim.store import disk
 from spectrim.store.manifest import measure_file
@@ -322,6 +323,7 @@ def fingerprint(request: Request, method: Method, source: Source) -> dict[str, A
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": device_name(pick_device(request.device)),
+        "processes": present().world,
     }
 
 

@@ -21,6 +21,17 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emo
 stdout = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher has started this program more than once."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def speaker() -> str:
+    """`rank 1: ` where several processes write to one terminal, of all but the first; else nothing."""
+    rank = os.environ.get("RANK", "0")
+    return f"rank {rank}: " if is_one_of_several() and rank != "0" else ""
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Errors for people become a message and their exit code; anything else is a bug of ours and exits with 6."""
@@ -34,10 +45,10 @@ def exit_codes() -> Iterator[None]:
             error = ResourceError(f"out of memory ({error}); take fewer or shorter windows, or --device cpu")
         with suppress(OSError):  # the terminal may be gone (SIGHUP); the exit code is then all there is to say
             if isinstance(error, SpectrimError):
-                stderr.print("error: ", style="bold red", end="")
+                stderr.print(f"{speaker()}error: ", style="bold red", end="")
                 stderr.print(str(error))
             else:
-                stderr.print(f"internal error: {type(error).__name__}: {error}")
+                stderr.print(f"{speaker()}internal error: {type(error).__name__}: {error}")
                 stderr.print("this is a bug of spectrim; run again with SPECTRIM_DEBUG=1 and report the traceback")
         sys.exit(error.exit_code if isinstance(error, SpectrimError) else SpectrimError.exit_code)
     finally:
@@ -90,7 +101,8 @@ def stoppable() -> Iterator[None]:
 
 def _again() -> str:
     """The command that was given, for a shell; without --restart, which would throw away what it goes on from."""
-    return command_line(word for word in sys.argv[1:] if word != "--restart")
+    words = command_line(word for word in sys.argv[1:] if word != "--restart")
+    return words if not is_one_of_several() else f"the same launcher (torchrun) with -m {words}"
 
 
 def command_line(words: Iterable[str]) -> str:

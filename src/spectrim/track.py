@@ -40,8 +40,14 @@ def check_trackers(names: Sequence[str]) -> tuple[str, ...]:
 
 def track_run(names: Sequence[str], report: Mapping[str, Any], out: Path) -> None:
     """Hand the report of a finished run to each tracker; ResourceError when one fails, with the result in place."""
-    if not names:
-        return
+    if names:
+        from spectrim.processes import as_one
+
+        with as_one():  # of several processes the first has the report; accelerate would look for the others
+            _track(names, report, out)
+
+
+def _track(names: Sequence[str], report: Mapping[str, Any], out: Path) -> None:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 

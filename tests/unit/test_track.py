@@ -1,6 +1,7 @@
 """Trackers get what the report says, when the run is done; deterministic runs put everything back."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,6 +73,22 @@ def test_a_tracker_is_given_the_run(tmp_path: Path) -> None:
     assert Written.kept[0] == ("out", "out.track")
     assert Written.kept[-1] == "finished"
     assert [step for _, step in Written.kept[2:-1]] == [0, 1, 0, 0, 0]
+
+
+def test_a_tracker_of_one_of_several_processes_does_not_look_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen: list[str | None] = []
+
+    class Looks(Written):
+        def finish(self) -> None:
+            seen.append(os.environ.get("WORLD_SIZE"))
+
+    with mock.patch.dict("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"tensorboard": Looks}):
+        track_run(("tensorboard",), REPORT, tmp_path / "out")
+    assert seen == [None]
+    assert os.environ["WORLD_SIZE"] == "2"
 
 
 def test_a_tracker_that_fails_leaves_the_result(tmp_path: Path) -> None:

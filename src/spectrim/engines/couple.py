@@ -21,14 +21,18 @@ from transformers import PreTrainedModel
 
 from spectrim.engines import measure as plain_measure
 from spectrim.engines.checkpoint import Checkpoint, Saved
+from spectrim.engines.labels import skip_labels_of_others
 from spectrim.engines.layerwise import solver_errors_of
 from spectrim.engines.measure import Progress, autocast, frozen, hooks, in_sequences
 from spectrim.engines.pack import fill, fingerprint
 from spectrim.engines.parts import Run, digest_of, load_own, size_of
+from spectrim.engines.spread import holders_of, layers_of, own_spans
+from spectrim.engines.sums import sum_dtype
 from spectrim.errors import NumericalError
 from spectrim.linalg.curvature import Coupled, add_coupled, clip_rows, toward, window_share
 from spectrim.linalg.metric import quick_root, shrink
-from spectrim.models.walk import Walk, device_of
+from spectrim.models.walk import Layer, Walk, device_of
+from spectrim.processes import present
 from spectrim.stats import Coupling, Stat, Stats
 
 
@@ -70,10 +74,13 @@ def couple(
 
     `ids` are the windows that gave `plain` its gradients, `seed` that of that pass. A layer that no gradient reaches at
     all (a model that is certain) keeps its plain statistics. With a `checkpoint` the sums are kept as its `stage` and
-    gone on with, in batches of any size.
+    gone on with, in batches of any size; one process alone can do so.
+
+    Several processes share the windows. `plain`, and what is returned, holds then the layers that each owns.
     """
-    sides = _sides(walk, plain, coupling)
-    sums = {name: _Sums(_zeros(plain[name])) for name in sides}
+    device = device_of(model)
+    sides = _sides_of_all(walk, _sides(layers_of(walk, plain), plain, coupling), device)
+    sums = {layer.name: _Sums(_zeros(layer, device)) for layer in walk.layers}
 
     def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
         (a, b), own = sides[name], sums[name]
@@ -83,18 +90,19 @@ def couple(
         own.tokens += len(rows)
         own.windows += len(g)
 
-    device = device_of(model)
     generator = torch.Generator(device=device).manual_seed(seed)
-    keeper = _Keeper(checkpoint, stage, sums, generator)
+    keeper = _Keeper(checkpoint if present().alone else None, stage, sums, generator)
     coupled = keeper.load(plain, {"windows": fingerprint(ids), "seed": seed})
+    spans = own_spans(len(ids), len(ids), batch_size, coupled)
+    skip_labels_of_others(model, ids, batch_size, generator)
     with frozen(model), hooks(model, walk, None, on_gradient), autocast(device):
-        for start in range(coupled, len(ids), batch_size):
-            batch = ids[start : start + batch_size]
-            plain_measure.backward_from_sampled_labels(model, batch.to(device), generator)
-            keeper.save(start + len(batch), last=start + len(batch) == len(ids))
+        for start, stop in spans:
+            plain_measure.backward_from_sampled_labels(model, ids[start:stop].to(device), generator)
+            keeper.save(stop, last=stop == len(ids))
             if progress is not None:
-                progress("couple", start + len(batch), len(ids))
-    return {name: _refined(name, plain[name], sums.pop(name), sides.pop(name)) for name in list(sums)}
+                progress("couple", stop - spans[0][0] + coupled, spans[-1][1] - spans[0][0] + coupled)
+    _bring_together(walk, sums, holders_of(walk, plain))
+    return {name: _refined(name, plain[name], sums.pop(name), sides.pop(name)) for name in plain}
 
 
 @dataclasses.dataclass
@@ -156,9 +164,47 @@ def _side(covariance: Tensor, shrinkage: float) -> _Side:
     return _Side(scale, (dual @ dual.mT).float())
 
 
-def _zeros(plain: Stats) -> Coupled:
-    a, b = plain.get(Stat.GRAM), plain.get(Stat.OUTPUT_GRAD)
-    return Coupled(torch.zeros_like(a), torch.zeros_like(b), b.new_zeros(()))
+def _sides_of_all(
+    walk: Walk, own: dict[str, tuple[_Side, _Side]], device: torch.device
+) -> dict[str, tuple[_Side, _Side]]:
+    """Those of other ranks too; an inverse that layers share is handed over once by each rank that has it."""
+    group = present()
+    if group.alone:
+        return own
+    holders, first = holders_of(walk, own), {}
+    for name, (a, _) in own.items():
+        first.setdefault(id(a), name)
+    same = group.objects({name: first[id(a)] for name, (a, _) in own.items()})
+    sides: dict[str, tuple[_Side, _Side]] = {}
+    for layer in walk.layers:
+        name, holder = layer.name, holders[layer.name]
+        given = None
+        known = same[holder][name]  # the layer whose inverse this one shares, at its holder; the first of them itself
+        if group.rank == holder:
+            given = {f"{i}": side.inverse for i, side in enumerate(own[name]) if i or known == name}
+        scales = group.objects(tuple(side.scale for side in own[name]) if given is not None else None)[holder]
+        assert scales is not None
+        found = group.share(given, holder, device)
+        a = _Side(scales[0], found["0"]) if known == name else sides[known][0]
+        sides[name] = a, _Side(scales[1], found["1"])
+    return sides
+
+
+def _bring_together(walk: Walk, sums: dict[str, _Sums], owners: dict[str, int]) -> None:
+    """Sums over all ranks at each layer's owner, in place; elsewhere they mean nothing afterwards."""
+    group = present()
+    if group.alone:
+        return
+    counts = group.objects({name: (own.tokens, own.windows) for name, own in sums.items()})
+    for layer in walk.layers:
+        own = sums[layer.name]
+        own.total = Coupled(*(group.sum_at(owners[layer.name], part) for part in own.total))
+        own.tokens, own.windows = (sum(found[layer.name][i] for found in counts) for i in range(2))
+
+
+def _zeros(layer: Layer, device: torch.device) -> Coupled:
+    shapes = ((layer.inputs, layer.inputs), (layer.outputs, layer.outputs), ())
+    return Coupled(*(torch.zeros(shape, dtype=sum_dtype(device), device=device) for shape in shapes))
 
 
 def _refined(name: str, plain: Stats, sums: _Sums, sides: tuple[_Side, _Side]) -> Stats:

@@ -23,11 +23,13 @@ from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.relay import entered
 from spectrim.engines.run import Run
 from spectrim.engines.shelf import SpectraShelf, StatsShelf, energies_in
+from spectrim.engines.unspread import ALONE
 from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import fits_whole, release
 from spectrim.method import SEARCHED, LayerMethod, Method, OrderedMethod
 from spectrim.models.walk import Walk, device_of, weight_of
+from spectrim.processes import present
 from spectrim.stats import Stats
 
 
@@ -38,6 +40,11 @@ def run_of(dense: PreTrainedModel, walk: Walk, method: Method) -> type[Run]:
     spectra = 8 * sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in walk.layers)
     if fits_whole(device_of(dense), whole_bytes(walk, method.needs) + spectra):
         return Run
+    if not present().alone:
+        raise UsageError(
+            f"method {method.info.name}: a model of this size is measured block by block, which is not spread over "
+            f"several processes yet, and there are {present().world}; {ALONE}"
+        )
     if method.rounds > 1:
         raise UsageError(
             f"method {method.info.name}: rounds={method.rounds} holds the statistics of all rounds; a model of this "

@@ -17,6 +17,7 @@ from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.measure import Progress
 from spectrim.engines.parts import Parts, digest_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan
+from spectrim.engines.spread import encode_spread
 from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.linalg.solver import LARGEST_SIDE, LinAlgError
@@ -120,17 +121,19 @@ def decompose_all(
     progress: Progress | None = None,
     into: MutableMapping[str, Spectrum] | None = None,
 ) -> MutableMapping[str, Spectrum]:
-    """The spectrum of every layer in the method's metric, float64 on the weight's device; put `into` what is given.
+    """The spectrum of every layer that there are `stats` of, in the method's metric, float64 on the weight's device.
 
-    With a `checkpoint` they are kept in parts of `stage`, and gone on with for the same `stats`.
+    They are put `into` what is given. With a `checkpoint` they are kept in parts of `stage`, and gone on with for the
+    same `stats`.
     """
+    layers = [layer for layer in walk.layers if layer.name in stats]
     parts = Parts(checkpoint, stage, {} if checkpoint is None else {"after": digest_of(_diagonals(walk, stats))})
     weights = {la.name: weight_of(model.get_submodule(la.name)) for la in walk.layers}
     spectra = {} if into is None else into
     for saved in parts.load():
         for name in saved.facts["items"]:
             spectra[name] = spectrum_from(saved.tensors, name, weights[name].device)
-    for layer in walk.layers:
+    for layer in layers:
         if layer.name not in spectra:
             weight = weights[layer.name].detach().double()
             spectrum = decompose_layer(method, layer, weight, stats[layer.name])
@@ -138,7 +141,7 @@ def decompose_all(
             if checkpoint is not None:
                 parts.add(layer.name, spectrum_tensors(layer.name, spectrum))
         if progress is not None:
-            progress(at("decompose", layer.name), len(spectra), len(walk.layers))
+            progress(at("decompose", layer.name), len(spectra), len(layers))
     parts.finish()
     return spectra
 
@@ -155,10 +158,12 @@ def _diagonals(walk: Walk, stats: Mapping[str, Stats]) -> Iterator[Tensor]:
 def solve_at_ranks(
     method: LayerMethod, walk: Walk, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]
 ) -> None:
-    """What `method.at_rank` makes of each cut, in place."""
+    """What `method.at_rank` makes of each cut that this process has, in place."""
     if type(method).at_rank is LayerMethod.at_rank:
         return
     for layer in walk.layers:
+        if layer.name not in stats:
+            continue
         target, spectrum = plan.targets[layer.name], spectra[layer.name]
         if target.codec == "dense":
             continue
@@ -261,12 +266,19 @@ def apply_plan(
     means: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Replacement]:
     """Encode and swap every layer; returns what was put in place. `means` of inputs that biases make up for."""
-    placed = {}
     means = {} if means is None else means
-    for layer in walk.layers:
-        module, target = model.get_submodule(layer.name), plan.targets[layer.name]
-        mean = means.get(layer.name)
+
+    def encode_one(layer: Layer) -> Replacement:
+        module, target = linear_at(model, layer.name), plan.targets[layer.name]
+        if stays(layer):
+            return dense_replacement(weight_of(module).detach(), None if module.bias is None else module.bias.detach())
         with solver_errors_of(layer.name, "its factors"):
-            placed[layer.name] = encode_layer(module, given[layer.name], target, learned=learned, mean=mean)
+            return encode_layer(module, given[layer.name], target, learned=learned, mean=means.get(layer.name))
+
+    def stays(layer: Layer) -> bool:
+        return plan.targets[layer.name].codec == "dense" and not learned
+
+    placed = encode_spread(model, walk, given, stays, encode_one)
+    for layer in walk.layers:
         swap(model, layer.name, placed[layer.name])
     return placed

@@ -22,8 +22,10 @@ from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.measure import Progress
 from spectrim.engines.pack import below, fill, find, fingerprint, pack, unpack, with_prefix
 from spectrim.engines.replay import Replay, Told
+from spectrim.engines.spread import sum_gradients, sum_of_facts
 from spectrim.errors import InputError, NumericalError
 from spectrim.memory import Batch, OutOfMemory
+from spectrim.processes import present
 
 WARM_UP_STEPS = 10
 
@@ -134,7 +136,8 @@ class _Loop:
         self.replay = Replay([*self.parameters.values()], wanted=training.recorded)
         self.step = 0
         self.prepared = False  # before_step has run for the present step
-        self.part = Batch(training.batch_size)
+        self.own = present().share_of(training.batch_size)  # rows of each batch that this process works on
+        self.part = Batch(self.own.stop - self.own.start)
         self.losses: list[Tensor] = []
 
     def advance(self) -> None:
@@ -144,8 +147,9 @@ class _Loop:
         if own.before_step is not None and not self.prepared:
             own.before_step(step)
         self.prepared = True
-        pick = self.order[(torch.arange(own.batch_size) + step * own.batch_size) % len(self.order)]
-        loss, norm = self.replay(self.loss_and_gradients, self.windows[pick].to(self.device), own.phase())
+        pick = self.order[(torch.arange(own.batch_size) + step * own.batch_size) % len(self.order)][self.own]
+        told = self.replay(self.loss_and_gradients, self.windows[pick].to(self.device), own.phase())
+        loss, norm = told if present().alone else self.of_all_ranks(told)
         told = torch.stack([loss.to(self.device, torch.float32), norm.float()])
         if not bool(torch.isfinite(told).all()):  # the one wait for the device in a step
             raise NotFinite(self.what_is_not_finite(loss))
@@ -157,8 +161,17 @@ class _Loop:
         self.losses.append(loss)
         self.step, self.prepared = step + 1, False
 
+    def of_all_ranks(self, told: Told) -> Told:
+        """Loss, gradients and their norm over the whole batch, the same bits on every rank."""
+        sum_gradients([*self.parameters.values()])
+        loss = sum_of_facts([float(told.loss)])[0]
+        return Told(torch.tensor(loss, device=self.device, dtype=told.loss.dtype), self.gradient_norm())
+
     def loss_and_gradients(self, batch: Tensor) -> Told:
-        """What a step computes before anything changes: of a batch at once, or in parts as memory runs out."""
+        """What a step computes before anything changes: of a batch at once, or in parts as memory runs out.
+
+        Of several processes each has its rows of the batch, which count by their share of it.
+        """
 
         def in_parts_of(size: int) -> Tensor:
             for parameter in self.parameters.values():
@@ -166,7 +179,7 @@ class _Loop:
             total = torch.zeros((), device=self.device)
             for part in batch.split(size):
                 # A mean over windows: each part counts by its share of them.
-                loss = self.training.loss(part) * (len(part) / len(batch))
+                loss = self.training.loss(part) * (len(part) / self.training.batch_size)
                 loss.backward()
                 total = loss.detach() if len(part) == len(batch) else total + loss.detach()
             return total

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
+from spectrim.engines.labels import loss_of_sampled_labels, loss_of_text, skip_labels_of_others
 from spectrim.engines.pack import fingerprint
+from spectrim.engines.spread import bring_together, is_own, of_nothing, own_spans, owners_of
 from spectrim.engines.sums import KeptSums, Sums
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
 from spectrim.models.walk import Walk, device_of, shared_inputs
+from spectrim.processes import present
 from spectrim.stats import GRADIENT_STATS, INPUT_STATS, SAMPLED_STATS, Stat, Stats
 
 GRADIENT_CLIP = 10.0
@@ -42,6 +45,7 @@ def measure(
     checkpoint: Checkpoint | None = None,
     stage: str = "statistics",
     after: str = "",
+    owned: bool = False,
 ) -> dict[str, Stats]:
     """Statistics of every target layer over `ids` (windows, length); the model's weights are not touched.
 
@@ -52,9 +56,14 @@ def measure(
 
     With a `checkpoint` the sums are kept as its `stage` and gone on with, in batches of any size; `after` says by a
     hash what the model is.
+
+    Several processes share the windows; `owned` leaves each with the statistics of the layers that it owns, and the
+    sums of unfinished passes are then not kept.
     """
     if not needs:
-        return {layer.name: Stats(tokens=int(ids.numel())) for layer in walk.layers}
+        return of_nothing(walk, int(ids.numel()), owned=owned)
+    owners = owners_of(walk, needs) if owned else None
+    checkpoint = checkpoint if present().alone else None
     assert not (Stat.SLOPE in needs and needs & SAMPLED_STATS), "one pass has one kind of labels"
     with frozen(model):  # before the groups are found: in training mode OPT drops whole layers at random
         groups = shared_inputs(model, walk.layers)
@@ -76,8 +85,11 @@ def measure(
         def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
             add_gradient(sums[name], gradient, x, needs, windows)
 
+        skip_labels_of_others(model, ids[:border], batch_size, generator)
+        spans = own_spans(len(ids), border, batch_size, measured)
+        passed, total = measured, measured + sum(stop - start for start, stop in spans)
         with hooks(model, walk, on_input, on_gradient if border else None), autocast(device):
-            for start, stop in spans(len(ids), border, batch_size, measured):
+            for start, stop in spans:
                 batch = ids[start:stop].to(device)
                 if start < border and Stat.SLOPE in needs:
                     backward_from_text(model, batch)
@@ -88,22 +100,16 @@ def measure(
                         model(input_ids=batch, use_cache=False)
                 check_sums(sums, f"the batch that starts at calibration window {start}")
                 keeper.save(stop, last=stop == len(ids))
+                passed += stop - start
                 if progress is not None:
-                    progress("calibrate", stop, len(ids))
+                    progress("calibrate", passed, total)
+    bring_together(sums, leader, walk, needs, device, owners)
     for own in sums.values():
         own.to_means()
-    layers = [la.name for la in walk.layers]
+    layers = [la.name for la in walk.layers if is_own(la.name, owners)]
     if unreached == "leave out":
         layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not border)]
     return {name: finish(name, sums[name], sums[leader[name]], needs) for name in layers}
-
-
-def spans(windows: int, border: int, batch_size: int, done: int) -> list[tuple[int, int]]:
-    """First window and end of each batch after the windows that are `done`, in whatever batches; none lies across the
-    border, so that the batch size does not decide how many windows give gradients.
-    """
-    starts = [*range(done, border, batch_size), *range(max(done, border), windows, batch_size)]
-    return list(zip(starts, [*starts[1:], windows], strict=False))
 
 
 def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
@@ -112,25 +118,10 @@ def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generato
         loss_of_sampled_labels(model(input_ids=batch, use_cache=False).logits, generator).backward()
 
 
-def loss_of_sampled_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """`sum over tokens of -log p(sampled next token)` from logits (B, S, V)."""
-    log_p = logits.float().log_softmax(-1)
-    with torch.no_grad():
-        # The Gumbel trick samples from all positions at once, on any device, from a seeded generator.
-        uniform = torch.rand(log_p.shape, generator=generator, device=log_p.device).clamp_(1e-20, 1 - 1e-7)
-        labels = (log_p - (-uniform.log()).log()).argmax(-1, keepdim=True)
-    return -log_p.gather(-1, labels).sum()
-
-
 def backward_from_text(model: PreTrainedModel, batch: Tensor) -> None:
     """Backpropagate `sum over tokens of -log p(next token of the text)`."""
     with torch.enable_grad():
         loss_of_text(model(input_ids=batch, use_cache=False).logits, batch).backward()
-
-
-def loss_of_text(logits: Tensor, batch: Tensor) -> Tensor:
-    """`sum over tokens of -log p(next token of the text)` from logits (B, S, V) of tokens (B, S)."""
-    return -logits[:, :-1].float().log_softmax(-1).gather(-1, batch[:, 1:, None]).sum()
 
 
 OnInput = Callable[[str, Tensor], None]
@@ -246,12 +237,16 @@ def finish(name: str, own: Sums, shared: Sums, needs: frozenset[Stat]) -> Stats:
 
 
 def dead_inputs(stats: Mapping[str, Stats]) -> list[str]:
-    """One warning that counts the layers with inputs that were 0 for every token; their columns are cut at will."""
+    """One warning that counts the layers with inputs that were 0 for every token; their columns are cut at will.
+
+    Of several processes each has `stats` of its own layers; the warning is of all.
+    """
     dead: dict[str, tuple[int, int]] = {}
     for name, own in stats.items():
         sizes = own.mean_abs if own.gram is None else own.gram.diagonal()
         if sizes is not None and not bool(sizes.all()):
             dead[name] = (int((sizes == 0).sum()), len(sizes))
+    dead = {name: counts for own in present().objects(dead) for name, counts in own.items()}
     if not dead:
         return []
     name, (count, total) = next(iter(dead.items()))

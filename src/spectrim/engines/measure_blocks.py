@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectrim.engines.labels import loss_of_sampled_labels, loss_of_text
 from spectrim.engines.measure import (
     Progress,
     add_gradient,
@@ -26,12 +27,10 @@ from spectrim.engines.measure import (
     check_sums,
     frozen,
     hooks_on,
-    loss_of_sampled_labels,
-    loss_of_text,
-    spans,
 )
 from spectrim.engines.relay import Relay
 from spectrim.engines.shelf import StatsShelf
+from spectrim.engines.spread import own_spans
 from spectrim.engines.stream import Call
 from spectrim.engines.sums import Sums
 from spectrim.errors import InputError
@@ -85,7 +84,10 @@ def measure_blocks(
         border = min(gradient_windows, len(ids)) if needs & GRADIENT_STATS else 0
         batches, hidden = [], []
         # Those that only go forward save nothing for a way back: more of them at a time.
-        for start, stop in [*spans(border, border, batch_size, 0), *spans(len(ids), 0, ONE_WAY * batch_size, border)]:
+        for start, stop in [
+            *own_spans(border, border, batch_size),
+            *own_spans(len(ids), 0, ONE_WAY * batch_size, border),
+        ]:
             tokens = ids[start:stop].to(device)
             first, calls = relay.enter(tokens)
             hidden.append(first)

@@ -24,6 +24,7 @@ from spectrim.engines.parts import Run, energies_of, load_own
 from spectrim.engines.ranks import Plan
 from spectrim.engines.recompute import recomputed, recomputes
 from spectrim.engines.shelf import components_of, scale
+from spectrim.engines.spread import own_spans, own_windows, sum_gradients, sum_of_facts
 from spectrim.errors import NumericalError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LearnedMethod
@@ -155,10 +156,11 @@ def score_gradients(
         layer.scores.requires_grad_(True)
         if not begun:
             layer.scores.grad = None
-    for start in range(begun, len(ids), batch_size):
-        batch = ids[start : start + batch_size]
+    for start, stop in own_spans(len(ids), len(ids), batch_size, begun):
+        batch = ids[start:stop]
         (step_loss(method, student, dense, batch.to(device_of(dense))) * len(batch) / len(ids)).backward()
-        save(start + len(batch))
+        save(stop)
+    sum_gradients([layer.scores for layer in scored.values()])
     found = {}
     for name, layer in scored.items():
         gradient = layer.scores.grad
@@ -187,10 +189,12 @@ def best_length(
 
     def loss() -> float:
         total = 0.0
-        for batch in ids.split(batch_size):
+        for batch in own_windows(ids).split(batch_size):
+            if not len(batch):  # fewer windows than processes
+                continue
             with autocast(device):
                 total += float(step_loss(method, student, dense, batch.to(device))) * len(batch) / len(ids)
-        return total
+        return sum_of_facts([total])[0]
 
     best, least = 0.0, loss()
     for length in LENGTHS:

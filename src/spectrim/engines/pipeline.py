@@ -37,6 +37,7 @@ from spectrim.engines.quantise_factors import check_asked, quantise_behind
 from spectrim.engines.recovery import recover
 from spectrim.engines.run import Run
 from spectrim.engines.shelf import energies_in
+from spectrim.engines.unspread import refuse_unspread
 from spectrim.engines.whole import make_whole, refuse_skipped
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Method
@@ -83,6 +84,7 @@ def compress_model(
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense), calibration.shape[1])
+    refuse_unspread(method, steps, factor_bits, len(calibration), gradient_windows)
     run = run_of(dense, walk, method)(
         dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint, length=calibration.shape[1]
     )

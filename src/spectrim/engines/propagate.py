@@ -16,7 +16,7 @@ error overfits the calibration text, on which C and S are measured.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,10 +28,12 @@ from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.parts import Parts, energies_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan, plan_to_facts
+from spectrim.engines.spread import hand_round_some, holders_of, own_windows
 from spectrim.engines.stream import Stream, input_moments, start
 from spectrim.linalg.factor import Spectrum, drift_target, token_share
 from spectrim.method import LayerMethod
 from spectrim.models.walk import Layer, Walk, device_of, shared_inputs, weight_of
+from spectrim.processes import present
 from spectrim.stats import Stat, Stats
 
 STAGE = "propagated"
@@ -58,6 +60,9 @@ def propagate(
     In place, since all components of all layers are the largest thing in memory. Layers whose tokens are routed keep
     their spectra and are named in a warning: the two models route differently, so that inputs have no partner.
 
+    Several processes share the windows; each layer is decomposed by the one that has its `stats`, and then all have
+    the spectra of all layers.
+
     With a `checkpoint` finished blocks are kept in parts; going on, both models pass them again without measuring.
     `after` says by a hash what the spectra were at first: a try that failed has replaced some of them. `begin` makes
     the streams of both models (relay.entered runs no block for that).
@@ -70,20 +75,18 @@ def propagate(
     with frozen(dense), autocast(device_of(dense)):
         student = skeleton(dense)
         groups = shared_inputs(dense, walk.layers)  # in running order
-        full, small = begin(dense, walk, ids, batch_size), begin(student, walk, ids, batch_size)
+        owners, mine = holders_of(walk, stats), own_windows(ids)
+        full, small = begin(dense, walk, mine, batch_size), begin(student, walk, mine, batch_size)
         for block in range(len(walk.block_names)):
             here = [group for group in groups if layers[group[0]].block == block]
             for group in here:
-                moments = None if block < finished else input_moments(full, small, block, group[0])
+                moments = None if block < finished else _moments(full, small, block, group[0], len(mine) / len(ids))
+                if block >= finished:
+                    unpaired += group if moments is None else []
+                    own = [layers[name] for name in group if name in stats]
+                    _decompose(method, dense, own, spectra, stats, moments, ids.numel())
+                hand_round_some(dense, group, owners, spectra)
                 for name in group:
-                    if moments is not None:
-                        weight = weight_of(dense.get_submodule(name)).double()
-                        spectra[name] = _corrected(method, layers[name], weight, stats[name], moments, ids.numel())
-                    elif block >= finished:
-                        unpaired.append(name)
-                        if name not in spectra:  # only the energies were worked out (large.py)
-                            weight = weight_of(dense.get_submodule(name)).double()
-                            spectra[name] = decompose_layer(method, layers[name], weight, stats[name])
                     place_cut(student, dense, name, spectra[name], plan.targets[name])
             if block >= finished:
                 _keep(parts, [name for group in here for name in group if name not in unpaired], unpaired, spectra)
@@ -93,6 +96,17 @@ def propagate(
                 progress("propagate", block + 1, len(walk.block_names))
     parts.finish()
     return [_warning(unpaired)] if unpaired else []
+
+
+def _moments(full: Stream, small: Stream, block: int, name: str, share: float) -> tuple[Tensor, Tensor] | None:
+    """`input_moments` over the windows of all ranks, of which this one has a `share`; the same bits everywhere."""
+    own, group = input_moments(full, small, block, name), present()
+    if group.alone:
+        return own
+    if not all(group.objects(own is not None)):
+        return None
+    assert own is not None
+    return group.sum_everywhere(own[0] * share), group.sum_everywhere(own[1] * share)
 
 
 def _keep(parts: Parts, paired: list[str], unpaired: list[str], spectra: Mapping[str, Spectrum]) -> None:
@@ -115,6 +129,24 @@ def _restore(
             for name in item["paired"]:
                 spectra[name] = spectrum_from(saved.tensors, name, weight_of(dense.get_submodule(name)).device)
     return parts.saved
+
+
+def _decompose(
+    method: LayerMethod,
+    dense: PreTrainedModel,
+    layers: Sequence[Layer],
+    spectra: MutableMapping[str, Spectrum],
+    stats: Mapping[str, Stats],
+    moments: tuple[Tensor, Tensor] | None,
+    tokens: int,
+) -> None:
+    """The spectra of layers with one input, in place: of W*, or of the weight where the input has no partner."""
+    for layer in layers:
+        weight, own = weight_of(dense.get_submodule(layer.name)).double(), stats[layer.name]
+        if moments is not None:
+            spectra[layer.name] = _corrected(method, layer, weight, own, moments, tokens)
+        elif layer.name not in spectra:  # only the energies were worked out (large.py)
+            spectra[layer.name] = decompose_layer(method, layer, weight, own)
 
 
 def _corrected(

@@ -1,6 +1,8 @@
 """What the closed-form part of a compression shares between its rounds: steps 2 to 5 of pipeline.py.
 
 Statistics and spectra of all layers are held at once, which large models do not allow: large.py.
+
+Of several processes each has the statistics and the spectra of its own layers, until `hand_round` gives all to all.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -24,11 +26,13 @@ from spectrim.engines.parts import SavedFirst, energies_of
 from spectrim.engines.propagate import propagate
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.search import searched_plan
-from spectrim.engines.shelf import StatsShelf, bytes_of, energies_in
+from spectrim.engines.shelf import StatsShelf, bytes_of
+from spectrim.engines.spread import energies_of_all, hand_round
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
 from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, Method, OrderedMethod
 from spectrim.models.walk import Walk, device_of
+from spectrim.processes import present
 from spectrim.stats import Stat, Stats
 
 CPU_BATCH, GPU_BATCH = 4, 32
@@ -60,6 +64,7 @@ class Run:
     def __post_init__(self) -> None:
         on_gpu = max(1, GPU_BATCH * SHORT // max(SHORT, self.length))
         self.batch = Batch(CPU_BATCH if device_of(self.dense).type == "cpu" else on_gpu)
+        self.unfinished = self.checkpoint if present().alone else None  # each of several has sums of its own
 
     @property
     def by_layer(self) -> LayerMethod:
@@ -125,10 +130,13 @@ class Run:
         if self.one_size and self.keep < 1:
             with timed(self.clock, "solve"):
                 solve_at_ranks(self.by_layer, self.walk, spectra, plan, stats)
+        with timed(self.clock, "decompose"):
+            cut = self.one_size and not self.changes and not (self.method.windows_trained and self.keep < 1)
+            hand_round(self.dense, self.walk, spectra, self.means, stats, plan if cut else None)
         if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
             with timed(self.clock, "newton"):
                 given = (self.method, self.dense, self.walk, spectra, plan, self.round_windows(ids))
-                told = {"steps": self.method.newton_steps, "progress": self.progress, "checkpoint": self.checkpoint}
+                told = {"steps": self.method.newton_steps, "progress": self.progress, "checkpoint": self.unfinished}
                 self.batch.run("newton", lambda size: newton_scores(*given, batch_size=size, **told))
         return spectra, plan
 
@@ -143,10 +151,10 @@ class Run:
         self, spectra: Mapping[str, Spectrum], plan: Plan, ids: Tensor, again: int
     ) -> Mapping[str, Stats]:
         """Statistics of the compressed model; of all sizes it is to serve, their mean."""
-        after = "" if self.checkpoint is None else energies_of(spectra)
+        after = "" if self.unfinished is None else energies_of(spectra)
         mean: Mapping[str, Stats] = {}
         for position, size in enumerate(self.again_at or (self.keep,)):
-            energies = energies_in(spectra)
+            energies = {} if size == self.keep else energies_of_all(self.dense, self.walk, spectra)
             at_size = plan if size == self.keep else plan_ranks(self.by_layer, self.walk, energies, size)
             student = skeleton(self.dense)
             apply_plan(student, self.walk, at_size, spectra, means=self.means)
@@ -165,10 +173,11 @@ class Run:
     ) -> Mapping[str, Stats]:
         """Those of round `again`, kept as `stage`; `after` says by a hash what `model` is."""
         kept_as = again if stage is None else stage
-        told = {"seed": self.seed + again, "progress": self.progress, "checkpoint": self.checkpoint}
+        told = {"seed": self.seed + again, "progress": self.progress, "checkpoint": self.unfinished}
         with timed(self.clock, "calibrate"):
             asked = (model, self.walk, ids, self.method.needs)
             more = {"gradient_windows": self.gradient_windows, "stage": f"statistics {kept_as}", "after": after}
+            more["owned"] = isinstance(self.method, LayerMethod)
             stats = self.batch.run("calibrate", lambda size: measure(*asked, batch_size=size, **more, **told))
         if self.method.refinement is None:
             return stats
@@ -190,8 +199,8 @@ class Run:
         windows = self.round_windows(ids) if device_of(self.dense).type == "cpu" else ids
         given = (self.by_layer, self.dense, self.walk, spectra, plan, stats, windows)
         with timed(self.clock, "propagate"):
-            after = None if self.checkpoint is None else energies_of(spectra)
-            told = {"progress": self.progress, "checkpoint": self.checkpoint, "after": after}
+            after = None if self.unfinished is None else energies_of(spectra)
+            told = {"progress": self.progress, "checkpoint": self.unfinished, "after": after}
             self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
 
     def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[MutableMapping[str, Spectrum], Plan]:
@@ -199,11 +208,11 @@ class Run:
         if self.method.centres:
             self.means = {name: own.get(Stat.MEAN) for name, own in stats.items()}
         with timed(self.clock, "decompose"):
-            told: dict[str, Any] = {"checkpoint": self.checkpoint, "progress": self.progress}
+            told: dict[str, Any] = {"checkpoint": self.unfinished, "progress": self.progress}
             spectra = decompose_all(self.by_layer, self.dense, self.walk, stats, stage=f"spectra {again}", **told)
         if isinstance(self.method, OrderedMethod) and self.method.allocation == "order":
             with timed(self.clock, "allocate"):
                 return spectra, ordered_plan(self.method, self.dense, self.walk, spectra, stats, self.keep)
         with timed(self.clock, "allocate"):
-            energies = energies_in(spectra)
+            energies = energies_of_all(self.dense, self.walk, spectra)
             return spectra, plan_ranks(self.by_layer, self.walk, energies, self.keep)

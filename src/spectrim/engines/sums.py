@@ -10,6 +10,11 @@ from spectrim.engines.parts import Run, load_own, size_of
 from spectrim.stats import Stat
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Apple's GPUs have no float64; everything else sums in double."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass
 class Sums:
     """Running sums of one shared input, or of one layer's outputs."""
@@ -22,9 +27,7 @@ class Sums:
     def total(self, stat: Stat, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The float64 sum, created at first use."""
         if stat not in self.totals:
-            # Apple's GPUs have no float64; everything else sums in double.
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self.totals[stat] = torch.zeros(shape, dtype=dtype, device=device)
+            self.totals[stat] = torch.zeros(shape, dtype=sum_dtype(device), device=device)
         return self.totals[stat]
 
     def to_means(self) -> None:

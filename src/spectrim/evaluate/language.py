@@ -20,6 +20,7 @@ from spectrim.errors import NumericalError
 from spectrim.evaluate.intervals import Interval, of_mean
 from spectrim.memory import Batch
 from spectrim.models.walk import device_of
+from spectrim.processes import present
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +45,24 @@ def evaluate(
 ) -> Quality:
     """Quality over `ids` (windows, length); `dense` is the model before compression. Batches shrink as memory does.
 
-    `batch_size` is of windows of up to 512 tokens; of longer ones there are fewer in a batch.
+    `batch_size` is of windows of up to 512 tokens; of longer ones there are fewer in a batch. Several processes share
+    the windows, and all return the same.
     """
-    return Batch(max(1, batch_size * 512 // max(512, ids.shape[1]))).run(
-        "evaluate", lambda size: _evaluate(model, ids, dense, size)
-    )
+    share = present().share_of(len(ids))
+    size = max(1, batch_size * 512 // max(512, ids.shape[1]))
+    own = Batch(size).run("evaluate", lambda size: _sums(model, ids[share], dense, size))
+    sums = torch.zeros(len(own), len(ids), dtype=torch.float64)
+    sums[:, share] = own
+    return _quality(present().sum_everywhere(sums), ids.shape[1])
 
 
 @torch.no_grad()
-def _evaluate(model: PreTrainedModel, ids: Tensor, dense: PreTrainedModel | None, batch_size: int) -> Quality:
+def _sums(model: PreTrainedModel, ids: Tensor, dense: PreTrainedModel | None, batch_size: int) -> Tensor:
+    """What `_quality` is made from, over any number of windows (none, where there are fewer than processes)."""
     device = device_of(model)
-    parts: list[Tensor] = []
+    parts = [torch.zeros(1 if dense is None else 4, 0, dtype=torch.float64)]
     with frozen(model), autocast(device):
-        for batch in ids.split(batch_size):
+        for batch in ids.split(batch_size) if len(ids) else ():
             batch = batch.to(device)
             log_p = next_token_log_probabilities(model, batch)
             own = [-_of_text(log_p, batch)]
@@ -67,7 +73,7 @@ def _evaluate(model: PreTrainedModel, ids: Tensor, dense: PreTrainedModel | None
                 own.append((log_q.exp() * (log_q - log_p)).double().sum((1, 2)))
                 own.append((log_q.argmax(-1) == log_p.argmax(-1)).double().sum(1))
             parts.append(torch.stack(own).cpu())
-    return _quality(torch.cat(parts, 1), ids.shape[1])
+    return torch.cat(parts, 1)
 
 
 def _of_text(log_p: Tensor, batch: Tensor) -> Tensor:

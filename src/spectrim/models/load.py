@@ -24,6 +24,7 @@ from spectrim.models.extra import give_extra
 from spectrim.models.plain_reads import plain_reads
 from spectrim.models.walk import find_layers, weight_of
 from spectrim.options import DTYPE_NAMES, check_device, check_dtype
+from spectrim.processes import own_device
 from spectrim.store import Checkpoint, TensorInfo, open_checkpoint
 from spectrim.store.files import Stamp, stamp_of
 
@@ -330,16 +331,16 @@ def _from_pretrained(source: Source, dtype: torch.dtype, **options: Any) -> tupl
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU; a device that is not there is an error."""
+    """`auto` is the first GPU, of several processes each one's own, else the CPU; one that is not there is an error."""
     check_device(name)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ResourceError(f"--device {name}: this machine has no Apple GPU that torch can use; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
-    return device
+    return own_device(device)
 
 
 def pick_dtype(name: str, source_dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,139 @@
+"""What one of several processes does in the tests: `python several_worker.py OUT CASE`, started by test_several.py."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectrim.engines import measure as measuring
+from spectrim.engines.couple import couple
+from spectrim.engines.measure import measure
+from spectrim.engines.pipeline import compress_model
+from spectrim.errors import NumericalError, SpectrimError
+from spectrim.evaluate.language import evaluate
+from spectrim.models.walk import find_layers
+from spectrim.processes import joined, present
+from spectrim.registry import make_method
+from spectrim.stats import Coupling, Stat
+from tiny_models import tiny, token_ids
+
+METHODS = {
+    "svd": {},
+    "asvd": {},
+    "svd-llm": {},
+    "afm": {},
+    "two-sided": {"coupling": "sequence"},
+    "soco": {"coupling": "none", "newton": 1, "steps": 0, "distil_steps": 0},
+    "soco balanced": {"steps": 6, "batch_size": 3, "project_every": 2, "coupling": "none", "explore": 0.3},
+}
+"""Methods of the comparison with one process, and their options."""
+KEEP = 0.6
+WINDOWS, GRADIENT_WINDOWS = 16, 8
+"""Shares of both are whole batches of four, so that each batch is computed as by one process."""
+UNEVEN = 9, 5
+
+
+def architecture(method: str) -> str:
+    return "llama-gqa-bias" if method == "soco" else "llama"
+
+
+def ids() -> Tensor:
+    return token_ids(WINDOWS, 16)
+
+
+def compressed(method: str) -> PreTrainedModel:
+    """What a method makes of a tiny model."""
+    made = compress_model(
+        tiny(architecture(method)), make_method(method.split()[0], None, dict(METHODS[method])), KEEP, ids(),
+        gradient_windows=GRADIENT_WINDOWS,
+    )  # fmt: skip
+    return made.model
+
+
+def statistics() -> dict[str, Tensor]:
+    """All that calibration measures, of all layers."""
+    model = tiny("llama")
+    walk = find_layers(model)
+    needs = frozenset(Stat) - {Stat.SLOPE}
+    windows, gradient_windows = UNEVEN
+    seen = ids()[:windows]
+    stats = measure(model, walk, seen, needs, batch_size=2, gradient_windows=gradient_windows, owned=True)
+    stats = couple(model, walk, seen[:gradient_windows], stats, Coupling(0.01, 0.2), batch_size=2)
+    return {f"{name}.{stat}": value for name, own in stats.items() for stat, value in own.measured().items()}
+
+
+def quality(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Figures of a compressed model beside the dense one."""
+    found = evaluate(model, token_ids(5, 16, seed=7), dense=tiny("llama"), batch_size=2)
+    assert found.kl is not None
+    assert found.kl_interval is not None
+    return {
+        "quality": torch.tensor([found.perplexity, found.kl, *found.kl_interval, found.tokens], dtype=torch.float64)
+    }
+
+
+def save(out: Path, name: str, tensors: dict[str, Tensor]) -> None:
+    save_file({key: t.detach().contiguous().clone() for key, t in tensors.items()}, out / f"{name}.safetensors")
+
+
+def compare(out: Path) -> None:
+    """Everything that is compared with one process; each rank saves its own."""
+    rank = present().rank
+    save(out, f"statistics {rank}", statistics())
+    for method in METHODS:
+        model = compressed(method)
+        save(out, f"{method} {rank}", dict(model.state_dict()))
+        if method == "svd-llm":
+            save(out, f"quality {rank}", quality(model))
+
+
+def killed(_out: Path) -> None:
+    """The second rank is killed while the first waits for it."""
+    present().wait()
+    if present().rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    present().wait()
+
+
+def stuck(_out: Path) -> None:
+    """The second rank fails while the first is in something that no error ends, as a GPU's collectives are."""
+    present().wait()
+    if present().rank == 1:
+        raise NumericalError("blocks.3: the inputs are not finite")
+    time.sleep(300)
+
+
+def fails(_out: Path) -> None:
+    """The second rank finds a number that is not finite in the windows that only it sees."""
+    model, walk = tiny("llama"), find_layers(tiny("llama"))
+    if present().rank == 1:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[ids()[-1, -1]] = torch.inf
+    measure(model, walk, ids(), frozenset({Stat.GRAM}), owned=True)
+
+
+CASES: dict[str, Callable[[Path], None]] = {case.__name__: case for case in (compare, killed, stuck, fails)}
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    measuring.cpu_has_bf16 = lambda: False  # as in the test: products of bfloat16 round by 1e-3
+    out, case = Path(sys.argv[1]), CASES[sys.argv[2]]
+    try:
+        with joined("cpu"):
+            case(out)
+    except SpectrimError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
