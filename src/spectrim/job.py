@@ -235,7 +235,9 @@ def samples_of(
     dense: PreTrainedModel, outcome: Outcome, windows: Windows | None, text: TextRead
 ) -> list[dict[str, Any]]:
     """What both models say after the beginnings of some evaluation windows."""
-    return [] if windows is None else compare_samples(dense, outcome.model, windows.ids, text.tokenizer)
+    if windows is None:
+        return []
+    return compare_samples(dense, outcome.model, windows.ids, text.tokenizer, warnings=outcome.warnings)
 
 
 def judge(

@@ -70,8 +70,8 @@ def finer_than_held(dense: PreTrainedModel, dtype: torch.dtype) -> list[str]:
         return []
     asked, had = (str(d).removeprefix("torch.") for d in (dtype, held))
     return [
-        f"--dtype {asked}: the model was held in {had}, since its weights in float32 would take too much of the GPU, so "
-        f"compressed layers hold numbers that were rounded to {had}; a larger GPU or --device cpu keeps {asked}"
+        f"--dtype {asked}: the model was held in {had}, since its weights in float32 would take too much of the GPU, "
+        f"so compressed layers hold numbers that were rounded to {had}; a larger GPU or --device cpu keeps {asked}"
     ]
 
 
