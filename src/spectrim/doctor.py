@@ -33,7 +33,7 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "peft": (("peft",), "LoRA on compressed layers"),
     "torchao": (("torchao",), "torchao's quantisation of compressed layers"),
 }
-"""Extras of pyproject.toml (but dev): the modules they bring, and what each is for."""
+"""Extras of pyproject.toml (but dev and docs): the modules they bring, and what each is for."""
 HUB_SECONDS = 2.0
 LEAST_DISK = 2**30
 """Free bytes below which a result of a model of any size hardly fits."""

@@ -35,7 +35,7 @@ def test_a_sound_machine(tmp_path: Path) -> None:
     assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["disk"]["free"] > 0
     assert found["memory"]["total"] >= found["memory"]["available"] > 0
-    assert set(found["extras"]) == set(PROJECT["project"]["optional-dependencies"]) - {"dev"}
+    assert set(found["extras"]) == set(PROJECT["project"]["optional-dependencies"]) - {"dev", "docs"}
     assert found["hub"] == {"looked": False}
     shown = call("doctor", "--no-hub", "--folder", tmp_path)
     assert "nothing that is needed is broken" in shown.out

@@ -143,7 +143,7 @@ class _Pair:
             return
         sizes = [len(part) for hidden in self.dense.hidden for part in hidden.split(size)]
         streams = (self.dense, self.small)
-        with autocast(device_of(self.dense.model)):
+        with _products_like(self.dense.hidden[0]):  # in the midst of training, perhaps
             arguments = [start(stream.model, self.walk, self.ids, sizes).arguments for stream in streams]
         for stream, own in zip(streams, arguments, strict=True):
             stream.split(size, own)
