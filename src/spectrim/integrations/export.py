@@ -48,12 +48,13 @@ def export_dense(source: Source, out: Path, *, size: float | None = None, overwr
 
 def forget_code(model: PreTrainedModel) -> None:
     """A model of a portable folder no longer names the code there, which is not written with it."""
-    known = getattr(model.config, "auto_map", None)
+    config: Any = model.config  # whose classes do not all declare the field
+    known = getattr(config, "auto_map", None)
     left = without_code(known)
     if left:
-        model.config.auto_map = left
+        config.auto_map = left
     elif known is not None:
-        del model.config.auto_map
+        del config.auto_map
 
 
 def without_code(auto_map: Mapping[str, Any] | None) -> dict[str, Any]:
