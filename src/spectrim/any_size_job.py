@@ -137,13 +137,14 @@ def compress_sizes(
     with timed(sizes.seconds, "evaluate"):
         quality = judge_sizes(sizes, texts.evaluation, dtype, progress, allow_nonfinite=skips)
     samples: list[dict[str, Any]] = []
+    unshown: list[str] = []
     if texts.evaluation is not None:
         with timed(sizes.seconds, "samples"):
             default = sizes.at(request.keep)
             round_to(default, dtype, allow_nonfinite=skips)
-            samples = compare_samples(dense, default, texts.evaluation.ids, text.tokenizer)
+            samples = compare_samples(dense, default, texts.evaluation.ids, text.tokenizer, warnings=unshown)
     verdict = gate_of_sizes(quality, request.keep, request.quality_gate)
-    sizes.warnings += (*filter(None, [gate_warning(verdict)]), *summary(fallbacks))
+    sizes.warnings += (*unshown, *filter(None, [gate_warning(verdict)]), *summary(fallbacks))
     report = build_any_size_report(dataclasses.asdict(request), source, sizes, texts, quality, dtype)
     report |= {"quality_gate": verdict, "fallbacks": [f._asdict() for f in fallbacks], "samples": samples}
     report |= {"resumed": resume.resumed, "determinism": determinism()}

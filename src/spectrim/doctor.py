@@ -26,11 +26,14 @@ from spectrim.machine import measure_rates
 
 EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "hub": (("datasets",), "data sets of the hub as --calib and --eval text"),
-    "ilp": (("scipy",), "allocation by integer programming (method lq-lora)"),
+    "ilp": (("scipy",), "allocation by integer programming (lq-lora needs it, trellis gains by it)"),
     "eval": (("lm_eval",), "tasks of lm-evaluation-harness (spectrim eval --lm-eval)"),
     "track": (("tensorboard",), "curves of a run in TensorBoard (--track tensorboard)"),
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "graphs for ONNX Runtime (spectrim export --to onnx)"),
+    "peft": (("peft",), "LoRA on compressed layers"),
+    "torchao": (("torchao",), "torchao's quantisation of compressed layers"),
 }
-"""Extras of pyproject.toml: the modules they bring, and what each is for."""
+"""Extras of pyproject.toml (but dev and docs): the modules they bring, and what each is for."""
 HUB_SECONDS = 2.0
 LEAST_DISK = 2**30
 """Free bytes below which a result of a model of any size hardly fits."""

@@ -1,6 +1,7 @@
 """One evaluation: a model, and the dense one beside it, on the same text, tasks, questions, in one run."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,7 @@ def run_eval(request: EvalRequest, *, progress: Progress | None = None) -> tuple
             facts[name]["decode_tokens_per_s"] = decode_tokens_per_s(model)
         if "dense" in models:
             facts["speed_note"] = speed_note(*(facts[name]["decode_tokens_per_s"] for name in ("model", "dense")))
+    facts["notes"] = notes_on_room(models, facts)
     return facts, results
 
 
@@ -151,6 +153,19 @@ def on_text(models: dict[str, PreTrainedModel], tokens: Windows) -> dict[str, An
         quality = evaluate(model, tokens.ids, dense=models.get("dense") if name == "model" else None)
         facts[name] = named(dataclasses.asdict(quality))
     return facts
+
+
+def notes_on_room(models: Mapping[str, PreTrainedModel], facts: Mapping[str, Any]) -> list[str]:
+    """What was not measured because a model's context has no room for a continuation."""
+    notes = []
+    for name, model in models.items():
+        asked = {"decode_tokens_per_s": facts[name].get("decode_tokens_per_s", 0)}
+        asked["repetition"] = facts.get("metrics", {}).get("repetition", {}).get(name, 0)
+        left = [what for what, value in asked.items() if value is None]
+        if left:
+            room = f"its context of {context_length(model.config)} tokens has no room for a continuation"
+            notes.append(f"{name}: no {' and '.join(left)}: {room}")
+    return notes
 
 
 def named(facts: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from spectrim.errors import NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.evaluate.samples import compare_samples
-from spectrim.integrations.folder import COMPANIONS, finalise, round_to, write_folder
+from spectrim.integrations.folder import COMPANIONS, finalise, finer_than_held, round_to, write_folder
 from spectrim.linalg.bits import PER_NUMBER, Unit, stored_size
 from spectrim.linalg.fallback import Fallback, listening, summary
 from spectrim.method import Method
@@ -210,7 +210,7 @@ def _compress_source(
             checkpoint=shared(resume),
         )
     outcome.seconds |= clock
-    outcome.warnings += [*said, *texts.warnings]
+    outcome.warnings += [*said, *finer_than_held(dense, dtype), *texts.warnings]
     round_to(outcome.model, dtype, allow_nonfinite=skips)
     with timed(outcome.seconds, "evaluate"):
         quality = judge(outcome, dense, texts.evaluation, progress)
@@ -235,7 +235,9 @@ def samples_of(
     dense: PreTrainedModel, outcome: Outcome, windows: Windows | None, text: TextRead
 ) -> list[dict[str, Any]]:
     """What both models say after the beginnings of some evaluation windows."""
-    return [] if windows is None else compare_samples(dense, outcome.model, windows.ids, text.tokenizer)
+    if windows is None:
+        return []
+    return compare_samples(dense, outcome.model, windows.ids, text.tokenizer, warnings=outcome.warnings)
 
 
 def judge(

@@ -1,12 +1,13 @@
 """Block refinement: every architecture, the definition of its loss, what changes and what must not."""
 
 import copy
+import dataclasses
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
@@ -186,3 +187,44 @@ def test_on_the_embedded_model_held_out_text_comes_nearer_to_the_dense_model():
     ratios = [float(F.mse_loss(a, w) / F.mse_loss(b, w)) for a, b, w in zip(after, before, want, strict=True)]
     assert max(ratios) < 0.97
     assert evaluate(student, held_out, dense=dense).kl < 0.97 * kl
+
+
+@pytest.mark.parametrize("storage", ["factor", "pivot"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_model_held_in_bfloat16_trains_in_float32_and_is_rounded_after(architecture, storage, monkeypatch):
+    """In bfloat16 most steps of 1e-4 are rounded away: there these losses rise."""
+    seen: list[set[torch.dtype]] = []
+    train = block_engine.train
+
+    def spied(training, *given, **named):
+        def loss(batch):
+            seen.append({p.dtype for group in training.groups for p in group.parameters.values()})
+            return training.loss(batch)
+
+        return train(dataclasses.replace(training, loss=loss), *given, **named)
+
+    monkeypatch.setattr(block_engine, "train", spied)
+    losses = {}
+    for held in (torch.float32, torch.bfloat16):
+        teacher = nn.Module.to(tiny(architecture).bfloat16(), held)
+        student = compress_model(teacher, make_method("svd", options={"storage": storage}), 0.5, IDS).model
+        losses[held] = refine_blocks(student, teacher, find_layers(teacher), IDS, steps=40, batch_size=8)
+        assert {p.dtype for p in student.parameters()} == {held}
+        assert {p.dtype for p in teacher.parameters()} == {held}
+    assert len(seen) == 2 * 2 * 40
+    assert all(dtypes == {torch.float32} for dtypes in seen)
+    for wide, narrow in zip(*losses.values(), strict=True):
+        assert sum(narrow[-3:]) == pytest.approx(sum(wide[-3:]), rel=0.01)
+
+
+def test_a_model_held_in_bfloat16_is_in_bfloat16_again_where_training_stops(monkeypatch):
+    teacher = tiny("llama").bfloat16()
+    student = compress_model(teacher, make_method("svd"), 0.5, IDS).model
+
+    def fails(*_given, **_named):
+        raise NumericalError("stopped")
+
+    monkeypatch.setattr(block_engine, "train", fails)
+    with pytest.raises(NumericalError, match="stopped"):
+        refine_blocks(student, teacher, find_layers(teacher), IDS, steps=4)
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}

@@ -1,6 +1,8 @@
 """`doctor` says what is there and what is broken, and exits accordingly; the hub is only knocked at."""
 
+import re
 import socket
+import tomllib
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +14,8 @@ from command_line import call
 from spectrim import doctor
 from spectrim.machine import Rates
 
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RATES = Rates(
     device="cpu", computing_dtype="float32", products=1e10, full_products=1e10, copied=1e10, softmax=1e9, eigen=1e-9
 )
@@ -31,7 +35,7 @@ def test_a_sound_machine(tmp_path: Path) -> None:
     assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["disk"]["free"] > 0
     assert found["memory"]["total"] >= found["memory"]["available"] > 0
-    assert set(found["extras"]) == {"hub", "ilp", "eval", "track"}
+    assert set(found["extras"]) == set(PROJECT["project"]["optional-dependencies"]) - {"dev", "docs"}
     assert found["hub"] == {"looked": False}
     shown = call("doctor", "--no-hub", "--folder", tmp_path)
     assert "nothing that is needed is broken" in shown.out
@@ -77,3 +81,25 @@ def test_dependencies_are_those_of_the_package() -> None:
     given = ["torch>=2.4", "lm_eval>=0.4; extra == 'eval'", "rich (>=13)"]
     with mock.patch.object(doctor, "requires", return_value=given):
         assert doctor.needed_packages() == ["torch", "rich"]
+
+
+# ---- what is installed and packed
+
+
+@pytest.mark.parametrize("extra", doctor.EXTRAS)
+def test_an_extra_brings_the_modules_that_are_looked_for(extra: str) -> None:
+    brought = {re.split(r"[^\w]", line)[0] for line in PROJECT["project"]["optional-dependencies"][extra]}
+    assert set(doctor.EXTRAS[extra][0]) == brought
+
+
+def test_every_constraint_is_there_once() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    names = [line.split("==")[0] for line in lines if line and not line.startswith("#")]
+    assert len(names) > 10
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_all_that_the_source_archive_names_is_there() -> None:
+    named = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert "src" in named
+    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from command_line import TINY, call, change_weights, hashes, small_model, small_text
@@ -21,6 +22,7 @@ from spectrim.errors import InputError, NumericalError, SpectrimError, UsageErro
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
 from spectrim.job import Request, run
+from spectrim.models import load
 from spectrim.options import recovery_of
 from spectrim.registry import make_method
 from spectrim.resume import ResumeOptions
@@ -217,6 +219,20 @@ def test_a_value_that_the_stored_dtype_cannot_hold_is_refused(model: Path, tmp_p
     with mock.patch.object(job, "reload_difference", return_value=0.0):
         run(request(model, dtype="bfloat16"), tmp_path / "out")
     verify_manifest(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"), [("auto", False), ("bfloat16", False), ("float32", True), ("float16", True)]
+)
+def test_more_digits_than_the_model_was_held_in_are_told(
+    tmp_path: Path, quick_reload: None, monkeypatch: pytest.MonkeyPatch, dtype: str, told: bool
+) -> None:
+    model = small_model(tmp_path / "model")
+    nn.Module.to(AutoModelForCausalLM.from_pretrained(model), torch.bfloat16).save_pretrained(model)
+    assert run(request(model, dtype="float32"), tmp_path / "wide").report["warnings"] == []
+    monkeypatch.setattr(load, "holds_wide", lambda *_: False)
+    warnings = run(request(model, dtype=dtype), tmp_path / "out").report["warnings"]
+    assert [f"--dtype {dtype}: the model was held in bfloat16" in text for text in warnings] == [True] * told
 
 
 # ---- text

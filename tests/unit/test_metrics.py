@@ -1,5 +1,6 @@
 """Figures beyond perplexity: each pure function beside a slow oracle, and what they say through `spectrim eval`."""
 
+import importlib
 import json
 import math
 import random
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from command_line import call, small_model, small_text
 from spectrim.errors import InputError, UsageError
+from spectrim.evaluate import language
 from spectrim.evaluate.forgetting import forgetting, gap_interval
 from spectrim.evaluate.harness import figures_of
 from spectrim.evaluate.intervals import Interval, of_mean, student95
@@ -45,6 +47,29 @@ def test_the_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
         covered += found.low <= 3 <= found.high
     assert covered / 2000 == pytest.approx(0.95, abs=0.015)
     assert of_mean([1.0]) is None
+
+
+def test_the_interval_of_a_share_stays_between_0_and_1() -> None:
+    assert of_mean([0.0, 0.82]) == pytest.approx((0.41 - 12.7062 * 0.41, 0.41 + 12.7062 * 0.41), rel=1e-5)
+    assert of_mean([0.0, 0.82], least=0, most=1) == (0, 1)
+    assert of_mean([0.5, 0.52, 0.51], least=0, most=1) == of_mean([0.5, 0.52, 0.51])
+    assert of_mean([1 + 1e-15, 1 + 1e-15], least=0, most=1) == (1 + 1e-15, 1 + 1e-15)  # its own mean is inside
+
+
+def test_the_intervals_of_quality_and_repetition_stay_where_the_figures_can_be(monkeypatch) -> None:
+    sums = torch.tensor([[3.0, 9.0], [-3.0, 3.0], [0.0, 2.0], [0.0, 3.0]], dtype=torch.float64)
+    found = language._quality(sums, 4)  # two windows: an interval of 12.7 standard errors to each side
+    assert found.perplexity_interval is not None
+    assert found.perplexity_interval.low == 1.0
+    assert found.excess_interval == pytest.approx((-12.7062, 12.7062), rel=1e-5)
+    assert found.kl_interval == pytest.approx((0, 1 / 3 + 12.7062 / 3), rel=1e-5)
+    assert found.agreement_interval == (0.0, 1.0)
+    shares = iter([0.0, 0.82])
+    module = importlib.import_module("spectrim.evaluate.repetition")
+    monkeypatch.setattr(module, "repeated_share", lambda _: next(shares))
+    repeated = repetition(tiny("llama"), token_ids(2, 4), tokens=8)
+    assert repeated is not None
+    assert repeated.interval == (0.0, 1.0)
 
 
 def test_quality_over_windows_is_that_of_a_loop_over_tokens() -> None:
@@ -94,6 +119,7 @@ def test_a_model_that_says_one_word_repeats_itself() -> None:
             parameter.zero_()  # all logits equal: the first token for ever
     model.generation_config.eos_token_id = None
     found = repetition(model, token_ids(3, 4), tokens=20)
+    assert found is not None
     assert found.share == pytest.approx(16 / 17)
     assert (found.continuations, found.tokens) == (3, 20)
     with pytest.raises(UsageError, match="at least 4"):
@@ -106,7 +132,9 @@ def test_what_follows_the_end_token_does_not_count() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     model.generation_config.eos_token_id = 0
-    assert repetition(model, token_ids(2, 4), tokens=20).share == 0.0
+    found = repetition(model, token_ids(2, 4), tokens=20)
+    assert found is not None
+    assert found.share == 0.0
 
 
 # ---- nuclear norm and entropy

@@ -1,11 +1,13 @@
 """Portable folders: they load by their own code without spectrim, and natively with it."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +16,14 @@ from transformers import AutoModelForCausalLM
 
 import spectrim
 from command_line import call
+from spectrim import any_size_job
 from spectrim.integrations import portable_model
+from spectrim.integrations.export import export_size
+from spectrim.integrations.onnx import _write_config
 from spectrim.integrations.portable import CODE
+from spectrim.models.load import resolve
 from spectrim.nn.linears import LINEARS, LowRankLinear, PivotLinear
+from spectrim.request import Request
 from spectrim.store import verify_manifest
 from tiny_models import logits_of, tiny, token_ids
 
@@ -152,6 +159,49 @@ def test_other_codecs_are_refused_by_name(tmp_path):
     assert "layers stored as packed" in answer.message
     assert "--to dense" in answer.message
     assert not (tmp_path / "out").exists()
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_other_exports_of_a_portable_folder_do_not_name_code_that_they_lack(folders, tmp_path):
+    """transformers would look for the file, ask for `trust_remote_code`, and fail."""
+    assert config_of(folders["pivot"])["auto_map"]["AutoModelForCausalLM"].startswith("modeling_spectrim.")
+    answer = call("export", folders["pivot"], "--to", "dense", "--out", tmp_path / "dense")
+    assert answer.code == 0, answer.err
+    assert "auto_map" not in config_of(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", trust_remote_code=True, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(model.eval(), IDS), small_logits(folders["pivot"]), atol=1e-4, rtol=1e-4)
+    again = portable(folders["pivot"], tmp_path / "again")
+    assert config_of(again) == config_of(folders["pivot"])
+    assert (again / CODE).is_file()
+
+
+def test_one_size_of_a_folder_that_names_our_code_does_not(tmp_path):
+    folder = tmp_path / "sizes"
+    tiny("llama").save_pretrained(tmp_path / "model")
+    asked = Request(
+        model=str(tmp_path / "model"), keep=0.8, method="svd", calib="self", calib_windows=2, eval="none", device="cpu",
+        any_size=True, anchors=(0.8, 0.5),
+    )  # fmt: skip
+    with mock.patch.object(any_size_job, "reload_difference", return_value=0.0):
+        any_size_job.run_any_size(asked, folder)
+    config = config_of(folder)
+    own = {"AutoModel": "other.Model"}
+    code = {"AutoModelForCausalLM": "user/name--modeling_spectrim.SpectrimLlamaForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {**own, **code}}))
+    export_size(resolve(str(folder)), tmp_path / "out", size=0.6)
+    assert config_of(tmp_path / "out")["auto_map"] == own
+
+
+def test_the_configuration_beside_a_graph_names_no_code(folders, tmp_path):
+    own, want = folders["pivot"], config_of(folders["pivot"])
+    _write_config(own, tmp_path)
+    del want["auto_map"]
+    assert config_of(tmp_path) == want
+    _write_config(own.with_name("pivot-small"), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == (own.with_name("pivot-small") / "config.json").read_bytes()
 
 
 def test_a_dense_folder_is_refused(tmp_path):

@@ -12,8 +12,13 @@ Memory: the inputs of the present block in both models and its targets, 3 x wind
 (1,024 windows of 512 tokens at width 4,096: 26 GB), beside the two models; gradients and optimizer state of one block.
 No more windows are kept than the steps can use. Where memory runs out, a batch goes through in parts, each of which is
 worked out again for its gradients, so that only one part's activations are there at a time.
+
+Models that are held in bfloat16 train in float32: a step of 1e-4 is less than half the last digit of most bfloat16
+numbers and would be rounded away. The present block's parameters are widened, and rounded when it is done.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -72,13 +77,14 @@ def refine_blocks(
         for block, layers_here in enumerate(own):
             pair.aim(block)
             losses.append([])
+            trained = {**_factors(layers_here), **norms[block]}
             if layers_here:
                 training = Training(
                     stage=f"{stage} {block}",
                     label=f"block {block + 1} of {len(own)}",
                     says=f"block refinement of {walk.block_names[block]}",
                     advice="Lower its learning rate (refine_blocks(learning_rate=...) in Python), or leave it out",
-                    groups=[Group(parameters={**_factors(layers_here), **norms[block]}, peak=learning_rate)],
+                    groups=[Group(parameters=trained, peak=learning_rate)],
                     loss=partial(pair.loss, block),
                     optimizer=lambda groups: torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY),
                     steps=steps,
@@ -92,7 +98,8 @@ def refine_blocks(
                     state=partial(pivot_buffers, layers_here),
                     restore=partial(restore_pivots, layers_here, stage=f"{stage} {block}"),
                 )
-                losses[-1] = train(training, torch.arange(pair.batches), progress=progress, checkpoint=checkpoint)
+                with _in_float32(trained):
+                    losses[-1] = train(training, torch.arange(pair.batches), progress=progress, checkpoint=checkpoint)
             pair.advance(block)
     return losses
 
@@ -136,7 +143,7 @@ class _Pair:
             return
         sizes = [len(part) for hidden in self.dense.hidden for part in hidden.split(size)]
         streams = (self.dense, self.small)
-        with autocast(device_of(self.dense.model)):
+        with _products_like(self.dense.hidden[0]):  # in the midst of training, perhaps
             arguments = [start(stream.model, self.walk, self.ids, sizes).arguments for stream in streams]
         for stream, own in zip(streams, arguments, strict=True):
             stream.split(size, own)
@@ -179,7 +186,7 @@ class _Pair:
 
     def _loss(self, block: int, part: int) -> Tensor:
         # Entered anew at each step: autocast keeps cast weights for as long as it is open, and they change.
-        with autocast(self.targets[part].device):
+        with _products_like(self.targets[part]):
             output = self.small.run(block, part)
         return F.mse_loss(output.float(), self.targets[part].float())
 
@@ -197,6 +204,27 @@ class _Pair:
         self.batch.run(STAGE, advanced, most=self.size)
         if not self.mixed:
             self.dense.put(block, self.targets)
+
+
+@contextmanager
+def _in_float32(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Narrower parameters in float32 inside, in their own dtype again after; the same objects throughout."""
+    narrow = {p: p.dtype for p in parameters.values() if torch.finfo(p.dtype).bits < 32}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+
+
+def _products_like(hidden: Tensor) -> AbstractContextManager[object]:
+    """Products of narrow hidden states with float32 weights need autocast, on machines that are slow at it too."""
+    if hidden.dtype == torch.float32:
+        return autocast(hidden.device)
+    return torch.autocast(hidden.device.type, dtype=hidden.dtype)
 
 
 def _factors(layers: dict[str, LowRankLinear | PivotLinear]) -> dict[str, nn.Parameter]:

@@ -63,14 +63,18 @@ def paired(won: float, lost: float, num_items: float) -> Interval:
     return Interval(max(b - c - half, -1.0), min(b - c + half, 1.0))
 
 
-def of_mean(values: Sequence[float]) -> Interval | None:
-    """Interval of the mean of independent values: Student's t times the standard error; None for fewer than two."""
+def of_mean(values: Sequence[float], *, least: float = -math.inf, most: float = math.inf) -> Interval | None:
+    """Interval of the mean of independent values: Student's t times the standard error; None for fewer than two.
+
+    Cut to [`least`, `most`], which the mean cannot leave (a share: 0 and 1): nothing that could be true is lost.
+    """
     n = len(values)
     if n < 2:
         return None
     mean = math.fsum(values) / n
     half = student95(n - 1) * math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return Interval(mean - half, mean + half)
+    # The mean itself may pass its bounds by rounding, and stays inside the interval.
+    return Interval(min(max(mean - half, least), mean), max(min(mean + half, most), mean))
 
 
 def student95(freedom: int) -> float:

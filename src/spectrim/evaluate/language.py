@@ -40,6 +40,10 @@ class Quality:
     excess_interval: Interval | None = None
 
 
+BOUNDS: tuple[dict[str, float], ...] = ({"least": 0.0}, {}, {"least": 0.0}, {"least": 0.0, "most": 1.0})
+"""What the means of loss, excess, KL and agreement cannot leave."""
+
+
 def evaluate(
     model: PreTrainedModel, ids: Tensor, *, dense: PreTrainedModel | None = None, batch_size: int = 16
 ) -> Quality:
@@ -90,7 +94,7 @@ def _quality(sums: Tensor, window: int) -> Quality:
             f"the model's loss on the evaluation text is {totals[0]}: its logits are not finite; none may be NaN or "
             "Inf. Check its weights; what was made in bfloat16 or float32 can overflow in float16"
         )
-    intervals = [of_mean((own / (window - 1)).tolist()) for own in sums]
+    intervals = [of_mean((own / (window - 1)).tolist(), **bounds) for own, bounds in zip(sums, BOUNDS, strict=False)]
     loss = intervals[0]
     beside = {} if len(totals) == 1 else {
         **dict(zip(("excess", "kl", "agreement"), totals[1:], strict=True)),

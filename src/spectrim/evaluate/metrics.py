@@ -49,7 +49,7 @@ METRICS: Mapping[str, Callable[[PreTrainedModel, Tensor], Any]] = {
     "nuclear-norm": _nuclear_norm,
     "entropy": _entropy,
 }
-"""By name: from a model and windows of text (N, S) to a dataclass of figures."""
+"""By name: from a model and windows of text (N, S) to a dataclass of figures, or None where they cannot be had."""
 OF_FILES = ("kick", "forgetting")
 """Those that read questions or tasks instead of windows."""
 
@@ -61,10 +61,14 @@ def check_metrics(names: Sequence[str]) -> None:
             raise UsageError(f"unknown metric {name!r}{did_you_mean(name, (*METRICS, *OF_FILES))}")
 
 
+def _facts(figures: Any) -> dict[str, Any] | None:
+    return None if figures is None else asdict(figures)
+
+
 def measure_metrics(names: Sequence[str], models: Mapping[str, PreTrainedModel], ids: Tensor) -> dict[str, Any]:
-    """`{metric: {model: figures}}`."""
+    """`{metric: {model: figures}}`; None for figures that a model's context has no room for."""
     return {
-        name: {which: asdict(METRICS[name](model, ids)) for which, model in models.items()}
+        name: {which: _facts(METRICS[name](model, ids)) for which, model in models.items()}
         for name in names
         if name in METRICS
     }

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from spectrim.engines.measure import autocast, frozen
 from spectrim.errors import UsageError
 from spectrim.evaluate.intervals import Interval, of_mean
+from spectrim.evaluate.room import within_context
 from spectrim.models.walk import device_of
 
 NGRAM = 4
@@ -39,10 +40,17 @@ def repeated_share(ids: Sequence[int], n: int = NGRAM) -> float:
 
 
 @torch.no_grad()
-def repetition(model: PreTrainedModel, prompts: Tensor, *, tokens: int = 64, batch_size: int = 16) -> Repetition:
-    """Of greedy continuations of `prompts` (N, S), each `tokens` long; what follows an end token does not count."""
+def repetition(model: PreTrainedModel, prompts: Tensor, *, tokens: int = 64, batch_size: int = 16) -> Repetition | None:
+    """Of greedy continuations of `prompts` (N, S), each `tokens` long; what follows an end token does not count.
+
+    Of shorter prompts and continuations where the model reads no more at once; None where no n-gram would fit.
+    """
     if tokens < NGRAM:
         raise UsageError(f"repetition needs at least {NGRAM} tokens to a continuation, got {tokens}")
+    length, tokens = within_context(model.config, prompts.shape[1], tokens)
+    if tokens < NGRAM:
+        return None
+    prompts = prompts[:, :length]
     device, shares = device_of(model), []
     end = ends_of(model)
     with frozen(model), autocast(device):
@@ -56,8 +64,9 @@ def repetition(model: PreTrainedModel, prompts: Tensor, *, tokens: int = 64, bat
                 stop = next((i for i, token in enumerate(written) if token in end), len(written))
                 shares.append(repeated_share(written[:stop]))
     return Repetition(
-        share=sum(shares) / len(shares), interval=of_mean(shares), continuations=len(shares), tokens=tokens
-    )
+        share=sum(shares) / len(shares), interval=of_mean(shares, least=0.0, most=1.0), continuations=len(shares),
+        tokens=tokens,
+    )  # fmt: skip
 
 
 def ends_of(model: PreTrainedModel) -> set[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrim.engines.measure import autocast, frozen
+from spectrim.evaluate.room import within_context
 from spectrim.models.walk import device_of
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 2, 24, 32
@@ -25,13 +26,20 @@ def compare_samples(
     prompts: int = PROMPTS,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
+    warnings: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """JSON-ready: prompt, both continuations, and for how many tokens they are the same.
+
+    No more tokens than the model reads at once; none at all where those are too few, which `warnings` is told.
 
     `ids` (windows, length) are evaluation windows; the prompts are the beginnings of a few, far from each other.
     Without a tokenizer the texts are token ids.
     """
-    length = min(prompt_tokens, ids.shape[1])
+    length, new_tokens = within_context(dense.config, min(prompt_tokens, ids.shape[1]), new_tokens)
+    if not new_tokens:
+        if warnings is not None:
+            warnings.append("no samples: the model's context has no room for a prompt and a continuation")
+        return []
     rows = [round(i * (len(ids) - 1) / max(prompts - 1, 1)) for i in range(min(prompts, len(ids)))]
     start = ids[rows, :length]
     said = {name: greedy(model, start, new_tokens) for name, model in (("dense", dense), ("compressed", small))}

@@ -5,13 +5,19 @@ import time
 import torch
 from transformers import PreTrainedModel
 
+from spectrim.evaluate.room import within_context
+
 
 @torch.no_grad()
-def decode_tokens_per_s(model: PreTrainedModel, *, new_tokens: int = 32, prompt_tokens: int = 16) -> float:
-    """Tokens per second after a warm-up, median of three runs."""
+def decode_tokens_per_s(model: PreTrainedModel, *, new_tokens: int = 32, prompt_tokens: int = 16) -> float | None:
+    """Tokens per second after a warm-up, median of three runs; None where the context has no room for any."""
+    prompt_tokens, new_tokens = within_context(model.config, prompt_tokens, new_tokens)
+    if not new_tokens:
+        return None
     vocabulary = model.config.get_text_config().vocab_size
     prompt = (torch.arange(prompt_tokens, device=model.device)[None] * 7919) % vocabulary
-    model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)  # type: ignore[operator]
+    few = min(4, new_tokens)
+    model.generate(prompt, max_new_tokens=few, min_new_tokens=few, do_sample=False)  # type: ignore[operator]
     rates = []
     for _ in range(3):
         _wait(model.device)
@@ -22,9 +28,9 @@ def decode_tokens_per_s(model: PreTrainedModel, *, new_tokens: int = 32, prompt_
     return sorted(rates)[1]
 
 
-def speed_note(small: float, dense: float) -> str | None:
-    """What to say where the compressed model decodes slower than the dense one, None where it does not."""
-    if small >= dense:
+def speed_note(small: float | None, dense: float | None) -> str | None:
+    """What to say where the compressed model decodes slower than the dense one, None where it does not (or unknown)."""
+    if small is None or dense is None or small >= dense:
         return None
     return (
         f"the compressed model decodes at {small / dense:.2f} of the dense model's speed ({small:.1f} and {dense:.1f} "

@@ -1,9 +1,11 @@
 """A compressed folder in other forms."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from spectrim.errors import UsageError
 from spectrim.integrations.folder import write_folder
@@ -22,6 +24,9 @@ from spectrim.store import (
 )
 from spectrim.store.manifest import MANIFEST
 
+CODE = "modeling_spectrim.py"
+"""The code in a portable folder, which no other form carries."""
+
 
 def export_dense(source: Source, out: Path, *, size: float | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Multiply the factors back and write an ordinary folder that loads without spectrim; `size` as in `load_model`."""
@@ -33,11 +38,29 @@ def export_dense(source: Source, out: Path, *, size: float | None = None, overwr
     model = load_model(source, torch.device("cpu"), size=size, extra=extra)
     make_dense(model, source.dtype)
     detach(model)
+    forget_code(model)
     with staged(out, overwrite=overwrite) as stage:
         write_folder(stage, model, source, extra)
         written = open_checkpoint(stage)
         write_manifest(stage, facts={"tool": "spectrim", "exported_from": source.name, **verdict_of(source)})
     return {"folder": str(out), "numbers": written.numel, "bytes": written.nbytes}
+
+
+def forget_code(model: PreTrainedModel) -> None:
+    """A model of a portable folder no longer names the code there, which is not written with it."""
+    config: Any = model.config  # whose classes do not all declare the field
+    known = getattr(config, "auto_map", None)
+    left = without_code(known)
+    if left:
+        config.auto_map = left
+    elif known is not None:
+        del config.auto_map
+
+
+def without_code(auto_map: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The entries of an `auto_map` that name no class of our file, which may follow a repository (`USER/NAME--`)."""
+    ours = CODE.removesuffix(".py")
+    return {key: name for key, name in (auto_map or {}).items() if str(name).split("--")[-1].split(".")[0] != ours}
 
 
 def refuse_new_biases(source: Source) -> None:
@@ -60,6 +83,7 @@ def export_size(source: Source, out: Path, *, size: float, overwrite: bool = Fal
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=source.checkpoint.nbytes)
     extra: dict[str, TensorInfo] = {}
     model = load_model(source, torch.device("cpu"), size=size, extra=extra)
+    forget_code(model)
     with staged(out, overwrite=overwrite) as stage:
         write_folder(stage, model, source, extra)
         written = open_checkpoint(stage)

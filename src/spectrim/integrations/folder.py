@@ -63,6 +63,18 @@ def round_to(model: nn.Module, dtype: torch.dtype, *, allow_nonfinite: bool = Fa
         setattr(model.get_submodule(owner), name, rounded[parameter])
 
 
+def finer_than_held(dense: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """A warning where `dtype` has more digits than what the model was held in while it was compressed, else nothing."""
+    held = next(dense.parameters()).dtype
+    if torch.finfo(dtype).eps >= torch.finfo(held).eps:
+        return []
+    asked, had = (str(d).removeprefix("torch.") for d in (dtype, held))
+    return [
+        f"--dtype {asked}: the model was held in {had}, since its weights in float32 would take too much of the GPU, "
+        f"so compressed layers hold numbers that were rounded to {had}; a larger GPU or --device cpu keeps {asked}"
+    ]
+
+
 def finalise(outcome: Outcome, dtype: torch.dtype, *, base_model: str | None) -> PreTrainedModel:
     """A model of its own (nothing shared with the dense one) in the stored dtype, ready for `save_pretrained`."""
     model = copy_in(outcome.model, dtype)

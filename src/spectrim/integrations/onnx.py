@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim.errors import InputError, NumericalError, UsageError
-from spectrim.integrations.export import verdict_of
+from spectrim.integrations.export import verdict_of, without_code
 from spectrim.integrations.folder import COMPANIONS
 from spectrim.models.load import Source, context_length, load_model, one_line
 from spectrim.models.walk import weight_of
-from spectrim.store import copy_companions, preflight, staged, write_json, write_manifest
+from spectrim.store import copy_companions, preflight, read_json, staged, write_json, write_manifest
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 GRAPH = "model.onnx"
@@ -62,11 +62,23 @@ def export_onnx(source: Source, out: Path, *, size: float | None = None, overwri
                 f"is {ALLOWED:g}; nothing was written. Use --to dense, or another release of onnxscript"
             )
         facts = {"tool": "spectrim", "exported_from": source.name, **verdict_of(source)}
-        copy_companions(source.folder, stage, (*COMPANIONS, "config.json"))
+        copy_companions(source.folder, stage, COMPANIONS)
+        _write_config(source.folder, stage)
         write_json(stage / "report.json", {**facts, "error": error, "graph": GRAPH})
         write_manifest(stage, facts=facts)
         bytes_ = sum(path.stat().st_size for path in stage.glob(f"{GRAPH}*"))
     return {"folder": str(out), "numbers": model.num_parameters(), "bytes": bytes_, "error": error}
+
+
+def _write_config(folder: Path, stage: Path) -> None:
+    """config.json as it is, but for the code of a portable folder, which is not there."""
+    config = read_json(folder / "config.json")
+    left = without_code(config.get("auto_map"))
+    if left == config.get("auto_map", {}):
+        copy_companions(folder, stage, ("config.json",))
+    else:
+        kept = {key: value for key, value in config.items() if key != "auto_map"}
+        write_json(stage / "config.json", {**kept, **({"auto_map": left} if left else {})})
 
 
 def _write_graph(model: PreTrainedModel, path: Path, name: str) -> None:

@@ -12,16 +12,13 @@ import transformers
 from transformers import PreTrainedModel
 
 from spectrim.errors import UsageError
-from spectrim.integrations.export import verdict_of
+from spectrim.integrations.export import CODE, verdict_of
 from spectrim.integrations.folder import write_folder
 from spectrim.integrations.portable_model import CODECS
 from spectrim.integrations.transformers import SpectrimConfig, attach
 from spectrim.models.load import Source, load_model
 from spectrim.nn.codecs import StoredLinear
 from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_manifest, write_text
-
-CODE = "modeling_spectrim.py"
-"""The file in the folder."""
 
 
 def export_portable(source: Source, out: Path, *, size: float | None = None, overwrite: bool = False) -> dict[str, Any]:

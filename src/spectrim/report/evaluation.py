@@ -24,6 +24,8 @@ def show_evaluation(facts: Mapping[str, Any], results: Sequence[TaskResult]) -> 
     print_table(title, ["", *COLUMNS.values()], rows)
     if facts.get("speed_note"):
         stdout.print(f"note: {facts['speed_note']}", soft_wrap=True)
+    for note in facts.get("notes", ()):
+        stdout.print(f"note: {note}", soft_wrap=True)
     if "tasks" in facts:
         task_table.show(results, facts["tasks_skipped"])
     for name, found in facts.get("metrics", {}).items():

@@ -35,19 +35,27 @@ class FewRows:
     device: torch.device
     places: list[Tensor] = field(default_factory=list)
     seen: Tensor | None = None
+    version: int | None = None  # of `seen` when the results were made
     made: list[Tensor] = field(default_factory=list)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the kernels won for this many rows, and no gradient is asked for."""
+        """Whether the kernels won for this many rows, no gradient is asked for, and results can be shared safely.
+
+        Tensors made under `torch.inference_mode()` do not count their changes, so no two layers share one.
+        """
         as_timed = x.dtype == self.dtype and x.device == self.device
-        return as_timed and x.numel() // x.shape[-1] in self.tiles and not torch.is_grad_enabled()
+        if not as_timed or x.numel() // x.shape[-1] not in self.tiles or torch.is_grad_enabled():
+            return False
+        return len(self.layers) == 1 or torch.compiler.is_compiling() or not x.is_inference()
 
     def product(self, layer: StoredLinear, x: Tensor) -> Tensor:
         """y (..., O) of one layer of the group for x (..., I)."""
         index = next(i for i, member in enumerate(self.layers) if member is layer)
-        if self.seen is not x:
-            self.made, self.seen = self.all_of(x), x
-        y = self.made[index]
+        made, version = self.made, version_of(x)
+        if self.seen is not x or self.version != version:
+            made = self.all_of(x)
+            self.made, self.seen, self.version = made, x, version
+        y = made[index]
         if index == len(self.layers) - 1:
             self.made, self.seen = [], None  # or results would live until the next token
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -67,6 +75,15 @@ class FewRows:
         pairs: list[Any] = [plain_parts(layer) for layer in self.layers]
         weights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         return products(lines, *weights, self.places, biases, list(first), list(second))
+
+
+def version_of(x: Tensor) -> int | None:
+    """How often a tensor was changed in place.
+
+    None while a graph is traced, which would break at the question: there, a tensor that is changed in place between
+    two layers that read it is read as it was before.
+    """
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def plain_parts(layer: StoredLinear) -> tuple[Tensor, Tensor]:
