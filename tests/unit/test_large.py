@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.engines import large, measure_blocks, recompute
 from spectrim.engines import measure as whole
+from spectrim.engines import measure_blocks, recompute, way
 from spectrim.engines import shelf as shelf_module
-from spectrim.engines.large import LargeRun, run_of
 from spectrim.engines.measure import default_gradient_windows, measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.relay import Relay
-from spectrim.engines.run import Run
 from spectrim.engines.shelf import Shelf, StatsShelf, pack_symmetric, unpack_symmetric
 from spectrim.engines.stream import Call
 from spectrim.errors import UsageError
@@ -42,8 +40,8 @@ def float32_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing fits whole."""
-    for module in (large, recompute):
-        monkeypatch.setattr(module, "fits_whole", lambda _device, _nbytes: False)
+    for module in (way, recompute):
+        monkeypatch.setattr(module, "fits_whole", lambda *_: False)
 
 
 def off_by(found: Tensor, wanted: Tensor) -> float:
@@ -113,7 +111,7 @@ def test_the_result_is_that_of_all_layers_at_once(
     allowed = 5e-3 if options.get("newton") else 2e-4  # the gradient of Newton's step knows components in 16 bits
     wanted = compress_model(tiny("llama"), configured, 0.6, IDS, gradient_windows=4, seed=2)
     request.getfixturevalue("too_large")
-    assert run_of(tiny("llama"), wanted.walk, configured) is LargeRun
+    assert not way.way_of(torch.device("cpu"), wanted.walk, configured).whole
     found = compress_model(tiny("llama"), configured, 0.6, IDS, gradient_windows=4, seed=2)
     assert found.plan == wanted.plan
     assert found.warnings == wanted.warnings
@@ -217,13 +215,7 @@ def test_gradients_come_from_as_many_tokens_as_are_enough(windows: int, length: 
 
 def test_small_models_run_as_before() -> None:
     model = tiny("llama")
-    assert run_of(model, find_layers(model), make_method("soco", preset="fast")) is Run
-
-
-@pytest.mark.parametrize("options", [{"rounds": 2, "coupling": "none"}, {"coupling": "sequence"}])
-def test_what_needs_all_layers_at_once_is_refused_by_name(too_large: None, options: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=r"rounds=2|coupling=sequence"):
-        compress_model(tiny("llama"), make_method("two-sided", options=options), 0.6, IDS)
+    assert way.way_of(torch.device("cpu"), find_layers(model), make_method("soco", preset="fast")).whole
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

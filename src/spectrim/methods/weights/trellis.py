@@ -138,8 +138,8 @@ class Trellis(ModelMethod):
         ids = job.training
         if self.allocation == "evopress":
             evolved = evolve_forms(
-                probed, found.choice, budget, ids, generations=self.generations, offspring=self.offspring, seed=job.seed,
-                progress=job.progress,
+                probed, found.choice, budget, ids, generations=self.generations, offspring=self.offspring,
+                seed=job.seed, progress=job.progress,
             )  # fmt: skip
             return evolved, found.gap
         by_kind = corrections(probed, job.walk, found.choice, ids[-PROBE_WINDOWS:])
