@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memory_checkpoint import MemoryCheckpoint
 from spectrim.engines import measure as whole
-from spectrim.engines import measure_blocks, recompute, way
+from spectrim.engines import measure_blocks, pipeline, recompute, way
 from spectrim.engines import shelf as shelf_module
 from spectrim.engines.measure import default_gradient_windows, measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.relay import Relay
-from spectrim.engines.shelf import Shelf, StatsShelf, pack_symmetric, unpack_symmetric
+from spectrim.engines.shelf import Shelf, SpectraShelf, StatsShelf, pack_symmetric, unpack_symmetric
 from spectrim.engines.stream import Call
 from spectrim.errors import UsageError
 from spectrim.linalg import curvature
@@ -132,6 +133,34 @@ def test_scores_learned_on_components_in_16_bits_are_those_learned_on_all_of_the
     for name, own in wanted.placed.items():
         # What is stored comes from the accurate components: only the scores know of the 16 bits.
         assert off_by(found.placed[name].dense(), own.dense()) < 5e-3, name
+
+
+@pytest.mark.parametrize("options", [{"steps": 6, "batch_size": 2}, {"steps": 0, "newton": 1}], ids=str)
+def test_a_run_that_goes_on_puts_its_spectra_where_the_first_had_them(
+    too_large: None, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = make_method("soco", options={"coupling": "none", **options})
+    own, seen = pipeline.energies_in, list[SpectraShelf]()
+
+    def looked_at(spectra: SpectraShelf) -> dict[str, Tensor]:
+        seen.append(spectra)
+        return own(spectra)
+
+    monkeypatch.setattr(pipeline, "energies_in", looked_at)
+    checkpoint = MemoryCheckpoint(closed=True)
+    told = {"gradient_windows": 4, "seed": 2, "checkpoint": checkpoint}
+    wanted = compress_model(tiny("llama"), configured, 0.6, IDS, **told)
+    assert "closed form" in checkpoint.states
+    found = compress_model(tiny("llama"), configured, 0.6, IDS, **told)
+    first, second = seen
+    assert isinstance(second, SpectraShelf)
+    assert second.shelf.on_host == first.shelf.on_host == (options["steps"] != 0)
+    assert second.shelf.kept.keys() == first.shelf.kept.keys()
+    assert {tensor.dtype for tensor in second.shelf.kept.values()} == {torch.float32}
+    assert all(energy.dtype == torch.float64 for energy in second.energies.values())
+    assert found.plan == wanted.plan
+    for name, placed in wanted.placed.items():
+        assert torch.equal(found.placed[name].dense(), placed.dense()), name
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

@@ -86,12 +86,16 @@ class LargeRun(Run):
             self.measure_into(first, student, self.round_windows(ids), share=share, again=again + position)
         return first
 
+    def room_for_spectra(self) -> SpectraShelf:
+        """On the host where all components are learned on."""
+        return SpectraShelf(device_of(self.dense), on_host=self.trains)
+
     def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[MutableMapping[str, Spectrum], Plan]:
         """Ranks, and the spectra where they are used before propagation makes others."""
         asked = self.by_layer
         if asked.centres:
             self.means = {name: mean for name, own in stats.items() if (mean := own.mean) is not None}
-        spectra = SpectraShelf(device_of(self.dense), on_host=self.trains)
+        spectra = self.room_for_spectra()
         with timed(self.clock, "decompose"):
             if again == self.rounds and self.propagates and asked.allocation not in SEARCHED:
                 energies = {
