@@ -96,8 +96,10 @@ MOST_SHARE = 0.8
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU; None of what has no memory of its own."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    """Bytes of a GPU; None of what has no memory of its own, or is not there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def has_room(device: torch.device, nbytes: int) -> bool:
