@@ -101,7 +101,7 @@ def _matrices(sizes: Sizes) -> int:
 
 
 def _learning(method: LayerMethod, sizes: Sizes, held: _Held) -> int:
-    """Components (all in 16 bits for scores, the kept ones in 32 for Newton), formed weights, inputs of blocks, a batch."""
+    """Components (all in 16 bits; for Newton the kept ones in 32), formed weights, inputs of blocks, a batch."""
     if not isinstance(method, LearnedMethod) or not (method.steps or method.newton_steps):
         return 0
     steps = method.steps > 0
