@@ -121,7 +121,7 @@ def compared(row: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     planned = {
         **{key: plan[key]["after"] for key in ("linear_numbers", "linear_bytes", "model_numbers", "model_bytes")},
         "disk": plan["disk_bytes"],
-        **{f"memory_{where}": peak for where, peak in plan["peak_memory_bytes"].items()},
+        **{f"memory_{where}": peak for where, peak in (plan["peak_memory_bytes"] or {}).items()},
         "seconds": plan["seconds"],
     }
     ratio = {

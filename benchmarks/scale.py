@@ -19,7 +19,7 @@ import torch
 from scale_models import MATRIX_RATE, QUICK, Shape, build, forward_operations, gram_operations, walk_of
 from torch import Tensor
 
-from spectrim.engines import large, recompute
+from spectrim.engines import recompute, way
 from spectrim.engines.learned import train_scores
 from spectrim.engines.measure import default_gradient_windows
 from spectrim.engines.pipeline import compress_model
@@ -129,7 +129,7 @@ def fast(shape: Shape, device: torch.device, count: int, length: int, told: Path
         "calibrate_floor_s": {"forward": forward, "recompute and backward": way_back, "statistics": grams},
         "calibrate_of_floor": (forward + way_back + grams) / measured if measured else None,
         "keep": outcome.plan.keep,
-        "run": large.run_of(model, walk, configured).__name__,
+        "run": "Run" if way.way_of(device, walk, configured).whole else "LargeRun",
         "warnings": outcome.warnings + summary(fallbacks),
     }
 
@@ -244,8 +244,8 @@ def main() -> None:
     rows = Rows(given.out, {"device": name, "torch": torch.__version__, "quick": given.quick}, given.seconds)
     shape, count, length = (QUICK, 8, 64) if given.quick else (Shape(), 256, 2048)
     if given.quick or given.depth is not None:  # the way that large models take
-        for module in (large, recompute):
-            module.fits_whole = lambda _device, _nbytes: False
+        for module in (way, recompute):
+            module.fits_whole = lambda *_: False
     if "fast" in given.what:
         if given.warm_up:  # libraries load and kernels compile on the first use
             rows.add("warm up", lambda: fast(Shape(1024, 2816, 2, 1000), device, 8, 512))
@@ -258,8 +258,8 @@ def main() -> None:
         batch, steps = (2, given.steps) if given.quick else (8, given.steps)
         rows.add("soco-steps", lambda: soco_steps(shape, device, batch, length, steps, given.out / "steps.json"))
     if "growth" in given.what:
-        for module in (large, recompute):  # one way for all sizes
-            module.fits_whole = lambda _device, _nbytes: False
+        for module in (way, recompute):  # one way for all sizes
+            module.fits_whole = lambda *_: False
         growth(rows, device, given.quick)
     if "drivers" in given.what:
         for label, work in scale_drivers.rows(device, given.quick):

@@ -89,7 +89,7 @@ def _run(
             report["peak_memory_bytes"] = peak_memory(device)
             report["command"] = list(options.command)
             write_documents(stage, report)
-            facts = {"tool": "spectrim", "method": method.to_config(), "source": source.name, "any_size": True}
+            facts = {"tool": "spectrim", "method": sizes.method.to_config(), "source": source.name, "any_size": True}
             write_manifest(stage, facts={**facts, "quality_gate": report["quality_gate"]})
     report["folder"] = str(out)
     return report
@@ -131,6 +131,7 @@ def compress_sizes(
             seed=request.seed,
             progress=progress,
             checkpoint=resume,
+            insists=request.options,
         )
     sizes.warnings = (*sizes.warnings, *said, *texts.warnings, *resume.warnings)
     sizes.seconds |= clock

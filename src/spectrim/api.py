@@ -1,5 +1,6 @@
 """The Python interface: compress, load, evaluate."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def compress(
     if keep is None:
         raise UsageError("compress(): keep= is missing: the share of stored numbers that remains, in (0, 1]")
     rounding = {"factor_bits": factor_bits, "factor_group_size": factor_group_size}
-    return _compress_in_memory(model, keep, make_method(method, preset, options), calibration, seed, rounding)
+    configured, insists = make_method(method, preset, options), options or {}
+    return _compress_in_memory(model, keep, configured, calibration, seed, rounding, insists)
 
 
 def _keywords() -> list[str]:
@@ -93,6 +95,7 @@ def _compress_in_memory(
     calibration: Tensor | None,
     seed: int,
     rounding: dict[str, Any],
+    insists: Collection[str],
 ) -> Compressed:
     from spectrim.data import sample_windows
 
@@ -101,13 +104,13 @@ def _compress_in_memory(
     dtype = next(model.parameters()).dtype
     wide = model if dtype == torch.float32 else _copy_in_float32(model)
     with listening() as fallbacks:
-        outcome = compress_model(wide, method, keep, calibration, seed=seed, **rounding)
+        outcome = compress_model(wide, method, keep, calibration, seed=seed, insists=insists, **rounding)
     outcome.warnings += summary(fallbacks)
     round_to(outcome.model, dtype)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     report = {
         "request": {"model": name, "keep": keep, **rounding},
-        "method": method.to_config(),
+        "method": outcome.method.to_config(),
         "tool": "spectrim",
         "source": {"name": name, "numbers": model.num_parameters(), "bytes": model.get_memory_footprint()},
         "stored": {"linear_numbers_dense": outcome.plan.numbers_before},

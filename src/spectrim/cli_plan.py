@@ -105,7 +105,7 @@ def show_plan(facts: Mapping[str, Any]) -> None:
         after = facts[part]["after"]
         told = "counted in bytes" if after is None else f"{after:,}"
         stdout.print(f"{part:18} {facts[part]['before']:>16,} -> {told}")
-    for where, peak in facts["peak_memory_bytes"].items():
+    for where, peak in (facts["peak_memory_bytes"] or {}).items():
         stdout.print(f"{'peak memory, ' + where:18} about {peak / 2**30:.2f} GiB")
     stdout.print(f"{'disk':18} {facts['disk_bytes'] / 2**20:.1f} MiB")
     stages = sorted(facts["seconds_by_stage"].items(), key=lambda pair: -pair[1])
@@ -114,5 +114,7 @@ def show_plan(facts: Mapping[str, Any]) -> None:
         stdout.print(f"{'time':18} not known for method {facts['method']['method']}; the rest of the run: {most} s")
     else:
         stdout.print(f"{'time':18} about {facts['seconds']:.0f} s on {facts['device']} ({most})")
+    for note in facts["notes"]:
+        stdout.print(f"note: {note}")
     for row in facts["untouched"]:
         stdout.print(f"untouched: {row['name']} ({row['numbers']:,} numbers): {row['why']}")

@@ -27,6 +27,7 @@ from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.engines.quantise_factors import check_groups
 from spectrim.engines.shared_checkpoint import shared
+from spectrim.engines.way import way_of
 from spectrim.errors import NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
@@ -142,6 +143,7 @@ def foresee(request: Request, method: Method, source: Source) -> None:
     check_groups(walk, request.factor_bits, request.factor_group_size)
     check_companions(source.folder, COMPANIONS)
     budget_of(method, walk, request.keep)
+    way_of(pick_device(request.device), walk, method, request.options)
     if isinstance(method, ModelMethod):
         method.check_model(source.config, walk, request.keep)
 
@@ -208,6 +210,7 @@ def _compress_source(
             seed=request.seed,
             progress=progress,
             checkpoint=shared(resume),
+            insists=request.options,
         )
     outcome.seconds |= clock
     outcome.warnings += [*said, *finer_than_held(dense, dtype), *texts.warnings]

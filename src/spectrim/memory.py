@@ -91,11 +91,15 @@ SHELF_SHARE = 0.34
 """Of a GPU's memory, all that is allocated counted, up to which large results stay there; the rest is for work."""
 WHOLE_SHARE = 0.3
 """Of a GPU's memory that the statistics of all layers at once may take; above, models are measured block by block."""
+MOST_SHARE = 0.8
+"""The same for methods that cannot be had block by block, rounds and couplings counted; the rest is for work."""
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU; None of what has no memory of its own."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    """Bytes of a GPU; None of what has no memory of its own, or is not there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def has_room(device: torch.device, nbytes: int) -> bool:
@@ -104,10 +108,10 @@ def has_room(device: torch.device, nbytes: int) -> bool:
     return total is None or torch.cuda.memory_allocated(device) + nbytes <= SHELF_SHARE * total
 
 
-def fits_whole(device: torch.device, nbytes: int) -> bool:
-    """Whether statistics of so many bytes are held at once."""
+def fits_whole(device: torch.device, nbytes: int, share: float = WHOLE_SHARE) -> bool:
+    """Whether statistics of so many bytes are held at once, in this share of a GPU's memory."""
     total = total_memory(device)
-    return total is None or nbytes <= WHOLE_SHARE * total
+    return total is None or nbytes <= share * total
 
 
 WIDE_SHARE = 1 / 6

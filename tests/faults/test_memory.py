@@ -279,6 +279,7 @@ def test_the_report_of_a_resumed_run_counts_what_earlier_processes_did(tmp_path:
     """The first process halves its batches and dies; the second has memory, and goes on from the first one's state."""
     model, text = small_model(tmp_path / "model"), small_text(tmp_path / "text.txt")
     words = ("compress", model, "--out", tmp_path / "out", *PLAIN, "--method", "svd-llm", "--calib", text, "--json")
+    words += ("--save-every", "0")
     scarce = Scarce()
     scarce.most = 2
     with scarce.on(), mock.patch.object(job, "write_folder", side_effect=RuntimeError("died")):

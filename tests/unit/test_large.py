@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.engines import large, measure_blocks, recompute
+from memory_checkpoint import MemoryCheckpoint
 from spectrim.engines import measure as whole
+from spectrim.engines import measure_blocks, pipeline, recompute, way
 from spectrim.engines import shelf as shelf_module
-from spectrim.engines.large import LargeRun, run_of
 from spectrim.engines.measure import default_gradient_windows, measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.relay import Relay
-from spectrim.engines.run import Run
-from spectrim.engines.shelf import Shelf, StatsShelf, pack_symmetric, unpack_symmetric
+from spectrim.engines.shelf import Shelf, SpectraShelf, StatsShelf, pack_symmetric, unpack_symmetric
 from spectrim.engines.stream import Call
 from spectrim.errors import UsageError
 from spectrim.linalg import curvature
@@ -42,8 +41,8 @@ def float32_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing fits whole."""
-    for module in (large, recompute):
-        monkeypatch.setattr(module, "fits_whole", lambda _device, _nbytes: False)
+    for module in (way, recompute):
+        monkeypatch.setattr(module, "fits_whole", lambda *_: False)
 
 
 def off_by(found: Tensor, wanted: Tensor) -> float:
@@ -113,7 +112,7 @@ def test_the_result_is_that_of_all_layers_at_once(
     allowed = 5e-3 if options.get("newton") else 2e-4  # the gradient of Newton's step knows components in 16 bits
     wanted = compress_model(tiny("llama"), configured, 0.6, IDS, gradient_windows=4, seed=2)
     request.getfixturevalue("too_large")
-    assert run_of(tiny("llama"), wanted.walk, configured) is LargeRun
+    assert not way.way_of(torch.device("cpu"), wanted.walk, configured).whole
     found = compress_model(tiny("llama"), configured, 0.6, IDS, gradient_windows=4, seed=2)
     assert found.plan == wanted.plan
     assert found.warnings == wanted.warnings
@@ -134,6 +133,34 @@ def test_scores_learned_on_components_in_16_bits_are_those_learned_on_all_of_the
     for name, own in wanted.placed.items():
         # What is stored comes from the accurate components: only the scores know of the 16 bits.
         assert off_by(found.placed[name].dense(), own.dense()) < 5e-3, name
+
+
+@pytest.mark.parametrize("options", [{"steps": 6, "batch_size": 2}, {"steps": 0, "newton": 1}], ids=str)
+def test_a_run_that_goes_on_puts_its_spectra_where_the_first_had_them(
+    too_large: None, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = make_method("soco", options={"coupling": "none", **options})
+    own, seen = pipeline.energies_in, list[SpectraShelf]()
+
+    def looked_at(spectra: SpectraShelf) -> dict[str, Tensor]:
+        seen.append(spectra)
+        return own(spectra)
+
+    monkeypatch.setattr(pipeline, "energies_in", looked_at)
+    checkpoint = MemoryCheckpoint(closed=True)
+    told = {"gradient_windows": 4, "seed": 2, "checkpoint": checkpoint}
+    wanted = compress_model(tiny("llama"), configured, 0.6, IDS, **told)
+    assert "closed form" in checkpoint.states
+    found = compress_model(tiny("llama"), configured, 0.6, IDS, **told)
+    first, second = seen
+    assert isinstance(second, SpectraShelf)
+    assert second.shelf.on_host == first.shelf.on_host == (options["steps"] != 0)
+    assert second.shelf.kept.keys() == first.shelf.kept.keys()
+    assert {tensor.dtype for tensor in second.shelf.kept.values()} == {torch.float32}
+    assert all(energy.dtype == torch.float64 for energy in second.energies.values())
+    assert found.plan == wanted.plan
+    for name, placed in wanted.placed.items():
+        assert torch.equal(found.placed[name].dense(), placed.dense()), name
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -217,13 +244,7 @@ def test_gradients_come_from_as_many_tokens_as_are_enough(windows: int, length: 
 
 def test_small_models_run_as_before() -> None:
     model = tiny("llama")
-    assert run_of(model, find_layers(model), make_method("soco", preset="fast")) is Run
-
-
-@pytest.mark.parametrize("options", [{"rounds": 2, "coupling": "none"}, {"coupling": "sequence"}])
-def test_what_needs_all_layers_at_once_is_refused_by_name(too_large: None, options: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=r"rounds=2|coupling=sequence"):
-        compress_model(tiny("llama"), make_method("two-sided", options=options), 0.6, IDS)
+    assert way.way_of(torch.device("cpu"), find_layers(model), make_method("soco", preset="fast")).whole
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

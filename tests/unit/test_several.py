@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import several_worker
 from command_line import small_model, small_text
 from spectrim import cli_ranks, processes, same_for_all
-from spectrim.engines import large, unspread
 from spectrim.engines import measure as measuring
+from spectrim.engines import unspread, way
 from spectrim.errors import ResourceError, UsageError
 from spectrim.eval_job import EvalRequest, run_eval
 from spectrim.models.load import resolve
@@ -268,10 +268,10 @@ def test_what_is_not_spread_is_refused_by_name(pretended: Pretended, method, opt
 
 
 def test_models_that_are_measured_block_by_block_are_refused(pretended: Pretended, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(large, "fits_whole", lambda _device, _nbytes: False)
+    monkeypatch.setattr(way, "fits_whole", lambda *_: False)
     model = tiny("llama")
     with pytest.raises(UsageError, match=r"method svd-llm: a model of this size is .* and there are 2"):
-        large.run_of(model, find_layers(model), make_method("svd-llm", None, {}))
+        way.way_of(torch.device("cpu"), find_layers(model), make_method("svd-llm", None, {}))
 
 
 @pytest.mark.parametrize(

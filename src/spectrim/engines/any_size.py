@@ -7,7 +7,7 @@
 3. round the factors once; any size is then a slice                                        engines/nested.py
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from spectrim.engines.nested import Nested, nest, plan_at, slice_at
 from spectrim.engines.order import Order, closed_order
 from spectrim.engines.pipeline import closed_form
 from spectrim.engines.ranks import Plan
+from spectrim.engines.way import way_of
 from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, TrainedMethod
 from spectrim.models.walk import Walk, device_of, find_layers, linear_at
 from spectrim.options import ANCHORS, ANY_SIZE_STEPS, Nonfinite, check_anchors, check_serves_all_sizes
@@ -85,17 +86,21 @@ def compress_any_size(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
     middles: tuple[float, ...] = MIDDLES,
+    insists: Collection[str] = (),
 ) -> AnySize:
     """All sizes of `dense` (weights in float32) from the last of the `anchors` up to 1, stored in `dtype`.
 
-    `calibration`, `training` and `checkpoint` as in `compress_model`. `steps` are those of all anchors together, for
-    methods that train; a method whose own `steps` are 0 does not. `middles` are the sizes at which statistics are
-    measured again; the mean serves all.
+    `calibration`, `training`, `checkpoint` and `insists` as in `compress_model`. `steps` are those of all anchors
+    together, for methods that train; a method whose own `steps` are 0 does not. `middles` are the sizes at which
+    statistics are measured again; the mean serves all.
     """
     check_anchors(anchors)
     check_serves_all_sizes(method)
     walk, warnings = check_weights(dense, find_layers(dense), nonfinite)
     refuse_large_sides(method, walk)
+    way = way_of(device_of(dense), walk, method, insists)
+    assert isinstance(way.method, LayerMethod)
+    method = way.method
     budget_of(method, walk, anchors[-1])
     clock: dict[str, float] = {}
     if gradient_windows is None:
@@ -124,7 +129,7 @@ def compress_any_size(
         with timed(clock, "allocate"):
             order = closed_order(method, walk, spectra, anchors)
     sizes = build(dense, method, walk, order, dtype, seconds=clock)
-    sizes.warnings = (*warnings, *told, *sizes.warnings)
+    sizes.warnings = (*warnings, *way.warnings, *told, *sizes.warnings)
     in_order = spectra if isinstance(method, MaskedMethod) else order.spectra
     sizes.energies = {name: spectrum.energy for name, spectrum in in_order.items()}
     return sizes

@@ -6,7 +6,7 @@ float32, K (O + I) numbers a layer) and are therefore saved when there is a late
 beside the work they took. Once they are there, the states of all that led to them are removed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from spectrim.engines.checkpoint import Saved
 from spectrim.engines.pack import find, fingerprint
 from spectrim.engines.ranks import Plan, plan_from_facts, plan_to_facts
+from spectrim.engines.shelf import SpectraShelf
 from spectrim.errors import InputError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LayerMethod
@@ -69,25 +70,27 @@ def pack_closed_form(
 
 
 def unpack_closed_form(
-    saved: Saved, model: PreTrainedModel, walk: Walk, run: dict[str, Any]
-) -> tuple[dict[str, Spectrum], Plan, dict[str, Tensor], list[str]]:
-    """Spectra and means on their weights' devices, the plan, and warnings; InputError when they are of another run."""
+    saved: Saved, model: PreTrainedModel, walk: Walk, run: dict[str, Any], into: MutableMapping[str, Spectrum]
+) -> tuple[Plan, dict[str, Tensor], list[str]]:
+    """The plan, means, and warnings; InputError when they are of another run. The spectra are put `into` a shelf, which
+    chooses where they lie, or a dict, then on their weights' devices; means and energies are there in any case.
+    """
     for name, value in run.items():
         if saved.facts["run"].get(name) != value:
             raise InputError(
                 f"checkpoint: it is of a run with another {name} ({_short(saved.facts['run'].get(name))}, now "
                 f"{_short(value)}); go on with what it was made with, or remove it"
             )
-    spectra, means = {}, {}
+    means = {}
     for layer in walk.layers:
         device = weight_of(model.get_submodule(layer.name)).device
-        left, right, energy = (
-            find(saved.tensors, f"{layer.name}.{part}").to(device) for part in ("left", "right", "energy")
-        )
-        spectra[layer.name] = Spectrum(left, right, energy)
+        left, right, energy = (find(saved.tensors, f"{layer.name}.{part}") for part in ("left", "right", "energy"))
+        if not isinstance(into, SpectraShelf):
+            left, right = left.to(device), right.to(device)
+        into[layer.name] = Spectrum(left, right, energy.to(device))
         if f"{layer.name}.mean" in saved.tensors:
             means[layer.name] = find(saved.tensors, f"{layer.name}.mean").to(device)
-    return spectra, plan_from_facts(saved.facts["plan"]), means, list(saved.facts["warnings"])
+    return plan_from_facts(saved.facts["plan"]), means, list(saved.facts["warnings"])
 
 
 def _short(value: object) -> str:

@@ -1,5 +1,7 @@
 """The closed form of run.py for models whose statistics and spectra of all layers a GPU cannot hold at once.
 
+Which models these are: way.py.
+
     statistics    measured block by block (measure_blocks.py), kept on the host, averaged there round by round
     spectra       in float32 (shelf.py); once ranks are planned, only the components that are kept
     decisions     before propagation, which decomposes every weight again, the last plan needs energies alone
@@ -17,45 +19,17 @@ from transformers import PreTrainedModel
 from spectrim.engines.clock import timed
 from spectrim.engines.layerwise import decompose_all, energies_of_layer, place_cut
 from spectrim.engines.learned import skeleton
-from spectrim.engines.measure_blocks import measure_blocks, whole_bytes
+from spectrim.engines.measure_blocks import measure_blocks
 from spectrim.engines.propagate import propagate
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.relay import entered
 from spectrim.engines.run import Run
 from spectrim.engines.shelf import SpectraShelf, StatsShelf, energies_in
-from spectrim.engines.unspread import ALONE
-from spectrim.errors import UsageError
 from spectrim.linalg.factor import Spectrum
-from spectrim.memory import fits_whole, release
-from spectrim.method import SEARCHED, LayerMethod, Method, OrderedMethod
-from spectrim.models.walk import Walk, device_of, weight_of
-from spectrim.processes import present
+from spectrim.memory import release
+from spectrim.method import SEARCHED
+from spectrim.models.walk import device_of, weight_of
 from spectrim.stats import Stats
-
-
-def run_of(dense: PreTrainedModel, walk: Walk, method: Method) -> type[Run]:
-    """How the closed form of this model is run on its device: by the memory at hand."""
-    if not isinstance(method, LayerMethod):
-        return Run
-    spectra = 8 * sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in walk.layers)
-    if fits_whole(device_of(dense), whole_bytes(walk, method.needs) + spectra):
-        return Run
-    if not present().alone:
-        raise UsageError(
-            f"method {method.info.name}: a model of this size is measured block by block, which is not spread over "
-            f"several processes yet, and there are {present().world}; {ALONE}"
-        )
-    if method.rounds > 1:
-        raise UsageError(
-            f"method {method.info.name}: rounds={method.rounds} holds the statistics of all rounds; a model of this "
-            "size is measured block by block, which averages one round: use --set rounds=1"
-        )
-    if method.refinement is not None:
-        raise UsageError(
-            f"method {method.info.name}: coupling=sequence holds sums of all layers at once, for which this device is "
-            "too small; use --set coupling=none, or --preset fast"
-        )
-    return LargeRun
 
 
 class LargeRun(Run):
@@ -112,17 +86,16 @@ class LargeRun(Run):
             self.measure_into(first, student, self.round_windows(ids), share=share, again=again + position)
         return first
 
+    def room_for_spectra(self) -> SpectraShelf:
+        """On the host where all components are learned on."""
+        return SpectraShelf(device_of(self.dense), on_host=self.trains)
+
     def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[MutableMapping[str, Spectrum], Plan]:
         """Ranks, and the spectra where they are used before propagation makes others."""
         asked = self.by_layer
-        if isinstance(asked, OrderedMethod) and asked.allocation == "order":
-            raise UsageError(
-                f"method {asked.info.name}: allocation=order looks at all spectra at once, for which this device is "
-                "too small; use --set allocation=global"
-            )
         if asked.centres:
             self.means = {name: mean for name, own in stats.items() if (mean := own.mean) is not None}
-        spectra = SpectraShelf(device_of(self.dense), on_host=self.trains)
+        spectra = self.room_for_spectra()
         with timed(self.clock, "decompose"):
             if again == self.rounds and self.propagates and asked.allocation not in SEARCHED:
                 energies = {

@@ -18,7 +18,7 @@
 9. factors, pivot parts and dense layers in few bits, if asked for               engines/quantise_factors.py
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from functools import partial
 
 import torch
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.clock import timed
-from spectrim.engines.large import run_of
+from spectrim.engines.large import LargeRun
 from spectrim.engines.layerwise import apply_plan, check_weights, refuse_large_sides
 from spectrim.engines.learned import skeleton, train_scores
 from spectrim.engines.masked import train_masks
@@ -38,6 +38,7 @@ from spectrim.engines.recovery import recover
 from spectrim.engines.run import Run
 from spectrim.engines.shelf import energies_in
 from spectrim.engines.unspread import refuse_unspread
+from spectrim.engines.way import way_of
 from spectrim.engines.whole import make_whole, refuse_skipped
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Method
@@ -63,6 +64,7 @@ def compress_model(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    insists: Collection[str] = (),
 ) -> Outcome:
     """Compress `dense` (weights in float32) to `keep` of the stored numbers of its decoder linears.
 
@@ -73,6 +75,8 @@ def compress_model(
     of their numbers all the same.
     With a `checkpoint`, every stage is saved there where that is cheap, and what it holds is taken from it: sums,
     spectra, scores, trained factors.
+    `insists` names the options that were asked for: where memory is too small for one, the model is refused; for the
+    method's own choice of `coupling` it is done without, which the warnings say and the outcome's method shows.
     """
     check_keep(keep)
     steps = recovery_of(method, recovery)
@@ -81,11 +85,13 @@ def compress_model(
     walk, warnings = check_weights(dense, found, nonfinite)
     refuse_skipped(method, walk, found)
     refuse_large_sides(method, walk)
+    way = way_of(device_of(dense), walk, method, insists)
+    method = way.method
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense), calibration.shape[1])
     refuse_unspread(method, steps, factor_bits, len(calibration), gradient_windows)
-    run = run_of(dense, walk, method)(
+    run = (Run if way.whole else LargeRun)(
         dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint, length=calibration.shape[1]
     )
     training = calibration if training is None else training
@@ -111,7 +117,7 @@ def compress_model(
         energies=run.energies,
         seconds=clock,
         gradient_windows=gradient_windows,
-        warnings=[*warnings, *run.warnings, *(made.learned.warnings if made.learned else ())],
+        warnings=[*warnings, *way.warnings, *run.warnings, *(made.learned.warnings if made.learned else ())],
     )
 
 
@@ -171,7 +177,7 @@ def closed_form(
     Rounds of step 4 measure at each size of `again_at` (none: at `keep`) and take the mean of all. The checkpoint that
     comes back keeps the spectra before it saves anything else; the last are warnings.
     """
-    run = run_of(dense, walk, method)(
+    run = (Run if way_of(device_of(dense), walk, method).whole else LargeRun)(
         dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint, one_size=False,
         again_at=again_at, length=calibration.shape[1],
     )  # fmt: skip

@@ -16,12 +16,15 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import default_gradient_windows
-from spectrim.engines.plan_memory import peak_memory_of
+from spectrim.engines.plan_large import large_peak_of
+from spectrim.engines.plan_memory import Peak, peak_memory_of
 from spectrim.engines.plan_time import Sizes, seconds_by_stage
 from spectrim.engines.quantise_factors import group_of
 from spectrim.engines.ranks import new_bias, plan_ranks
+from spectrim.engines.way import Way, way_of
 from spectrim.linalg.bits import Account, bias_account, uniform_account
 from spectrim.machine import Rates, measure_rates
+from spectrim.memory import total_memory
 from spectrim.method import LayerMethod, MaskedMethod, Method
 from spectrim.model_method import ModelMethod
 from spectrim.models.load import Source, context_length, meta_model
@@ -32,6 +35,9 @@ from spectrim.request import Request
 
 DOCUMENTS = (8_000, 700)
 """Bytes of headers, report, card and manifest: of any result, and for each layer."""
+
+
+UNCOUNTED = "peak memory is not known: block by block, runs for all sizes or with masks are not counted yet"
 
 
 class Stored(NamedTuple):
@@ -59,13 +65,15 @@ def estimate(
     """
     model = meta_model(source.config)
     walk = find_layers(model)
+    way = way_of(device, walk, method, request.options)
+    method = way.method
     layers, known = planned_layers(source, method, request, walk)
     stored = stored_by(method, request, walk, layers, dtype, known)
     rest = untargeted_numbers(model, walk)
     bytes_after = rest * dtype.itemsize + stored.nbytes
     total = sum(p.numel() for p in model.parameters())
     sizes = sizes_of(source, method, request, walk, bytes_after, device)
-    peak, stages = peak_memory_of(method, sizes, total, on_gpu=device.type != "cpu")
+    peak, stages = _memory(way, sizes, total, device, source.dtype.itemsize)
     rates = measure_rates(device) if rates is None else rates
     seconds, time_known = seconds_by_stage(method, sizes, rates)
     return {
@@ -86,13 +94,27 @@ def estimate(
         },
         "model_bytes": {"before": source.checkpoint.nbytes, "after": bytes_after},
         "disk_bytes": bytes_after + companions + DOCUMENTS[0] + DOCUMENTS[1] * len(walk.layers),
-        "peak_memory_bytes": {"host": peak.host, **({"gpu": peak.gpu} if peak.gpu else {})},
+        "way": "at once" if way.whole else "block by block",
+        "notes": [*way.warnings, *([] if peak else [UNCOUNTED])],
+        "peak_memory_bytes": peak and {"host": peak.host, **({"gpu": peak.gpu} if peak.gpu else {})},
         "memory_by_stage": stages,
         "seconds": sum(seconds.values()) if time_known else None,
         "seconds_by_stage": seconds,
         "rates": dataclasses.asdict(rates),
         "device": str(device),
     }
+
+
+def _memory(
+    way: Way, sizes: Sizes, total: int, device: torch.device, itemsize: int
+) -> tuple[Peak | None, dict[str, int]]:
+    """The peak and its stages by the way that the run will take; None and no stages where they are not known."""
+    if way.whole:
+        return peak_memory_of(way.method, sizes, total, on_gpu=device.type != "cpu")
+    gpu = total_memory(device)
+    assert gpu is not None  # all else goes at once
+    assert isinstance(way.method, LayerMethod)
+    return large_peak_of(way.method, sizes, total, gpu=gpu, stored=itemsize) or (None, {})
 
 
 def planned_layers(source: Source, method: Method, request: Request, walk: Walk) -> tuple[list[dict[str, Any]], bool]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from spectrim.engines.block import MOST_WINDOWS
 from spectrim.engines.plan_time import Sizes, distinct_inputs
 from spectrim.engines.run import CPU_BATCH, GPU_BATCH
+from spectrim.engines.way import spectra_bytes
 from spectrim.method import LayerMethod, LearnedMethod, Method, TrainedMethod
 from spectrim.model_method import TrainedModelMethod
 from spectrim.options import RECOVERY_BATCH
@@ -45,11 +46,11 @@ def peak_memory_of(method: Method, sizes: Sizes, total: int, *, on_gpu: bool) ->
     before = {
         "calibrate": _calibration(method, sizes, on_gpu),
         "learn": _learning(method, sizes, on_gpu),
-        "recover": _recovery(sizes),
+        "recover": recovery(sizes),
     }
-    spectra = _spectra(sizes) if isinstance(method, LayerMethod) else 0
+    spectra = spectra_bytes(sizes.walk) if isinstance(method, LayerMethod) else 0
     kept = spectra if on_gpu else max(spectra, int(NOT_GIVEN_BACK * max(before.values())))
-    stages = {stage: dense + own for stage, own in (*before.items(), ("evaluate", kept + _judging(sizes)))}
+    stages = {stage: dense + own for stage, own in (*before.items(), ("evaluate", kept + judging(sizes)))}
     most = max(stages.values())
     start = resident() + TEXT_BYTES
     if on_gpu:  # the weights pass through the host, and the result is written from it
@@ -66,18 +67,14 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _spectra(sizes: Sizes) -> int:
-    """All components of all layers."""
-    return 8 * sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in sizes.walk.layers)
-
-
-def _activations(sizes: Sizes, windows: int) -> int:
+def activations(sizes: Sizes, windows: int) -> int:
     """What a pass keeps for the way back."""
     numbers = sum(3 * la.outputs + la.inputs for la in sizes.walk.layers)
     return windows * sizes.length * numbers * KEPT
 
 
-def _vocabulary(sizes: Sizes, windows: int, entry_bytes: int) -> int:
+def vocabulary(sizes: Sizes, windows: int, entry_bytes: int) -> int:
+    """Over all positions of so many windows."""
     return windows * sizes.length * sizes.vocabulary * entry_bytes
 
 
@@ -103,12 +100,12 @@ def _calibration(method: Method, sizes: Sizes, on_gpu: bool) -> int:
         held += 8 * sum(la.inputs**2 + la.outputs**2 for la in walk.layers)
         held += 4 * sum(la.outputs**2 for la in walk.layers)
         held += 4 * sum(inputs**2 for block in distinct_inputs(walk) for inputs in block)
-    spectra = _spectra(sizes) if isinstance(method, LayerMethod) else 0
+    spectra = spectra_bytes(sizes.walk) if isinstance(method, LayerMethod) else 0
     if not method.needs:
         return spectra
     if method.needs & GRADIENT_STATS:
-        return held + spectra + _activations(sizes, batch) + _vocabulary(sizes, batch, LOGITS_SAMPLED)
-    return held + spectra + _vocabulary(sizes, batch, 4)
+        return held + spectra + activations(sizes, batch) + vocabulary(sizes, batch, LOGITS_SAMPLED)
+    return held + spectra + vocabulary(sizes, batch, 4)
 
 
 def _learning(method: Method, sizes: Sizes, on_gpu: bool) -> int:
@@ -116,7 +113,7 @@ def _learning(method: Method, sizes: Sizes, on_gpu: bool) -> int:
 
     Newton steps come before the statistics and the spectra that were propagated are let go.
     """
-    spectra = _spectra(sizes) if isinstance(method, LayerMethod) else 4 * 4 * sizes.weights
+    spectra = spectra_bytes(sizes.walk) if isinstance(method, LayerMethod) else 4 * 4 * sizes.weights
     held = spectra * 3 // 2
     if isinstance(method, LearnedMethod) and not method.steps and method.newton_steps:
         windows = min(GPU_BATCH if on_gpu else CPU_BATCH, sizes.gradient_windows)
@@ -125,27 +122,27 @@ def _learning(method: Method, sizes: Sizes, on_gpu: bool) -> int:
         windows = method.batch_size
     else:
         return 0
-    return held + _activations(sizes, windows) + _vocabulary(sizes, windows, LOGITS_TRAINED)
+    return held + activations(sizes, windows) + vocabulary(sizes, windows, LOGITS_TRAINED)
 
 
-def _recovery(sizes: Sizes) -> int:
+def recovery(sizes: Sizes) -> int:
     """Factors with gradient and two moments, roots of their metric, a batch."""
     if not any(step.steps for step in sizes.steps):
         return 0
     factors = 4 * 4 * int(sizes.weights * sizes.keep)
-    activations = _activations(sizes, RECOVERY_BATCH)
+    batch = activations(sizes, RECOVERY_BATCH)
     needed = 0
     for step in sizes.steps:
         if step.name == "kl":
             roots = 16 * sum(la.inputs**2 + la.outputs**2 for la in sizes.walk.layers)
-            needed = max(needed, roots + activations + _vocabulary(sizes, RECOVERY_BATCH, LOGITS_TRAINED))
+            needed = max(needed, roots + batch + vocabulary(sizes, RECOVERY_BATCH, LOGITS_TRAINED))
         elif step.steps is not None:  # inputs of a block in both models and its targets, activations of one block
             stream = 3 * 4 * min(MOST_WINDOWS, step.steps * RECOVERY_BATCH) * sizes.length * sizes.hidden
-            needed = max(needed, stream + activations // max(1, len(sizes.walk.block_names)))
+            needed = max(needed, stream + batch // max(1, len(sizes.walk.block_names)))
     return factors + needed
 
 
-def _judging(sizes: Sizes) -> int:
+def judging(sizes: Sizes) -> int:
     """The compressed model beside the dense one, and both distributions of a batch."""
     windows = min(EVALUATED, sizes.eval_windows)
-    return int(4 * sizes.weights * sizes.keep) + _vocabulary(sizes, windows, LOGITS_COMPARED)
+    return int(4 * sizes.weights * sizes.keep) + vocabulary(sizes, windows, LOGITS_COMPARED)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from spectrim.engines.forms import Form, Menu
 from spectrim.engines.measure import Progress, frozen
@@ -94,7 +95,7 @@ class Probed:
             self.now[name] = wanted
         assert isinstance(module.weight, torch.nn.Parameter)
         assert isinstance(dense.weight, Tensor)
-        stored = made if made.shape == dense.weight.shape and weight_of(dense).shape == dense.weight.shape else made.mT
+        stored = made.mT if isinstance(dense, Conv1D) else made  # not by shape: GPT-2 has square ones
         module.weight = torch.nn.Parameter(stored.to(dense.weight.dtype), requires_grad=False)
 
 

@@ -101,7 +101,8 @@ class Run:
             spectra, plan = self.closed_form(ids)
             checkpoint.load(CLOSED_FORM)  # still not there: scores that belong to another one are discarded
         else:
-            spectra, plan, self.means, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run)
+            spectra = self.room_for_spectra()
+            plan, self.means, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run, into=spectra)
             checkpoint.forget(*LEADS_TO_IT)
 
         def pack() -> Saved:
@@ -114,6 +115,10 @@ class Run:
         if saved is None and checkpoint.worth(bytes_of(spectra)):
             keeper.keep()
         return spectra, plan, keeper
+
+    def room_for_spectra(self) -> MutableMapping[str, Spectrum]:
+        """Empty, for the spectra of all layers."""
+        return {}
 
     def closed_form(self, ids: Tensor) -> tuple[MutableMapping[str, Spectrum], Plan]:
         """Steps 2 to 5: spectra in the final metric, and the ranks under the budget."""

@@ -33,7 +33,7 @@ from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.bits import VALUE_BYTES, Unit, bias_account, budget_in
 from spectrim.linalg.columns import DAMPING, inverse_root
 from spectrim.linalg.factor import drift_target, token_share
-from spectrim.linalg.knapsack import settle
+from spectrim.linalg.knapsack import Settled, settle
 from spectrim.linalg.metric import shrink
 from spectrim.linalg.predicted import Measured, in_codes
 from spectrim.linalg.solver import LinAlgError, SolverError
@@ -119,28 +119,32 @@ class Trellis(ModelMethod):
             menus = [self.menu(job, layer) for layer in job.walk.layers]
         with job.timed("allocate"):
             found = settle([menu.options for menu in menus], budget, gap=MOST_GAP)
-            choice = found.choice
+            choice, gap = found.choice, found.gap
             if self.allocation != "predicted":
-                choice = self.probed(job, menus, choice, budget)
-        if found.gap > MOST_GAP:
+                choice, gap = self.probed(job, menus, found, budget)
+        if gap > MOST_GAP:
             job.warnings.append(
-                f"the choice of forms may be {found.gap:.2%} above the least predicted loss; spectrim[ilp] finds it"
+                f"the choice of forms may be {gap:.2%} above the least predicted loss; spectrim[ilp] finds it"
             )
         return [menu.forms[k] for menu, k in zip(menus, choice, strict=True)]
 
-    def probed(self, job: Job, menus: Sequence[Menu], choice: list[int], budget: int) -> list[int]:
-        """Step 2 by what the model makes of it."""
+    def probed(self, job: Job, menus: Sequence[Menu], found: Settled, budget: int) -> tuple[list[int], float]:
+        """Step 2 by what the model makes of it, from the choice that was `found`; and how far from the optimum of the
+        losses it was last chosen by it may be. EvoPress leaves predicted losses on purpose: the gap is of its start.
+        """
         names = [layer.name for layer in job.walk.layers]
         noises = {name: Noise(self.measured(job, name), job.seed + i) for i, name in enumerate(names)}
         probed = Probed(job.dense, skeleton(job.dense), names, noises, menus)
         ids = job.training
         if self.allocation == "evopress":
-            return evolve_forms(
-                probed, choice, budget, ids, generations=self.generations, offspring=self.offspring, seed=job.seed,
-                progress=job.progress,
+            evolved = evolve_forms(
+                probed, found.choice, budget, ids, generations=self.generations, offspring=self.offspring,
+                seed=job.seed, progress=job.progress,
             )  # fmt: skip
-        by_kind = corrections(probed, job.walk, choice, ids[-PROBE_WINDOWS:])
-        return settle(corrected(menus, job.walk, by_kind), budget, gap=MOST_GAP).choice
+            return evolved, found.gap
+        by_kind = corrections(probed, job.walk, found.choice, ids[-PROBE_WINDOWS:])
+        again = settle(corrected(menus, job.walk, by_kind), budget, gap=MOST_GAP)
+        return again.choice, again.gap
 
     def menu(self, job: Job, layer: Layer) -> Menu:
         """Step 1."""

@@ -1,0 +1,123 @@
+"""The most memory of a run that goes block by block (large.py): what is alive in each stage, in bytes.
+
+    GPU     weights as they are held, one block's sums in float64, hidden states of all windows, spectra while there is
+            room for them; while scores are learned, components and formed weights in 16 bits
+    host    packed statistics and what of the spectra has no room on the GPU, in float32
+
+Runs that train masks, or serve all sizes, are not counted: `large_peak_of` is then None.
+"""
+
+import math
+from typing import NamedTuple
+
+from spectrim.engines.plan_memory import (
+    LOGITS_SAMPLED,
+    LOGITS_TRAINED,
+    TEXT_BYTES,
+    Peak,
+    activations,
+    judging,
+    recovery,
+    resident,
+    vocabulary,
+)
+from spectrim.engines.plan_time import Sizes, distinct_inputs
+from spectrim.engines.run import GPU_BATCH, SHORT
+from spectrim.engines.way import spectra_bytes
+from spectrim.memory import SHELF_SHARE, WIDE_SHARE
+from spectrim.method import LayerMethod, LearnedMethod
+from spectrim.stats import GRADIENT_STATS, Stat
+
+WORK_MATRICES = 10
+"""Of the largest side, in float64, while a weight is decomposed."""
+
+
+class _Held(NamedTuple):
+    """What is there through most stages."""
+
+    number: int  # bytes of a weight's number
+    dense: int
+    student: int
+    spectra: int  # on the GPU
+
+
+def large_peak_of(
+    method: LayerMethod, sizes: Sizes, total: int, *, gpu: int, stored: int
+) -> tuple[Peak, dict[str, int]] | None:
+    """The peak and what each stage holds on a GPU of `gpu` bytes; None where it is not known.
+
+    `total` counts the numbers of the whole model, `stored` the bytes of one in its files.
+    """
+    if sizes.any_size or (method.windows_trained and not isinstance(method, LearnedMethod)):
+        return None
+    number = 2 if stored == 2 and 4 * total > WIDE_SHARE * gpu else 4
+    dense = number * total
+    narrow = spectra_bytes(sizes.walk) // 2
+    room = 0 if method.windows_trained else min(narrow, max(0, int(SHELF_SHARE * gpu) - dense))
+    held = _Held(number, dense, int(number * sizes.weights * sizes.keep), room)
+    stages = {
+        "calibrate": dense + held.student + _calibration(method, sizes, held),
+        "decompose": dense + room + _matrices(sizes),
+        "propagate": dense + held.student + room + _matrices(sizes) + 2 * _states(sizes, sizes.gradient_windows, held),
+        "learn": dense + _learning(method, sizes, held),
+        "recover": dense + recovery(sizes),
+        "evaluate": dense + room + judging(sizes),
+    }
+    kept = _packed(method, sizes) + narrow - room
+    return Peak(resident() + TEXT_BYTES + max(2 * sizes.bytes_read, kept), max(stages.values())), stages
+
+
+def _states(sizes: Sizes, windows: int, held: _Held) -> int:
+    """Hidden states between two blocks."""
+    return windows * sizes.length * sizes.hidden * held.number
+
+
+def _batch(sizes: Sizes, windows: int) -> int:
+    return min(windows, max(1, GPU_BATCH * SHORT // max(SHORT, sizes.length)))
+
+
+def _calibration(method: LayerMethod, sizes: Sizes, held: _Held) -> int:
+    """The larger of both ways through the blocks."""
+    walk = sizes.walk
+    if not method.needs:
+        return 0
+    steep = sizes.gradient_windows if method.needs & GRADIENT_STATS else 0
+    apart = math.ceil(math.sqrt(len(walk.block_names)))
+    one = activations(sizes, _batch(sizes, sizes.windows)) // len(walk.block_names)
+    inputs = 8 * max(sum(n**2 for n in block) for block in distinct_inputs(walk))
+    there = inputs + _states(sizes, sizes.windows + apart * steep, held) + one
+    if not steep:
+        return there
+    outputs = dict.fromkeys(range(len(walk.block_names)), 0)
+    full = bool(method.needs & {Stat.FISHER, Stat.SLOPE})
+    for layer in walk.layers:
+        outputs[layer.block] += 8 * (layer.outputs**2 + (layer.weight_numbers if full else 0))
+    states = _states(sizes, (2 * apart + 1) * steep, held)
+    return max(there, max(outputs.values()) + states + one + vocabulary(sizes, 1, LOGITS_SAMPLED))
+
+
+def _matrices(sizes: Sizes) -> int:
+    return WORK_MATRICES * 8 * max(max(la.outputs, la.inputs) ** 2 for la in sizes.walk.layers)
+
+
+def _learning(method: LayerMethod, sizes: Sizes, held: _Held) -> int:
+    """Components (all in 16 bits; for Newton the kept ones in 32), formed weights, inputs of blocks, a batch."""
+    if not isinstance(method, LearnedMethod) or not (method.steps or method.newton_steps):
+        return 0
+    steps = method.steps > 0
+    components = spectra_bytes(sizes.walk) // 4 if steps else int(4 * sizes.weights * sizes.keep)
+    windows = method.batch_size if steps else _batch(sizes, sizes.gradient_windows)
+    blocks = len(sizes.walk.block_names)
+    formed = 2 * sizes.weights + 8 * sizes.weights // blocks
+    passing = _states(sizes, windows * blocks, held) + activations(sizes, windows) // blocks
+    return components + formed + passing + vocabulary(sizes, windows, LOGITS_TRAINED)
+
+
+def _packed(method: LayerMethod, sizes: Sizes) -> int:
+    """Statistics of all layers on the host: upper halves in float32."""
+    held = 0
+    if Stat.GRAM in method.needs:
+        held += sum(n**2 for block in distinct_inputs(sizes.walk) for n in block)
+    if Stat.OUTPUT_GRAD in method.needs:
+        held += sum(la.outputs**2 for la in sizes.walk.layers)
+    return 2 * held + (4 * sizes.weights if method.needs & {Stat.FISHER, Stat.SLOPE} else 0)

@@ -1,0 +1,75 @@
+"""The memory that is planned for runs that go block by block, held to what such runs took on a GPU."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from spectrim import memory
+from spectrim.cli_plan import show_plan
+from spectrim.engines import plan as planner
+from spectrim.engines.plan import estimate
+from spectrim.machine import Rates
+from spectrim.models.load import Source
+from spectrim.request import Request
+
+MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/scale-h200.json").read_text(encoding="utf-8"))[
+    "rows"
+]
+H200 = 150_000_000_000
+RATES = Rates(
+    device="cuda", computing_dtype="bfloat16", products=6e14, full_products=5e13, copied=3e12, softmax=1e11, eigen=1e-12
+)
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, gpu: int, blocks: int, **asked: Any) -> dict[str, Any]:
+    """Of the Llama of 7B shape that benchmarks/scale.py runs, with so many of its blocks."""
+    for module in (memory, planner):
+        monkeypatch.setattr(module, "total_memory", lambda _device: gpu)
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=blocks, num_attention_heads=32, vocab_size=32000
+    )
+    numbers = 2 * 32000 * 4096 + blocks * (4 * 4096**2 + 3 * 4096 * 11008)
+    source = SimpleNamespace(
+        config=config, name="7B", dtype=torch.bfloat16, checkpoint=SimpleNamespace(numel=numbers, nbytes=2 * numbers)
+    )
+    request = Request(model="x", keep=0.8, calib_length=2048, eval="none", device="cuda", **asked)
+    told = {"dtype": torch.bfloat16, "device": torch.device("cuda"), "rates": RATES}
+    return estimate(cast(Source, source), request.check(), request, **told)
+
+
+def test_the_closed_form_takes_about_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    # That run held bf16 weights and all spectra on the GPU; this is the size of GPU on which a plan does so too.
+    plan = planned(monkeypatch, 35_000_000_000, 6, preset="fast")
+    assert plan["way"] == "block by block"
+    assert plan["peak_memory_bytes"]["gpu"] / 1e9 == pytest.approx(MEASURED["fast, 6 blocks"]["gpu_gb"], rel=0.5)
+
+
+def test_learning_takes_about_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(monkeypatch, H200, 32, options={"coupling": "none", "steps": 5, "batch_size": 8})
+    assert plan["memory_by_stage"]["learn"] / 1e9 == pytest.approx(MEASURED["soco-steps"]["gpu_gb"], rel=0.2)
+    # Beside the spectra, statistics are on the host, which the measured run did without.
+    assert MEASURED["soco-steps"]["host_gb"] < plan["peak_memory_bytes"]["host"] / 1e9 < 90
+
+
+def test_what_is_not_counted_is_null_with_a_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(monkeypatch, H200, 32, method="acip")
+    assert plan["peak_memory_bytes"] is None
+    assert plan["memory_by_stage"] == {}
+    assert any("peak memory is not known" in note for note in plan["notes"])
+    show_plan(plan)
+    assert "note: peak memory is not known" in capsys.readouterr().out
+
+
+def test_a_plan_says_that_the_coupling_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(monkeypatch, H200, 32)
+    assert plan["method"]["coupling"] == "none"
+    assert any("with coupling=none" in note for note in plan["notes"])
+    whole = planned(monkeypatch, 100 * H200, 32)
+    assert (whole["way"], whole["method"]["coupling"], whole["notes"]) == ("at once", "sequence", [])
