@@ -111,7 +111,7 @@ def test_in_python_one_budget_is_asked_for(folder):
     ("words", "method"), [([], "soco"), (["--keep", "0.5"], "soco"), (["--keep-bytes", "0.98"], "trellis")]
 )
 def test_the_method_follows_the_kind_of_budget(folder, tmp_path, words, method):
-    with mock.patch("spectrim.job.run", side_effect=UsageError("stop here")) as asked:
+    with mock.patch("spectrim.several_job.run", side_effect=UsageError("stop here")) as asked:
         assert call("compress", folder, "--out", tmp_path / "out", *words).code == 2
     assert asked.call_args.args[0].method == method
 
