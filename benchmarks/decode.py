@@ -74,7 +74,7 @@ class Bench:
             start = time.perf_counter()
             try:
                 made = make()
-            except Exception as error:
+            except Exception as error:  # one row that fails must not take the others along
                 made = {"error": f"{type(error).__name__}: {str(error)[:500]}", "trace": traceback.format_exc()[-1500:]}
             self.facts["rows"].append({"row": name, **made, "took_s": round(time.perf_counter() - start, 1)})
             print(json.dumps({k: v for k, v in self.facts["rows"][-1].items() if k != "choices"}), flush=True)

@@ -55,7 +55,7 @@ class Rows:
             torch.cuda.reset_peak_memory_stats()
         try:
             row = work()
-        except Exception as error:
+        except Exception as error:  # one row that fails must not take the others along
             row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         row["wall_s"] = time.perf_counter() - started
         if torch.cuda.is_available():

@@ -140,12 +140,12 @@ def _grams(n: int, wide: int, tokens: int, device: torch.device) -> Iterator[tup
         total += torch.mm(x.mT, x, out_dtype=torch.float32)  # type: ignore[call-overload]  on a GPU only
 
     def in_place(total: Tensor, x: Tensor) -> None:
-        torch.addmm(total, x.mT, x, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, x.mT, x, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]  as above
 
     def in_blocks(total: Tensor, x: Tensor, count: int) -> None:
         step = -(-total.shape[0] // count)
         for low in range(0, len(total), step):
-            rest = torch.mm(x[:, low : low + step].mT, x[:, low:], out_dtype=torch.float32)  # type: ignore[call-overload]
+            rest = torch.mm(x[:, low : low + step].mT, x[:, low:], out_dtype=torch.float32)  # type: ignore[call-overload]  as above
             total[low : low + step, low:] += rest
 
     for width in (n, wide):

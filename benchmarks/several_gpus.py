@@ -128,11 +128,11 @@ def work(options: argparse.Namespace) -> None:
         stats = timed("calibrate", lambda: batch.run(
             "calibrate", lambda size: measure(model, walk, ids, needs, batch_size=size, owned=True)
         ))  # fmt: skip
-        spectra = timed("decompose", lambda: decompose_all(method, model, walk, stats))  # type: ignore[arg-type]
+        spectra = timed("decompose", lambda: decompose_all(method, model, walk, stats))  # type: ignore[arg-type]  by layers
         row["layers"] = present().objects(len(spectra))
         energies = energies_of_all(model, walk, spectra)
         row["energy"] = float(sum(e.double().sum() for e in energies.values()))
-        plan = plan_ranks(method, walk, energies, 0.5)  # type: ignore[arg-type]
+        plan = plan_ranks(method, walk, energies, 0.5)  # type: ignore[arg-type]  by layers
         own = list(spectra)
         timed("hand round", lambda: hand_round(model, walk, spectra, {}, own, plan))
         row["perplexity"] = timed("evaluate", lambda: evaluate(model, ids[:32])).perplexity

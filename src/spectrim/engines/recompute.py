@@ -53,4 +53,4 @@ def recomputed(model: PreTrainedModel, walk: Walk, *, wanted: bool = True) -> It
 
 def _hide(module: nn.Module, forward: Callable[..., Any]) -> None:
     """An attribute that hides the method; `del` brings it back."""
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[method-assign]  an attribute that hides the method
