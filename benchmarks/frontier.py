@@ -13,6 +13,9 @@
 Sizes are bytes of the decoder linears over what they take in 16 bits, everything counted. Written after every row:
 frontier.json, frontier.md and frontier-TEXT.svg. A row that fails says why, and the others go on; with --seconds no row
 is started after that long. Step 3 takes what is in the file already when the run is started again with --go-on.
+
+Several processes can share the work: `--steps 1 2 --part 0/3` runs every third row of steps 1 and 2, and `--rows FILE...`
+takes the rows that others have written (`--steps` with none: writes them all together and runs nothing).
 """
 
 import argparse
@@ -169,11 +172,38 @@ def tiny_model(folder: Path) -> Path:
 
 
 def tasks_of(args: argparse.Namespace, rows: list[dict[str, Any]], text: str) -> Iterator[Task]:
-    """All steps in order; step 3 looks at what the steps before it have left in `rows`."""
-    yield from (ours(keep, args.window) for keep in args.keep_bytes)
-    yield from rivals(args.group, args.quick)
-    yield from (ours(r["share"], args.window) for r in standing(rows, text) if r["share"] <= 1)
-    yield from (ours(keep, args.window, name) for keep in VARIANT_KEEPS for name in VARIANTS)
+    """The steps that were asked for, in order; step 3 looks at what the steps before it have left in `rows`."""
+    if 1 in args.steps:
+        yield from (ours(keep, args.window) for keep in args.keep_bytes)
+    if 2 in args.steps:
+        yield from rivals(args.group, args.quick)
+    if 3 in args.steps:
+        yield from (ours(r["share"], args.window) for r in standing(rows, text) if r["share"] <= 1)
+    if 4 in args.steps:
+        yield from (ours(keep, args.window, name) for keep in VARIANT_KEEPS for name in VARIANTS)
+
+
+def mine(tasks: Iterator[Task], part: tuple[int, int]) -> Iterator[Task]:
+    """Every `part[1]`-th task."""
+    return (task for index, task in enumerate(tasks) if index % part[1] == part[0])
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """`I/N`, I from 0."""
+    index, total = (int(number) for number in text.split("/"))
+    if not 0 <= index < total:
+        raise ValueError(text)
+    return index, total
+
+
+def rows_before(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows that other runs, or this one before, have written; each once."""
+    files = [*args.rows, *([args.out / f"{args.name}.json"] if args.go_on else [])]
+    found: dict[tuple[str, float], dict[str, Any]] = {}
+    for file in files:
+        if file.exists() or file in args.rows:
+            found.update({(r["label"], round(r["keep"], 6)): r for r in json.loads(file.read_text())["rows"]})
+    return list(found.values())
 
 
 def main() -> None:
@@ -197,6 +227,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="frontier", help="what the written files are called")
     parser.add_argument("--go-on", action="store_true", help="take the rows that the written file has")
+    parser.add_argument("--steps", type=int, nargs="*", default=[1, 2, 3, 4], help="which of the steps above")
+    parser.add_argument("--part", type=part_of, default=(0, 1), metavar="I/N", help="every N-th row, from row I")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="take the rows of these files too")
     parser.add_argument("--quick", action="store_true", help="few rows on a tiny random model")
     args = parser.parse_args()
     args.train_windows = 0
@@ -213,12 +246,10 @@ def main() -> None:
 
 def run(args: argparse.Namespace, bench: Bench, until: float) -> None:
     """Rows in turn, files after each."""
-    texts, before, failed = list(bench.texts), args.out / f"{args.name}.json", list[dict[str, Any]]()
-    rows = json.loads(before.read_text())["rows"] if args.go_on and before.exists() else [
-        {**bench.dense_row(), "share": 1.0}
-    ]  # fmt: skip
+    texts, failed = list(bench.texts), list[dict[str, Any]]()
+    rows = rows_before(args) or [{**bench.dense_row(), "share": 1.0}]
     done = {(r["label"], round(r["keep"], 6)) for r in rows}
-    for task in tasks_of(args, rows, texts[0]):
+    for task in mine(tasks_of(args, rows, texts[0]), args.part):
         key = (task.row.label, round(task.keep, 6))
         if key in done:
             continue
