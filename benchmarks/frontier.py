@@ -14,7 +14,7 @@ Sizes are bytes of the decoder linears over what they take in 16 bits, everythin
 frontier.json, frontier.md and frontier-TEXT.svg. A row that fails says why, and the others go on; with --seconds no row
 is started after that long. Step 3 takes what is in the file already when the run is started again with --go-on.
 
-Several processes can share the work: `--steps 1 2 --part 0/3` runs every third row of steps 1 and 2, and `--rows FILE...`
+Several processes can share the work: `--steps 1 2 --part 0/3` runs every third row of steps 1 and 2; `--rows FILE...`
 takes the rows that others have written (`--steps` with none: writes them all together and runs nothing).
 """
 

@@ -18,6 +18,11 @@ class Row:
     recover: tuple[str, ...] = ()
 
 
+def eora_options(base: str) -> dict[str, Any]:
+    """Groups of 128 do not divide the kept half of the reference model's 384 inputs."""
+    return {"base": base, "group_size": 64} if base.startswith("2:4+") else {"base": base}
+
+
 GROUPS: dict[str, list[Row]] = {
     "closed-form": [
         Row(label="svd", method="svd"),
@@ -61,7 +66,7 @@ GROUPS: dict[str, list[Row]] = {
             for bits in (2, 3, 4)
         ),
         *(
-            Row(label=f"eora on {base}, {metric}", method="eora", options={"base": base, "metric": metric})
+            Row(label=f"eora on {base}, {metric}", method="eora", options=eora_options(base) | {"metric": metric})
             for base in ("2:4", "2:4+rtn4", "rtn2", "rtn3", "rtn4", "gptq2", "gptq3", "gptq4")
             for metric in ("svd", "diagonal", "eora")
         ),
@@ -96,6 +101,12 @@ GROUPS: dict[str, list[Row]] = {
             )
         ),
         *(Row(label=f"lq-lora, rank_bits {b}", method="lq-lora", options={"rank_bits": b}) for b in (0.0, 0.25, 0.5)),
+        *(
+            Row(label=f"lq-lora, {solver}, rank_bits {b}", method="lq-lora", options={"solver": solver, "rank_bits": b})
+            for solver in ("columns",)
+            for b in (0.0, 0.1, 0.25, 0.5)
+        ),
+        Row(label="lq-lora, columns, trained", method="lq-lora", preset="trained", options={"solver": "columns"}),
         Row(label="lq-lora, not weighed", method="lq-lora", options={"weigh": "none"}),
         Row(label="lq-lora, one form", method="lq-lora", options={"allocation": "uniform"}),
         Row(label="lq-lora, trained", method="lq-lora", preset="trained"),

@@ -13,9 +13,9 @@ from spectrim.linalg.normal_float import (
     BINS,
     Form,
     NormalRounded,
-    _nearest,
     blocks_in,
     from_normal,
+    nearest_level,
     normal_levels,
     round_to_normal,
     rounding_errors,
@@ -100,7 +100,7 @@ def test_codes_are_those_of_a_binary_search(bits, dtype):
     boundaries = (levels[1:] + levels[:-1]) / 2
     edges = torch.arange(-BINS // 2, BINS // 2 + 1, dtype=dtype) / (BINS // 2)
     shares = torch.cat([boundaries, edges, normal(1, 20_000).to(dtype), torch.tensor([-3.0, 3.0], dtype=dtype)])
-    found, expected = _nearest(shares, bits), torch.bucketize(shares, boundaries)
+    found, expected = nearest_level(shares, bits), torch.bucketize(shares, boundaries)
     near = (levels[found] - shares).abs() - (levels[expected] - shares).abs()
     assert float(near.abs().max()) < 8 * torch.finfo(dtype).eps
     assert int((found != expected).sum()) <= len(boundaries)  # ties alone

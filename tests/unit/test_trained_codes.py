@@ -84,6 +84,24 @@ def test_bits_go_where_the_loss_feels_them():
 
 
 @needs_scipy
+def test_the_column_solver_loses_less_of_the_outputs_at_the_same_bytes():
+    """The change of outputs under the inputs of calibration, summed over layers, outputs by their Fisher means."""
+    found, gram = [], frozenset({Stat.FISHER, Stat.GRAM})
+    for solver in ("nearest", "columns"):
+        dense, outcome = made("lq-lora", 0.3, solver=solver, **LQ)
+        stats = measure(dense, find_layers(dense), IDS, gram, batch_size=8)
+        lost = 0.0
+        for name, module in packed_in(outcome).items():
+            missing = weight_of(dense.get_submodule(name)).detach().double() - module.dense_weight().double()
+            rows = (missing @ stats[name].get(Stat.GRAM) * missing).sum(1)
+            lost += float(rows @ stats[name].get(Stat.FISHER).mean(1))
+        found.append((lost, sum(placed.size("bytes") for placed in outcome.placed.values())))
+    (nearest, bytes_nearest), (columns, bytes_columns) = found
+    assert columns < 0.8 * nearest
+    assert bytes_columns == pytest.approx(bytes_nearest, rel=0.02)
+
+
+@needs_scipy
 def test_a_layer_that_matters_more_gets_more_bits():
     """Fisher information a million times as large in one layer."""
     dense = tiny("llama-gqa-bias")
@@ -190,6 +208,7 @@ def test_a_start_of_zero_is_the_base_and_learns():
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
+        ("lq-lora", {"solver": "rows"}, "method lq-lora: solver must be"),
         ("lq-lora", {"rank_bits": -0.1}, "method lq-lora: rank_bits must be in"),
         ("lq-lora", {"weigh": "gram"}, "method lq-lora: weigh must be one of fisher, none"),
         ("lq-lora", {"allocation": "hull"}, "method lq-lora: allocation must be one of ilp, uniform"),

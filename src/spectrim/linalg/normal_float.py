@@ -70,8 +70,8 @@ def blocks_in(outputs: int, inputs: int, form: Form) -> tuple[int, int]:
 def round_to_normal(weight: Tensor, form: Form) -> NormalRounded:
     """Each weight (O, I) to the nearest level of its block; pass float32 or better."""
     scale_codes, scales = _round_scales(_largest(weight, form.block), form)
-    stored = _by_input(_scales_of(scale_codes, scales, form), form.block, weight.shape[1])
-    codes = _nearest(weight / _divisor(stored), form.bits)
+    stored = _by_input(scales_of(scale_codes, scales, form), form.block, weight.shape[1])
+    codes = nearest_level(weight / _divisor(stored), form.bits)
     return NormalRounded(codes.to(torch.uint8), scale_codes, scales)
 
 
@@ -84,16 +84,16 @@ def rounding_errors(weight: Tensor, forms: Sequence[Form], importance: Tensor) -
     for scaling, same in groupby(sorted(range(len(forms)), key=lambda k: forms[k][1:]), lambda k: forms[k][1:]):
         form = Form(0, *scaling)
         scale_codes, scales = _round_scales(_largest(weight, form.block), form)
-        stored = _by_input(_scales_of(scale_codes, scales, form), form.block, weight.shape[1])
+        stored = _by_input(scales_of(scale_codes, scales, form), form.block, weight.shape[1])
         shares, weights = weight / _divisor(stored), stored.square() * importance
         for k in same:
             levels = normal_levels(forms[k].bits).to(weight)
-            missing = levels[_nearest(shares, forms[k].bits)].sub_(shares)
+            missing = levels[nearest_level(shares, forms[k].bits)].sub_(shares)
             errors[k] = float(missing.square_().mul_(weights).sum())
     return errors
 
 
-def _nearest(shares: Tensor, bits: int) -> Tensor:
+def nearest_level(shares: Tensor, bits: int) -> Tensor:
     """Codes int32 of the nearest levels. A bin tells all but one boundary: a tenth of a binary search's time."""
     below, boundary = (table.to(shares.device) for table in _bins(bits))
     bins = ((shares + 1) * (BINS // 2)).int().clamp_(0, BINS - 1)
@@ -115,22 +115,31 @@ def from_normal(rounded: NormalRounded, form: Form, dtype: torch.dtype | None = 
     dtype = dtype or rounded.scales.dtype
     wide = torch.promote_types(dtype, torch.float32)
     levels = normal_levels(form.bits).to(rounded.codes.device, wide)
-    scales = _scales_of(rounded.scale_codes, rounded.scales.to(wide), form)
+    scales = scales_of(rounded.scale_codes, rounded.scales.to(wide), form)
     return (levels[rounded.codes.int()] * _by_input(scales, form.block, rounded.codes.shape[1])).to(dtype)
 
 
 def _round_scales(largest: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Codes (O, G) uint8 of the blocks' largest numbers, and scales (S,) of the second level."""
-    flat = largest.flatten()
-    padded = torch.nn.functional.pad(flat, (0, -len(flat) % form.scale_block))
-    scales = as_stored(padded.reshape(-1, form.scale_block).amax(1))
+    flat, scales = largest.flatten(), _second_level(largest, form)
     top = scales.repeat_interleave(form.scale_block)[: len(flat)]
     steps = 2**form.scale_bits
     codes = (flat / _divisor(top) * steps - 1).round().clamp(0, steps - 1)
     return codes.to(torch.uint8).reshape(largest.shape), scales
 
 
-def _scales_of(codes: Tensor, scales: Tensor, form: Form) -> Tensor:
+def _second_level(largest: Tensor, form: Form) -> Tensor:
+    flat = largest.flatten()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % form.scale_block))
+    return as_stored(padded.reshape(-1, form.scale_block).amax(1))
+
+
+def second_level(weight: Tensor, form: Form) -> Tensor:
+    """Scales (S,) of the second level of a weight (O, I), exact in bfloat16."""
+    return _second_level(_largest(weight, form.block), form)
+
+
+def scales_of(codes: Tensor, scales: Tensor, form: Form) -> Tensor:
     """Scales of blocks (O, G)."""
     top = scales.repeat_interleave(form.scale_block)[: codes.numel()].reshape(codes.shape)
     return top * (codes.to(scales.dtype) + 1) / 2**form.scale_bits

@@ -7,6 +7,12 @@ minimise  sum_ij F_ij (W - Q - L)_ij^2          F: the diagonal Fisher informati
    but where F is of rank one this is it
 2. Q = NF(W - L)
 3. again, until a round lowers the error no more; the best Q and L that were seen
+
+Calibrated (`calibrated_importance`; ours, not in the paper) it is the second-order loss of the column solver:
+
+minimise  tr A^2 (W - Q - L) G (W - Q - L)^T        G: the inputs' second moment
+
+with G^1/2 in the place of B, where step 1 is exact, and in step 2 later columns make up for the error of earlier ones.
 """
 
 from collections.abc import Sequence
@@ -15,8 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectrim.linalg.columns import inverse_root
 from spectrim.linalg.factor import Factors, balance, decompose, truncate
-from spectrim.linalg.metric import Root, diagonal_root
+from spectrim.linalg.metric import Root, diagonal_root, root_of
+from spectrim.linalg.normal_columns import round_columns_to_normal
 from spectrim.linalg.normal_float import Form, NormalRounded, from_normal, round_to_normal, rounding_errors
 
 LEAST_IMPORTANCE = 1e-3
@@ -26,9 +34,10 @@ LEAST_IMPORTANCE = 1e-3
 class Importance(NamedTuple):
     """What an error at each number of a weight costs, and its stand-in of rank one."""
 
-    each: Tensor  # (O, I)
+    each: Tensor  # (O, I); calibrated: what is left of an error once later columns have made up for what they can
     rows: Root  # (O, O), A
     columns: Root  # (I, I), B
+    upper: Tensor | None = None  # (I, I) of `inverse_root`; None: inputs count apart
 
 
 class CodesAndFactors(NamedTuple):
@@ -46,12 +55,22 @@ def importance_of(fisher: Tensor) -> Importance:
     return Importance(each, diagonal_root(rows), diagonal_root(columns))
 
 
+def calibrated_importance(fisher: Tensor, gram: Tensor) -> Importance:
+    """From the Fisher information (O, I), of which outputs' means count, and the inputs' second moment (I, I)."""
+    rows = importance_of(fisher).rows
+    upper = inverse_root(gram)
+    each = torch.outer(rows.root.diagonal().square(), upper.diagonal().square().reciprocal())
+    return Importance(each, rows, root_of(gram), upper)
+
+
 def _raised(importance: Tensor) -> Tensor:
     return importance.clamp(min=LEAST_IMPORTANCE * importance.mean())
 
 
 def weighted_error(missing: Tensor, importance: Importance) -> float:
     """What is minimised, of what is missing (O, I)."""
+    if importance.upper is not None:
+        return float((importance.rows.root @ missing @ importance.columns.root).square().sum())
     return float((missing.square() * importance.each).sum())
 
 
@@ -78,7 +97,10 @@ def codes_and_factors(
 def _with_codes(weight: Tensor, form: Form, factors: Factors, importance: Importance) -> CodesAndFactors:
     """Step 2."""
     left_over = weight - factors.left @ factors.right
-    rounded = round_to_normal(left_over, form)
+    if importance.upper is None:
+        rounded = round_to_normal(left_over, form)
+    else:
+        rounded = round_columns_to_normal(left_over, importance.upper, form)
     error = weighted_error(left_over - from_normal(rounded, form, weight.dtype), importance)
     return CodesAndFactors(rounded, factors, error)
 

@@ -11,6 +11,9 @@ L takes at most `rank_bits` bits a weight, in 16-bit numbers that count: at 0.5 
 4096 weights, and less for smaller ones. What `keep` leaves is for step 3. The paper tunes on its task or on text; here
 step 5 has the loss that all methods are recovered with, and is left out unless asked for. Its errors of step 2 are as
 here those of the first round. `weigh=none` takes F = 1, `allocation=uniform` one entry of the menu for all layers.
+
+`solver=columns` (ours) measures errors in the inputs' second moment and outputs' Fisher means, and makes codes by the
+column solver that `gptq` has: what one column misses, later ones make up for.
 """
 
 from collections.abc import Mapping
@@ -28,7 +31,13 @@ from spectrim.linalg.bits import Account, bias_account, correction_account, norm
 from spectrim.linalg.knapsack import has_solver, knapsack
 from spectrim.linalg.normal_float import Form
 from spectrim.linalg.quantise import BITS
-from spectrim.linalg.quantised_low_rank import Importance, codes_and_factors, errors_of_forms, importance_of
+from spectrim.linalg.quantised_low_rank import (
+    Importance,
+    calibrated_importance,
+    codes_and_factors,
+    errors_of_forms,
+    importance_of,
+)
 from spectrim.method import MethodInfo, require_choice, require_range
 from spectrim.methods.weights.corrections import train_corrections
 from spectrim.methods.weights.packed import BytesMethod, Parts, packed_layer
@@ -55,13 +64,14 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
         paper="arXiv 2311.12023",
         promise="NormalFloat codes and a low-rank part, bits of each layer by integer programming",
     )
-    needs: ClassVar = frozenset({Stat.FISHER})
+    needs: ClassVar = frozenset({Stat.FISHER, Stat.GRAM})
     presets: ClassVar = {"cut": {"steps": 0}, "trained": {"steps": 300}}
     default_preset: ClassVar = "cut"
 
     rank_bits: float = 0.5
     weigh: Literal["fisher", "none"] = "fisher"
     allocation: Literal["ilp", "uniform"] = "ilp"
+    solver: Literal["nearest", "columns"] = "nearest"
     iterations: int = 100
 
     def __post_init__(self) -> None:
@@ -69,6 +79,7 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
         require_range(self.info.name, "rank_bits", self.rank_bits, 0.0, 16.0)
         require_choice(self.info.name, "weigh", self.weigh, ("fisher", "none"))
         require_choice(self.info.name, "allocation", self.allocation, ("ilp", "uniform"))
+        require_choice(self.info.name, "solver", self.solver, ("nearest", "columns"))
         require_range(self.info.name, "iterations", self.iterations, 1, 10_000)
 
     @property
@@ -149,7 +160,10 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
 
     def importance(self, stats: Stats, weight: Tensor) -> Importance:
         """Step 1."""
-        return importance_of(stats.get(Stat.FISHER) if self.weigh == "fisher" else torch.ones_like(weight))
+        fisher = stats.get(Stat.FISHER) if self.weigh == "fisher" else torch.ones_like(weight)
+        return (
+            importance_of(fisher) if self.solver == "nearest" else calibrated_importance(fisher, stats.get(Stat.GRAM))
+        )
 
     def packed(self, job: Job, layer: Layer, form: Form) -> PackedLinear:
         """Step 4."""
