@@ -20,7 +20,7 @@ from spectrim.linalg.fallback import listening, summary
 from spectrim.models.load import load_model, pick_device, resolve
 from spectrim.options import FACTOR_GROUP_SIZE, METHOD, METHOD_IN_BYTES
 from spectrim.registry import make_method
-from spectrim.report.facts import describe_layers, environment
+from spectrim.report.facts import describe_outcome
 
 
 def compress(
@@ -110,7 +110,7 @@ def _compress_in_memory(
     name = getattr(model, "name_or_path", "") or type(model).__name__
     report = {
         "request": {"model": name, "keep": keep, **rounding},
-        "method": outcome.method.to_config(),
+        **describe_outcome(outcome),
         "tool": "spectrim",
         "source": {"name": name, "numbers": model.num_parameters(), "bytes": model.get_memory_footprint()},
         "stored": {"linear_numbers_dense": outcome.plan.numbers_before},
@@ -119,10 +119,6 @@ def _compress_in_memory(
         "quality_gate": judge_gate(None, None, FACTOR),
         "fallbacks": [fallback._asdict() for fallback in fallbacks],
         "text": {},
-        "layers": describe_layers(outcome),
-        "seconds": dict(outcome.seconds),
-        "warnings": list(outcome.warnings),
-        "environment": environment(),
     }
     return Compressed(model=finalise(outcome, dtype, base_model=name), outcome=outcome, report=report)
 

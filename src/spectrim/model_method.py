@@ -9,7 +9,7 @@ loading and judging belong to the engines, as for every method.
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -45,6 +45,8 @@ class Job:
     """What there is to say about the result; to be added to."""
     timed: Callable[[str], AbstractContextManager[None]]
     """`with job.timed("train"):` adds to the seconds of that stage in the report."""
+    frontier: list[dict[str, float]] = field(default_factory=list)
+    """What other budgets would lose, where the method can tell: `keep` and `predicted` loss; to be added to."""
     progress: "Progress | None" = None
     checkpoint: "Checkpoint | None" = None
 

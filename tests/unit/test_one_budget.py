@@ -370,6 +370,32 @@ def test_scales_that_are_not_finite_name_the_layer():
 # ---------- reports
 
 
+def test_other_budgets_are_priced_from_the_same_menus():
+    """The frontier falls, keeps to its shares, and passes by the choice that was made."""
+    dense, method = tiny("llama"), make_method("trellis", None, {"window": WINDOW})
+    made = compress_model(dense, method, 0.3, token_ids(8, 16))
+    keeps, losses = zip(*((point["keep"], point["predicted"]) for point in made.frontier), strict=True)
+    assert len(keeps) > 5
+    assert list(keeps) == sorted(keeps)
+    assert list(losses) == sorted(losses, reverse=True)
+    assert keeps[-1] <= 1
+    assert losses[-1] == 0  # all that is allowed: dense
+    again = compress_model(dense, method, 0.35, token_ids(8, 16))
+    assert again.frontier == made.frontier  # what is asked for does not matter
+
+
+def test_a_frontier_is_the_best_choice_of_every_budget():
+    """Against all choices of three layers whose menus are convex, where one price finds the optimum to an option."""
+    menus = [Options(torch.tensor([8.0, 4.0, 2.0, 1.0]) * k, torch.tensor([1, 2, 3, 4])) for k in (1, 3, 10)]
+    every = list(product(range(4), repeat=3))
+    points = knapsack.frontier(menus, 12, shares=[0.1, 0.25, 0.5, 0.6, 0.75, 1.0, 1.0])
+    assert [point.cost for point in points] == [3, 6, 7, 9, 12]  # 0.1 does not fit; no budget twice
+    for point in points:
+        within = [choice for choice in every if total_cost(menus, list(choice)) <= point.cost]
+        best = min(total_error(menus, list(choice)) for choice in within)
+        assert best <= point.error <= 1.1 * best
+
+
 def test_forms_are_told_in_words_and_counted():
     made = compress_model(tiny("llama"), make_method("trellis", None, {"window": WINDOW}), 0.25, token_ids(8, 16))
     table = forms_table(made.model, made.walk)

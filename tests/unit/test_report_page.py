@@ -19,8 +19,10 @@ from html_page import Page, assert_safe_and_whole
 from spectrim import any_size_job, job
 from spectrim.errors import InputError
 from spectrim.evaluate.samples import compare_samples, greedy, same_at_first
+from spectrim.report import sections
 from spectrim.report.figures import Line, chart
 from spectrim.report.page import report_page
+from spectrim.report.reading import Facts
 from spectrim.report.record import places, points_for, spectrum_of
 from spectrim.store import verify_manifest
 from tiny_models import tiny, token_ids
@@ -185,6 +187,24 @@ def test_every_storage_has_a_page(method: str, options: dict[str, Any], keep: fl
     assert all(layer["name"] in page.text for layer in report["layers"])
     assert "Nothing was evaluated" in page.text
     assert ("No spectrum is recorded" in page.text) == (report["layers"][0]["spectrum"] is None)
+
+
+def test_a_budget_that_was_chosen_by_predicted_losses_shows_the_others(tmp_path: Path) -> None:
+    made = spectrim.compress(tiny("llama"), keep=0.3, method="trellis", options={"window": 8}, calibration=token_ids())
+    made.save_pretrained(tmp_path / "out")
+    page, report = page_of(tmp_path / "out"), report_of(tmp_path / "out")
+    assert_safe_and_whole(page)
+    assert "What other budgets would lose" in page.text
+    assert f"{report['frontier'][0]['keep']:.4f}" in page.text
+    (part,) = sections.frontier(Facts(report))
+    assert part["figure"].count(">this run</text>") == 1  # where this run lies
+    report["frontier"] = report["frontier"][:1]
+    assert sections.frontier(Facts(report)) == []
+
+
+def test_between_two_points_is_the_line_of_the_logarithm() -> None:
+    assert sections.between([(0.1, 100.0), (0.3, 1.0)], 0.2) == pytest.approx(10.0)
+    assert sections.between([(0.1, 100.0), (0.3, 1.0)], 0.3) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", ["factor", "pivot", "all-sizes"])

@@ -39,6 +39,8 @@ class Outcome:
     energies: Mapping[str, Tensor] = field(default_factory=dict)
     """Squared singular values (K,) of each layer in the method's metric, before the cut; none of methods of the whole
     model."""
+    frontier: list[dict[str, float]] = field(default_factory=list)
+    """`keep` and `predicted` loss of the best choices under other budgets, of methods that choose by such losses."""
     seconds: dict[str, float] = field(default_factory=dict)
     gradient_windows: int = 0
     warnings: list[str] = field(default_factory=list)

@@ -115,6 +115,7 @@ def compress_model(
         recovered=tuple(recovered),
         factor_quantization=rounded,
         energies=run.energies,
+        frontier=run.frontier,
         seconds=clock,
         gradient_windows=gradient_windows,
         warnings=[*warnings, *way.warnings, *run.warnings, *(made.learned.warnings if made.learned else ())],
@@ -152,8 +153,8 @@ def as_a_whole(run: Run, calibration: Tensor, training: Tensor) -> Made:
     with timed(run.clock, "compress"):
         student, plan, placed = make_whole(
             method, run.dense, run.walk, run.keep, stats, calibration, training, gradient_windows=run.gradient_windows,
-            seed=run.seed, warnings=run.warnings, timed=partial(timed, run.clock), progress=run.progress,
-            checkpoint=run.checkpoint,
+            seed=run.seed, warnings=run.warnings, frontier=run.frontier, timed=partial(timed, run.clock),
+            progress=run.progress, checkpoint=run.checkpoint,
         )  # fmt: skip
     return Made(student, plan, placed, None, run.checkpoint)
 

@@ -57,6 +57,7 @@ class Run:
     again_at: tuple[float, ...] = ()
     length: int = SHORT
     warnings: list[str] = field(default_factory=list)
+    frontier: list[dict[str, float]] = field(default_factory=list)
     energies: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
     """Of the inputs of every layer, where biases make up for them."""

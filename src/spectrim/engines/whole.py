@@ -49,6 +49,7 @@ def make_whole(
     gradient_windows: int,
     seed: int,
     warnings: list[str],
+    frontier: list[dict[str, float]],
     timed: Callable[[str], AbstractContextManager[None]],
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
@@ -57,8 +58,8 @@ def make_whole(
     budget = whole_budget(walk, keep, method.budget_unit)
     job = Job(
         dense=dense, walk=walk, keep=keep, budget=budget, stats=stats, calibration=calibration, training=training,
-        gradient_windows=gradient_windows, seed=seed, warnings=warnings, timed=timed, progress=progress,
-        checkpoint=checkpoint,
+        gradient_windows=gradient_windows, seed=seed, warnings=warnings, frontier=frontier, timed=timed,
+        progress=progress, checkpoint=checkpoint,
     )  # fmt: skip
     model = method.compress(job).eval()
     assert model is not dense, f"{method.info.name} must leave the dense model as it is"

@@ -11,6 +11,7 @@ that HiGHS's absolute tolerances (1e-6) are relative ones: "exactly" is to 1e-9 
 and the budget itself is held in whole numbers.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
@@ -74,6 +75,35 @@ def settle(layers: list[Options], budget: int, *, gap: float = 1e-3) -> Settled:
         return found
     choice = knapsack(layers, budget)
     return Settled(choice, 0.0)
+
+
+FRONTIER = (0.07, 0.08, 0.1, 0.12, 0.14, 0.17, 0.2, 0.23, 0.26, 0.3, 0.35, 0.4, 0.5, 0.65, 0.8, 1.0)
+"""Budgets of `frontier`, as shares of what all weights take dense."""
+
+
+class Point(NamedTuple):
+    """A choice under one budget: what its options cost together, and the sum of their errors."""
+
+    cost: int
+    error: float
+
+
+def frontier(layers: list[Options], whole: int, shares: Sequence[float] = FRONTIER) -> list[Point]:
+    """The least error that one price for all layers finds under each share of `whole`, dearest last.
+
+    Budgets below the cheapest choice are left out, and so is a choice that no larger budget has changed.
+    """
+    least = sum(int(layer.cost.min()) for layer in layers)
+    found: list[Point] = []
+    for share in sorted(shares):
+        budget = int(share * whole)
+        if budget < least:
+            continue
+        choice = allocate(layers, budget)
+        point = Point(total_cost(layers, choice), total_error(layers, choice))
+        if not found or point.cost > found[-1].cost:
+            found.append(point)
+    return found
 
 
 def price_bound(layers: list[Options], budget: int) -> float:

@@ -31,7 +31,7 @@ class NormalRule:
 
     def __init__(self, weight: Tensor, form: Form) -> None:
         self.form, self.unit = form, form.block
-        blocks, _ = blocks_in(*weight.shape, form)
+        blocks, _ = blocks_in(len(weight), weight.shape[1], form)
         self.scales = second_level(weight, form)
         self.top = scales_of(
             torch.full((len(weight), blocks), 2**form.scale_bits - 1, device=weight.device), self.scales, form

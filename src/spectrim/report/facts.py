@@ -24,7 +24,7 @@ def build_report(
         "format_version": 1,
         "tool": f"spectrim {version.__version__}",
         "request": request,
-        "method": outcome.method.to_config(),
+        **describe_outcome(outcome),
         "source": describe_source(source),
         "stored": {
             "dtype": str(dtype).removeprefix("torch."),
@@ -38,11 +38,19 @@ def build_report(
             "evaluation": None if texts.evaluation is None else describe_windows(texts.evaluation),
         },
         "gradient_windows": outcome.gradient_windows,
-        "layers": describe_layers(outcome),
-        "forms": forms_table(outcome.model, outcome.walk),
         "factor_quantization": None if rounded is None else rounded._asdict(),
         "untouched": [{"name": n, "numbers": k, "why": why} for n, k, why in outcome.walk.untouched],
         "learning": describe_learning(outcome),
+    }
+
+
+def describe_outcome(outcome: Any) -> dict[str, Any]:
+    """What is known of every compression, of a model by name or in memory."""
+    return {
+        "method": outcome.method.to_config(),
+        "layers": describe_layers(outcome),
+        "forms": forms_table(outcome.model, outcome.walk),
+        "frontier": list(outcome.frontier),
         "seconds": dict(outcome.seconds),
         "warnings": list(outcome.warnings),
         "environment": environment(),

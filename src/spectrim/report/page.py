@@ -64,8 +64,8 @@ def report_page(report: Mapping[str, Any], where: str = "the report") -> str:
 
 
 PARTS = (
-    sections.quality, sections.size_quality, sections.budget, sections.training, sections.samples, sections.times,
-    sections.texts, sections.verdict, sections.command,
+    sections.quality, sections.size_quality, sections.budget, sections.frontier, sections.training, sections.samples,
+    sections.times, sections.texts, sections.verdict, sections.command,
 )  # fmt: skip
 
 

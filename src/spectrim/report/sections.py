@@ -3,8 +3,10 @@
 Every figure is from report.json; nothing is measured or guessed here.
 """
 
+import math
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from spectrim.report.figures import Line, chart
@@ -125,6 +127,40 @@ def budget(report: Facts) -> dict[str, Any]:
         "rows": [row for row in rows if row["before"] is not None],
         "untouched": untouched,
     }
+
+
+def frontier(report: Facts) -> list[dict[str, Any]]:
+    """What other budgets would lose by the losses that forms were chosen by, and where this run lies."""
+    rows = [(row.number("keep"), row.number("predicted")) for row in report.rows("frontier")]
+    points = [(keep, loss) for keep, loss in rows if keep is not None and loss is not None]
+    if len(points) < 2:
+        return []
+    asked = report.number("stored", "keep")
+    said = f"predicted loss from {points[0][1]:.4g} at {points[0][0]:.3f} of the bytes to {points[-1][1]:.4g} at "
+    said += f"{points[-1][0]:.3f}"
+    shown = [(keep, loss) for keep, loss in points if loss > 0]
+    lines = [Line("all layers", shown or points)]
+    if asked is not None and shown and shown[0][0] <= asked <= shown[-1][0]:
+        lines.append(Line("this run", [(asked, between(shown, asked))], dots=True))
+    title = "What other budgets would lose"
+    return [
+        {
+            "title": title,
+            "figure": chart(lines, label=f"{title}: {said}", x="share of the bytes", y="predicted loss", log=True),
+            "told": said,
+            "header": ["share of the bytes", "predicted loss"],
+            "rows": [(f"{x:.4f}", f"{y:.4g}") for x, y in points],
+        }
+    ]
+
+
+def between(points: Sequence[tuple[float, float]], at: float) -> float:
+    """The logarithm's straight line between the two points around `at`, which is within their reach."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= at <= x1:
+            share = (at - x0) / (x1 - x0)
+            return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
+    return points[0][1]
 
 
 def _pair(what: str, before: float | None, after: float | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from spectrim.engines.frontier import predicted_frontier
 from spectrim.engines.learned import skeleton
 from spectrim.errors import UsageError
 from spectrim.linalg.allocate import Options
@@ -155,6 +156,7 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
             menus.append(Options(errors, torch.tensor(self.costs(layer))))
             if job.progress is not None:
                 job.progress("measure menus", done + 1, len(layers))
+        job.frontier.extend(predicted_frontier(job.walk, menus, fixed=sum(self.low_rank(la).total for la in layers)))
         chosen = knapsack(menus, left) if self.allocation == "ilp" else one_for_all(menus, left)
         return {layer.name: menu_of(layer)[index] for layer, index in zip(layers, chosen, strict=True)}
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from spectrim.engines.coded import put_in_form
 from spectrim.engines.forms import DENSE, Form, Menu, code_menu, codes_of, full_menu
+from spectrim.engines.frontier import predicted_frontier
 from spectrim.engines.learned import skeleton
 from spectrim.engines.paired import Moments, in_order
 from spectrim.engines.probe import WINDOWS as PROBE_WINDOWS
@@ -118,6 +119,7 @@ class Trellis(ModelMethod):
         with job.timed("predict"):
             menus = [self.menu(job, layer) for layer in job.walk.layers]
         with job.timed("allocate"):
+            job.frontier.extend(predicted_frontier(job.walk, [menu.options for menu in menus]))
             found = settle([menu.options for menu in menus], budget, gap=MOST_GAP)
             choice, gap = found.choice, found.gap
             if self.allocation != "predicted":
