@@ -90,6 +90,14 @@ GROUPS: dict[str, list[Row]] = {
             for bits in (2, 3, 4)
             for label, options in (("no outliers", {"outliers": 0.0}), ("searched", {"search": True}))
         ),
+        Row(
+            label="spqr 4, damped less, searched", method="spqr", options={"bits": 4, "damping": 0.1, "search": True}
+        ),
+        Row(
+            label="spqr 4, damped less, searched, sequential",
+            method="spqr",
+            options={"bits": 4, "damping": 0.1, "search": True, "sequential": True},
+        ),
         *(Row(label=f"gqsa 4, {p} %", method="gqsa", options={"sparsity": p / 100}) for p in (25, 42, 50, 60)),
         *(
             Row(label=f"gqsa 4, 50 %, {label}", method="gqsa", options=options)
