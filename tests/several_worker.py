@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines import measure as measuring
+from spectrim.engines import recompute, way
 from spectrim.engines.couple import couple
 from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import compress_model
@@ -34,6 +36,15 @@ METHODS = {
     "soco balanced": {"steps": 6, "batch_size": 3, "project_every": 2, "coupling": "none", "explore": 0.3},
 }
 """Methods of the comparison with one process, and their options."""
+LARGE = {
+    "svd-llm": {},
+    "asvd": {},
+    "two-sided": {"coupling": "none", "propagate": 0.0},
+    "soco": {"coupling": "none", "newton": 1, "steps": 0, "distil_steps": 0},
+    "soco balanced": METHODS["soco balanced"],
+    "soco sharded": METHODS["soco balanced"] | {"newton": 1},
+}
+"""The same as models that are too large to be measured at once; of the last one frozen weights are in parts."""
 KEEP = 0.6
 WINDOWS, GRADIENT_WINDOWS = 16, 8
 """Shares of both are whole batches of four, so that each batch is computed as by one process."""
@@ -48,13 +59,27 @@ def ids() -> Tensor:
     return token_ids(WINDOWS, 16)
 
 
-def compressed(method: str) -> PreTrainedModel:
+def compressed(method: str, options: dict[str, Any] | None = None, **more: Any) -> PreTrainedModel:
     """What a method makes of a tiny model."""
+    options = METHODS[method] if options is None else options
     made = compress_model(
-        tiny(architecture(method)), make_method(method.split()[0], None, dict(METHODS[method])), KEEP, ids(),
-        gradient_windows=GRADIENT_WINDOWS,
+        tiny(architecture(method)), make_method(method.split()[0], None, dict(options)), KEEP, ids(),
+        gradient_windows=GRADIENT_WINDOWS, **more,
     )  # fmt: skip
     return made.model
+
+
+def compressed_as_large(method: str) -> PreTrainedModel:
+    """The same by the way that large models go: as if no memory sufficed."""
+    kept = {module: module.fits_whole for module in (way, recompute)}
+    for module in kept:
+        module.fits_whole = lambda *_: False  # type: ignore[assignment]
+    try:
+        sharded = False if method == "soco balanced" else method == "soco sharded" and not present().alone
+        return compressed(method, LARGE[method], shard_weights=sharded)
+    finally:
+        for module, own in kept.items():
+            module.fits_whole = own
 
 
 def statistics() -> dict[str, Tensor]:
@@ -94,6 +119,12 @@ def compare(out: Path) -> None:
             save(out, f"quality {rank}", quality(model))
 
 
+def large(out: Path) -> None:
+    """What is compared of large models."""
+    for method in LARGE:
+        save(out, f"{method} {present().rank}", dict(compressed_as_large(method).state_dict()))
+
+
 def killed(_out: Path) -> None:
     """The second rank is killed while the first waits for it."""
     present().wait()
@@ -119,7 +150,7 @@ def fails(_out: Path) -> None:
     measure(model, walk, ids(), frozenset({Stat.GRAM}), owned=True)
 
 
-CASES: dict[str, Callable[[Path], None]] = {case.__name__: case for case in (compare, killed, stuck, fails)}
+CASES: dict[str, Callable[[Path], None]] = {case.__name__: case for case in (compare, large, killed, stuck, fails)}
 
 
 def main() -> int:
