@@ -1,12 +1,13 @@
 """What several GPUs of one host gain: seconds, ratio, memory and agreement with one, on random weights.
 
-    python benchmarks/several_gpus.py --out results/several-gpus.json              all of it, on 1 and 2 GPUs of this host
-    python benchmarks/several_gpus.py --quick --out results/several-quick.json     the same on a CPU, tiny, by gloo
+    python benchmarks/several_gpus.py --out results/several-gpus.json                           1 and 2 GPUs of this host
+    python benchmarks/several_gpus.py --what blocks --out results/several-blocks.json
+    python benchmarks/several_gpus.py --quick --out results/several-quick.json                  tiny, on a CPU, by gloo
 
     closed-form   calibration and decomposition of 4 blocks of 7B width, by 1 process and by 2
+    train-13b     steps of score training of a 13B model, all blocks, whose weights and components 2 processes share out
     blocks        the way of large models (measured block by block, scores learned on shared-out weights) on 2 blocks of
                   7B width, by 1 process and by 2: figures of the two results beside each other
-    train-13b     steps of score training of a 13B model, all blocks, whose weights and components 2 processes share out
 
 Weights are products whose spectra fall like 1/sqrt(i), made on the GPU. Every count of processes is a torchrun of its
 own with the same seeds. A row is written as soon as it is there; one that fails says its error, and the next begins.
@@ -51,8 +52,14 @@ WHAT = ("closed-form", "train-13b", "blocks")
 WORLDS = {"closed-form": [1, 2], "train-13b": [2], "blocks": [1, 2]}
 SHAPES = {"closed-form": Shape(depth=4), "train-13b": Shape(5120, 13824, 40), "blocks": Shape(depth=2)}
 QUICK = Shape(128, 320, 3, 256)
-SHARE = {"closed-form": 0.45, "train-13b": 0.75, "blocks": 1.0}
-"""Of the time that is left, what a stage may take at most with all of its rows."""
+SHARE = {"closed-form": 0.5, "train-13b": 0.75, "blocks": 1.0}
+"""Of the time that is left, what a part may take with all of its rows where others follow."""
+
+
+SHOWN = (
+    *("faster", "figure", "figure_differs", "peak_gb", "held_by_one_gb", "sharded_by_itself", "steps", "of_floor"),
+    *("kl", "losses"),
+)
 
 
 def main() -> None:
@@ -77,7 +84,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Options, the same for the launcher and the processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", default=[*WHAT], choices=WHAT)
+    parser.add_argument("--what", nargs="+", default=[*WHAT[:2]], choices=WHAT)
     parser.add_argument("--quick", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--worlds", type=int, nargs="+", help="counts of processes, instead of those of each part")
     parser.add_argument("--blocks", type=int, help="instead of the blocks of each part")
@@ -105,10 +112,14 @@ def run_row(what: str, world: int, seconds: float, out: Path) -> Row:
     # Multicast over NVLink is not allowed in every container, and NCCL then stops instead of doing without.
     environment = {"OMP_NUM_THREADS": "4", **os.environ, "NCCL_NVLS_ENABLE": "0", "ROW": str(row_file), "WHAT": what}
     began, error = time.monotonic(), ""
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
         try:
             _, said = run.communicate(timeout=seconds)
-            error = "" if run.returncode == 0 else said[max(said.find("Traceback"), 0) :][:3000]  # before the launcher's own
+            error = (
+                "" if run.returncode == 0 else said[max(said.find("Traceback"), 0) :][:3000]
+            )  # before the launcher's own
         except subprocess.TimeoutExpired:
             run.terminate()  # torchrun then stops its processes
             _, said = run.communicate()
@@ -161,7 +172,9 @@ def work(options: argparse.Namespace) -> None:
         if options.blocks:
             shape = shape._replace(depth=options.blocks)
         warm_up(device)
-        {"closed-form": closed_form, "train-13b": train, "blocks": by_blocks}[what](options, shape, device, Told(device))
+        {"closed-form": closed_form, "train-13b": train, "blocks": by_blocks}[what](
+            options, shape, device, Told(device)
+        )
 
 
 def warm_up(device: torch.device) -> None:
@@ -190,13 +203,16 @@ def closed_form(options: argparse.Namespace, shape: Shape, device: torch.device,
     energies = energies_of_all(model, walk, energies_in(spectra))
     plan = plan_ranks(method, walk, energies, 0.5)  # type: ignore[arg-type]  by layers
     own = list(spectra)
-    told.row |= {"layers": present().objects(len(own)), "figure": float(sum(e.double().sum() for e in energies.values()))}
+    told.row |= {
+        "layers": present().objects(len(own)),
+        "figure": float(sum(e.double().sum() for e in energies.values())),
+    }
     told.timed("hand round", lambda: hand_round(model, walk, spectra, {}, own, plan))
     told.write(perplexity=told.timed("evaluate", lambda: evaluate(model, ids[:32])).perplexity)
 
 
 def by_blocks(options: argparse.Namespace, shape: Shape, device: torch.device, told: Told) -> None:
-    """`soco` with a few steps of learned scores as it goes where nothing fits; the figure is the compressed perplexity."""
+    """`soco` with a few steps of learned scores as it goes where nothing fits; the figure is the perplexity after it."""
     for module in (way, recompute):
         module.fits_whole = lambda *_: False  # type: ignore[assignment]
     model = random_model(shape, device, torch.bfloat16)
@@ -343,10 +359,9 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         seconds = ", ".join(f"{stage} {s:.2f} s" for stage, s in row.get("seconds", {}).items())
         print(f"{row['what']}, {row['processes']} processes: {seconds}")
-        more = {k: row[k] for k in ("faster", "figure", "figure_differs", "peak_gb", "held_by_one_gb", "steps", "of_floor",
-                                    "sharded_by_itself") if k in row and row[k] is not None}  # fmt: skip
-        print("   ", ", ".join(f"{k} {v:.4g}" if isinstance(v, float) and math.isfinite(v) else f"{k} {v}"
-                               for k, v in more.items()))  # fmt: skip
+        more = {name: row[name] for name in SHOWN if row.get(name) is not None}
+        texts = (f"{k} {v:.4g}" if isinstance(v, float) and math.isfinite(v) else f"{k} {v}" for k, v in more.items())
+        print("   ", ", ".join(texts))
         if "error" in row:
             print(f"    error: {row['error'][-1500:]}")
 

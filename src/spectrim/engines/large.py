@@ -90,8 +90,7 @@ class LargeRun(Run):
     def place_all(
         self, student: PreTrainedModel, spectra: MutableMapping[str, Spectrum], plan: Plan, *, last: bool
     ) -> None:
-        """Every layer at its planned size, from whoever has it; spectra that are not used again go as they are placed.
-        """
+        """Every layer at its planned size, from whoever has it; where it is the `last` time, its spectrum goes."""
         holders = holders_of(self.walk, spectra)
         means = self.means
         if self.by_layer.centres:
@@ -133,9 +132,7 @@ class LargeRun(Run):
                 energies = spectra.energies
         release()
         with timed(self.clock, "allocate"):
-            return spectra, plan_ranks(
-                asked, self.walk, energies_of_all(self.dense, self.walk, energies), self.keep
-            )
+            return spectra, plan_ranks(asked, self.walk, energies_of_all(self.dense, self.walk, energies), self.keep)
 
     def propagate(
         self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor

@@ -114,7 +114,9 @@ class Run:
                 spectra, plan, run, learned=learned, changed=learned or self.changes, every=not self.one_size,
                 warnings=self.warnings, means=self.means,
             )  # fmt: skip
-            return packed if len(spectra) == len(self.walk.layers) else packed._replace(tensors=at_first(packed.tensors))
+            return (
+                packed if len(spectra) == len(self.walk.layers) else packed._replace(tensors=at_first(packed.tensors))
+            )
 
         keeper = SavedFirst(checkpoint, CLOSED_FORM, pack, kept=saved is not None, replaces=LEADS_TO_IT)
         if saved is None and checkpoint.worth(bytes_of(spectra)):
@@ -154,9 +156,7 @@ class Run:
                 self.batch.run("newton", lambda size: newton_scores(*given, batch_size=size, **told))
         return spectra, plan
 
-    def hand_round(
-        self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]
-    ) -> None:
+    def hand_round(self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]) -> None:
         """The spectra of all layers to all ranks, of those that nothing is learned on only what is kept."""
         cut = self.one_size and not self.changes and not (self.method.windows_trained and self.keep < 1)
         hand_round(self.dense, self.walk, spectra, self.means, stats, plan if cut else None)

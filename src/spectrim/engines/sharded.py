@@ -2,7 +2,7 @@
 
     take        the tensors of a block, one behind the other as bytes, cut into equal parts; each rank keeps one
     run         the parts are gathered before the block runs, its tensors are views of the whole, and go behind it. What
-                the way back needs of them is in the graph: of one block at a time, since blocks are passed again (recompute.py)
+                the way back needs of them is in the graph: of one block at a time, which recompute.py passes again
     ahead       while a block runs, the parts of the next one are on their way; which one it is, the last pass has shown
     give_back   of one model whole again, for good
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from spectrim.linalg.factor import Factors, Spectrum, wide_product
 
-
 NARROW = torch.bfloat16
 """What components of large models are held in."""
 
