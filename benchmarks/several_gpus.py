@@ -1,8 +1,8 @@
 """What several GPUs of one host gain: seconds, ratio, memory and agreement with one, on random weights.
 
-    python benchmarks/several_gpus.py --out results/several-gpus.json                           1 and 2 GPUs of this host
+    python benchmarks/several_gpus.py --out results/several-gpus.json                          1 and 2 GPUs of this host
     python benchmarks/several_gpus.py --what blocks --out results/several-blocks.json
-    python benchmarks/several_gpus.py --quick --out results/several-quick.json                  tiny, on a CPU, by gloo
+    python benchmarks/several_gpus.py --quick --out results/several-quick.json                 tiny, on a CPU, by gloo
 
     closed-form   calibration and decomposition of 4 blocks of 7B width, by 1 process and by 2
     train-13b     steps of score training of a 13B model, all blocks, whose weights and components 2 processes share out
@@ -212,7 +212,7 @@ def closed_form(options: argparse.Namespace, shape: Shape, device: torch.device,
 
 
 def by_blocks(options: argparse.Namespace, shape: Shape, device: torch.device, told: Told) -> None:
-    """`soco` with a few steps of learned scores as it goes where nothing fits; the figure is the perplexity after it."""
+    """`soco` with a few steps of learned scores as where nothing fits; the figure is the perplexity after it."""
     for module in (way, recompute):
         module.fits_whole = lambda *_: False  # type: ignore[assignment]
     model = random_model(shape, device, torch.bfloat16)

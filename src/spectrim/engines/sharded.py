@@ -74,23 +74,40 @@ def is_sharded(model: PreTrainedModel, walk: Walk, method: Method, asked: bool |
 
 
 class Slot(NamedTuple):
-    """Where a tensor of a block stands."""
+    """Where a tensor of a block stands; and the parameter that stood there, which comes back as the same one."""
 
     module: nn.Module
     name: str
+    first: nn.Parameter | None
 
-    def get(self) -> Tensor:
-        """The tensor."""
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> "Slot":
+        """Of a parameter or a buffer that a module has now."""
+        return cls(module, name, module._parameters.get(name))
+
+    @property
+    def tensor(self) -> Tensor:
+        """What stands there now."""
         found = getattr(self.module, self.name)
         assert isinstance(found, Tensor)
         return found.detach()
 
-    def put(self, tensor: Tensor) -> None:
-        """Another one in its place: of a parameter its data, so that it stays the same parameter."""
-        if self.name in self.module._parameters:
-            getattr(self.module, self.name).data = tensor
+    def show(self, tensor: Tensor) -> None:
+        """Another tensor in its place. A new one each time: the graph keeps those that it has seen."""
+        setattr(self.module, self.name, tensor if self.first is None else nn.Parameter(tensor, requires_grad=False))
+
+    def let_go(self) -> None:
+        """Of what stands there. A buffer may be somebody else's tensor too; that of a parameter nobody needs now."""
+        if self.first is not None:
+            self.first.data = self.first.new_empty(0)
+
+    def give_back(self, tensor: Tensor) -> None:
+        """The first parameter, with these numbers."""
+        if self.first is None:
+            self.show(tensor)
         else:
-            setattr(self.module, self.name, tensor)
+            self.first.data = tensor
+            setattr(self.module, self.name, self.first)
 
 
 @dataclass
@@ -110,7 +127,7 @@ class _Block:
     def empty(self) -> None:
         """Let go of the whole."""
         for slot, (_, _, dtype) in zip(self.slots, self.outline, strict=True):
-            slot.put(torch.empty(0, dtype=dtype, device=self.part.device))
+            slot.show(torch.empty(0, dtype=dtype, device=self.part.device))
 
 
 class _Ahead(NamedTuple):
@@ -142,19 +159,21 @@ class Sharded:
         """Keep a part of a block's tensors, which are the same on all ranks; they are empty until the block runs."""
         outline, end = [], 0
         for slot in slots:
-            tensor = slot.get()
+            tensor = slot.tensor
             outline.append((end, tensor.shape, tensor.dtype))
             end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
         size = -(-end // (_ALIGNED * self.group.world)) * _ALIGNED
         first = self.group.rank * size
-        part = torch.zeros(size, dtype=torch.uint8, device=slots[0].get().device)
+        part = torch.zeros(size, dtype=torch.uint8, device=slots[0].tensor.device)
         for slot, (start, _, _) in zip(slots, outline, strict=True):
-            flat = slot.get().contiguous().view(-1).view(torch.uint8)
+            flat = slot.tensor.contiguous().view(-1).view(torch.uint8)
             low, high = max(start, first), min(start + len(flat), first + size)
             if low < high:
                 part[low - first : high - first] = flat[low - start : high - start]
         block = _Block(module, list(slots), outline, part)
         block.empty()
+        for slot in slots:
+            slot.let_go()
         self.blocks.append(block)
 
     @torch.no_grad()
@@ -164,7 +183,7 @@ class Sharded:
         for index, block in enumerate(self.blocks):
             if block.module in modules:
                 for slot, view in block.views(self._arrived(index)):
-                    slot.put(view.clone())
+                    slot.give_back(view.clone())
         self._drop()
         self.blocks = []
         release()
@@ -185,7 +204,7 @@ class Sharded:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 block = self.blocks[index]
                 for slot, view in block.views(self._arrived(index)):
-                    slot.put(view)
+                    slot.show(view)
                 self._send_ahead()
                 try:
                     return own(*args, **kwargs)
@@ -236,7 +255,7 @@ class Sharded:
 def take_weights(sharded: Sharded, model: PreTrainedModel, walk: Walk) -> None:
     """The weights of all target layers; nothing else, which a model that learns may share with this one."""
     for block, name in enumerate(walk.block_names):
-        slots = [Slot(model.get_submodule(la.name), "weight") for la in walk.layers if la.block == block]
+        slots = [Slot.of(model.get_submodule(la.name), "weight") for la in walk.layers if la.block == block]
         if slots:
             sharded.take(model.get_submodule(name), slots)
     release()
@@ -245,6 +264,6 @@ def take_weights(sharded: Sharded, model: PreTrainedModel, walk: Walk) -> None:
 def take_components(sharded: Sharded, model: PreTrainedModel, block: str, layers: Sequence[ScoredLinear]) -> None:
     """Components and formed weights of the layers of one block."""
     names = ("left", "right", "anchor")
-    slots = [Slot(layer, name) for layer in layers for name in names if getattr(layer, name) is not None]
+    slots = [Slot.of(layer, name) for layer in layers for name in names if getattr(layer, name) is not None]
     if slots:
         sharded.take(model.get_submodule(block), slots)
