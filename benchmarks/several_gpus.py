@@ -1,205 +1,369 @@
-"""Calibration and decomposition of a model of 7B width by one GPU and by several: seconds, ratio, memory, agreement.
+"""What several GPUs of one host gain: seconds, ratio, memory and agreement with one, on random weights.
 
-    python benchmarks/several_gpus.py --out results/several-gpus.json                  1 and 2 GPUs of this host
-    python benchmarks/several_gpus.py --quick --out /tmp/several.json                  the same on a CPU, tiny, by gloo
+    python benchmarks/several_gpus.py --out results/several-gpus.json                          1 and 2 GPUs of this host
+    python benchmarks/several_gpus.py --what blocks --out results/several-blocks.json
+    python benchmarks/several_gpus.py --quick --out results/several-quick.json                 tiny, on a CPU, by gloo
 
-Weights and tokens are random; weights are products whose spectra fall like 1/sqrt(i). Every count of processes is a
-torchrun of its own with the same seeds: statistics and energies are compared with those of one process. A row is
-written as soon as it is there; one that fails says its error, and the next begins.
+    closed-form   calibration and decomposition of 4 blocks of 7B width, by 1 process and by 2
+    train-13b     steps of score training of a 13B model, all blocks, whose weights and components 2 processes share out
+    blocks        the way of large models (measured block by block, scores learned on shared-out weights) on 2 blocks of
+                  7B width, by 1 process and by 2: figures of the two results beside each other
+
+Weights are products whose spectra fall like 1/sqrt(i), made on the GPU. Every count of processes is a torchrun of its
+own with the same seeds. A row is written as soon as it is there; one that fails says its error, and the next begins.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from scale_models import MATRIX_RATE, Shape, forward_operations
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from spectrim.engines import recompute, way
 from spectrim.engines.layerwise import decompose_all
+from spectrim.engines.learned import train_scores
 from spectrim.engines.measure import measure
+from spectrim.engines.pipeline import compress_model
 from spectrim.engines.ranks import plan_ranks
-from spectrim.engines.spread import energies_of_all, hand_round
+from spectrim.engines.sharded import TRAIN_SHARE, is_sharded, training_bytes
+from spectrim.engines.shelf import energies_in
+from spectrim.engines.spread import energies_of_all, hand_round, owners_of
 from spectrim.evaluate.language import evaluate
-from spectrim.memory import Batch
+from spectrim.linalg.factor import Spectrum
+from spectrim.memory import Batch, release
+from spectrim.method import LearnedMethod
 from spectrim.models.load import pick_device
-from spectrim.models.walk import find_layers, weight_of
+from spectrim.models.walk import Layer, Walk, find_layers, weight_of
 from spectrim.processes import joined, present
 from spectrim.registry import make_method
 
-SHAPES = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000},
-    "quick": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 256},
-}
+Row = dict[str, Any]
+WHAT = ("closed-form", "train-13b", "blocks")
+WORLDS = {"closed-form": [1, 2], "train-13b": [2], "blocks": [1, 2]}
+SHAPES = {"closed-form": Shape(depth=4), "train-13b": Shape(5120, 13824, 40), "blocks": Shape(depth=2)}
+QUICK = Shape(128, 320, 3, 256)
+SHARE = {"closed-form": 0.5, "train-13b": 0.75, "blocks": 1.0}
+"""Of the time that is left, what a part may take with all of its rows where others follow."""
+
+
+SHOWN = (
+    *("faster", "figure", "figure_differs", "peak_gb", "held_by_one_gb", "sharded_by_itself", "steps", "of_floor"),
+    *("kl", "losses"),
+)
 
 
 def main() -> None:
-    """Start torchrun for each count of processes, or do the work of one of them."""
+    """Start torchrun for each row, or do the work of one of its processes."""
     options = parse()
     if "RANK" in os.environ:
         work(options)
         return
-    rows: list[dict[str, Any]] = []
-    began = time.monotonic()
-    for world in options.worlds:
-        left = options.seconds - (time.monotonic() - began)
-        rows.append(run_world(options, world, left))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"options": facts(options), "rows": with_ratios(rows)}, indent=1) + "\n")
-    show(with_ratios(rows))
+    rows: list[Row] = []
+    end = time.monotonic() + options.seconds
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for what in options.what:
+        left = SHARE[what] if what != options.what[-1] else 1.0
+        worlds = options.worlds or WORLDS[what]
+        stage_end = time.monotonic() + left * (end - time.monotonic())
+        for world in worlds:
+            rows.append(run_row(what, world, stage_end - time.monotonic(), options.out))
+            options.out.write_text(json.dumps({"options": facts(options), "rows": beside_one(rows)}, indent=1) + "\n")
+    show(beside_one(rows))
 
 
 def parse() -> argparse.Namespace:
     """Options, the same for the launcher and the processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2], help="counts of processes")
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--method", default="two-sided", help="layer method whose metric is measured and decomposed in")
-    parser.add_argument("--seconds", type=float, default=540, help="for all of it")
+    parser.add_argument("--what", nargs="+", default=[*WHAT[:2]], choices=WHAT)
+    parser.add_argument("--quick", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--worlds", type=int, nargs="+", help="counts of processes, instead of those of each part")
+    parser.add_argument("--blocks", type=int, help="instead of the blocks of each part")
+    parser.add_argument("--steps", type=int, default=5, help="of training; the first is not counted")
+    parser.add_argument("--seconds", type=float, default=190, help="for all of it; a row that takes longer is stopped")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    if options.quick:
-        options.blocks, options.windows, options.length, options.batch = 2, 16, 32, 4
-    return options
+    return parser.parse_args()
 
 
-def facts(options: argparse.Namespace) -> dict[str, Any]:
+def facts(options: argparse.Namespace) -> Row:
     """JSON-ready."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    return {**given, "torch": torch.__version__}
 
 
-def run_world(options: argparse.Namespace, world: int, seconds: float) -> dict[str, Any]:
-    """One row: what rank 0 wrote, or the error."""
-    row_file = options.out.with_suffix(f".{world}.row.json")
+def run_row(what: str, world: int, seconds: float, out: Path) -> Row:
+    """What rank 0 wrote, or the error."""
+    row: Row = {"what": what, "processes": world}
+    if seconds < 5:
+        return {**row, "error": "no time left"}
+    row_file = out.with_suffix(f".{what}.{world}.row.json")
     row_file.unlink(missing_ok=True)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)),
-        *(__file__, *sys.argv[1:]),
-    ]
-    environment = {"OMP_NUM_THREADS": "4", **os.environ, "ROW": str(row_file)}
-    try:
-        done = subprocess.run(
-            command, env=environment,
-            capture_output=True, text=True, timeout=max(seconds, 1), check=False,
-        )  # fmt: skip
-        error = "" if done.returncode == 0 else (done.stderr or done.stdout)[-3000:]
-    except subprocess.TimeoutExpired:
-        error = f"stopped after {seconds:.0f} s"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command += [__file__, *sys.argv[1:]]
+    # Multicast over NVLink is not allowed in every container, and NCCL then stops instead of doing without.
+    environment = {"OMP_NUM_THREADS": "4", **os.environ, "NCCL_NVLS_ENABLE": "0", "ROW": str(row_file), "WHAT": what}
+    began, error = time.monotonic(), ""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
+        try:
+            _, said = run.communicate(timeout=seconds)
+            error = (
+                "" if run.returncode == 0 else said[max(said.find("Traceback"), 0) :][:3000]
+            )  # before the launcher's own
+        except subprocess.TimeoutExpired:
+            run.terminate()  # torchrun then stops its processes
+            _, said = run.communicate()
+            error = f"stopped after {seconds:.0f} s"
     found = json.loads(row_file.read_text()) if row_file.exists() else {}
     row_file.unlink(missing_ok=True)
-    return {"processes": world, **found, **({"error": error} if error else {})}
+    row |= {"wall_s": time.monotonic() - began, **found, **({"error": error} if error else {})}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+class Told:
+    """The row of this process, written by the first after every stage."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.row = device, {"seconds": {}, "device": device_name(device)}
+
+    def timed(self, stage: str, done: Callable[[], Any]) -> Any:
+        """Do it, all ranks together, and note seconds and memory."""
+        self.finish()
+        start = time.perf_counter()
+        result = done()
+        self.finish()
+        self.row["seconds"][stage] = time.perf_counter() - start
+        self.row["peak_gb"] = [round(x, 2) for x in present().objects(peak_gb(self.device))]
+        self.write()
+        return result
+
+    def finish(self) -> None:
+        """All ranks, and all that they have begun."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        present().wait()
+
+    def write(self, **more: Any) -> None:
+        """Put it down."""
+        self.row |= more
+        if present().is_first:
+            new = Path(os.environ["ROW"] + ".new")
+            new.write_text(json.dumps(self.row))
+            new.replace(os.environ["ROW"])
 
 
 def work(options: argparse.Namespace) -> None:
-    """One process's part; rank 0 writes the row after every stage."""
-    row: dict[str, Any] = {"seconds": {}}
-    name = "cpu" if options.quick else "auto"
+    """One process's part of a row."""
+    what, name = os.environ["WHAT"], "cpu" if options.quick else "auto"
     with joined(name):
         device = pick_device(name)
-        model = decaying_model(options, device)
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(0, model.config.vocab_size, (options.windows, options.length), generator=generator)
-        walk, method = find_layers(model), make_method(options.method)
-        needs = method.needs
-        with torch.random.fork_rng(devices=[]):  # kernels, communicators and workspaces are set up before the clock
-            measure(model, walk, ids[: present().world, :64], needs, owned=True)
-            present().sum_everywhere(torch.ones(8, device=device, dtype=torch.float64))
+        shape = QUICK if options.quick else SHAPES[what]
+        if options.blocks:
+            shape = shape._replace(depth=options.blocks)
+        warm_up(device)
+        {"closed-form": closed_form, "train-13b": train, "blocks": by_blocks}[what](
+            options, shape, device, Told(device)
+        )
 
-        def timed(stage: str, work: Any) -> Any:
-            finish(device)
-            start = time.perf_counter()
-            result = work()
-            finish(device)
-            row["seconds"][stage] = time.perf_counter() - start
-            row["peak_gib"] = [round(x, 2) for x in present().objects(peak_gib(device))]
-            if present().is_first:
-                Path(os.environ["ROW"]).write_text(json.dumps(row))
-            return result
 
-        batch = Batch(options.batch)
-        stats = timed("calibrate", lambda: batch.run(
-            "calibrate", lambda size: measure(model, walk, ids, needs, batch_size=size, owned=True)
-        ))  # fmt: skip
-        spectra = timed("decompose", lambda: decompose_all(method, model, walk, stats))  # type: ignore[arg-type]  by layers
-        row["layers"] = present().objects(len(spectra))
-        energies = energies_of_all(model, walk, spectra)
-        row["energy"] = float(sum(e.double().sum() for e in energies.values()))
-        plan = plan_ranks(method, walk, energies, 0.5)  # type: ignore[arg-type]  by layers
-        own = list(spectra)
-        timed("hand round", lambda: hand_round(model, walk, spectra, {}, own, plan))
-        row["perplexity"] = timed("evaluate", lambda: evaluate(model, ids[:32])).perplexity
-        row["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        if present().is_first:
-            Path(os.environ["ROW"]).write_text(json.dumps(row))
+def warm_up(device: torch.device) -> None:
+    """Libraries, communicators and workspaces are set up before any clock runs."""
+    small = torch.randn(256, 256, device=device, dtype=torch.float64)
+    torch.linalg.eigh(small @ small.mT)
+    torch.linalg.svd(small)
+    torch.linalg.cholesky(small @ small.mT + 256 * torch.eye(256, device=device, dtype=torch.float64))
+    present().sum_everywhere(small)
+
+
+def closed_form(options: argparse.Namespace, shape: Shape, device: torch.device, told: Told) -> None:
+    """Statistics, spectra, ranks: what all layers at once take."""
+    model = random_model(shape, device, torch.float32)
+    walk, method = find_layers(model), make_method("two-sided")
+    ids = tokens(*((16, 32) if options.quick else (256, 1024)), shape.vocabulary)
+    needs, batch = method.needs, Batch(4 if options.quick else 16)
+    with torch.random.fork_rng(devices=[]):
+        measure(model, walk, ids[: 2 * present().world, :64], needs, batch_size=1, owned=True)
+
+    def calibrate() -> Any:
+        return batch.run("calibrate", lambda size: measure(model, walk, ids, needs, batch_size=size, owned=True))
+
+    stats = told.timed("calibrate", calibrate)
+    spectra = told.timed("decompose", lambda: decompose_all(method, model, walk, stats))  # type: ignore[arg-type]  by layers
+    energies = energies_of_all(model, walk, energies_in(spectra))
+    plan = plan_ranks(method, walk, energies, 0.5)  # type: ignore[arg-type]  by layers
+    own = list(spectra)
+    told.row |= {
+        "layers": present().objects(len(own)),
+        "figure": float(sum(e.double().sum() for e in energies.values())),
+    }
+    told.timed("hand round", lambda: hand_round(model, walk, spectra, {}, own, plan))
+    told.write(perplexity=told.timed("evaluate", lambda: evaluate(model, ids[:32])).perplexity)
+
+
+def by_blocks(options: argparse.Namespace, shape: Shape, device: torch.device, told: Told) -> None:
+    """`soco` with a few steps of learned scores as where nothing fits; the figure is the perplexity after it."""
+    for module in (way, recompute):
+        module.fits_whole = lambda *_: False  # type: ignore[assignment]
+    model = random_model(shape, device, torch.bfloat16)
+    ids = tokens(*((16, 32) if options.quick else (32, 1024)), shape.vocabulary)
+    options_ = {"coupling": "none", "steps": options.steps, "batch_size": 4, "project_every": 2, "newton": 1}
+    sharded = None if present().alone else True
+    made = told.timed("compress", lambda: compress_model(
+        model, make_method("soco", None, options_), 0.6, ids, gradient_windows=16, shard_weights=sharded
+    ))  # fmt: skip
+    told.row["stages"] = {stage: round(seconds, 2) for stage, seconds in made.seconds.items()}
+    found = told.timed("evaluate", lambda: evaluate(made.model, ids[:16], dense=model))
+    told.write(figure=found.perplexity, kl=found.kl, losses=list(made.learned.losses) if made.learned else [])
+
+
+def train(options: argparse.Namespace, shape: Shape, device: torch.device, told: Told) -> None:
+    """Steps of learned scores; of what is frozen each process holds its part."""
+    sharded = not present().alone
+    model = told.timed("make", lambda: random_model(shape, device, torch.bfloat16))
+    walk = find_layers(model)
+    rows, length = (4, 32) if options.quick else (8, 2048)
+    method = make_method("soco", None, {"steps": options.steps, "batch_size": rows, "project_every": 2})
+    assert isinstance(method, LearnedMethod)
+    told.write(
+        held_by_one_gb=training_bytes(walk, 2) / 1e9, sharded_by_itself=is_sharded(model, walk, method, None),
+        sharded_above_share=TRAIN_SHARE, blocks=shape.depth, tokens_a_step=rows * length,
+    )  # fmt: skip
+    spectra = Made(walk, device)
+    plan = plan_ranks(method, walk, energies_of_all(model, walk, spectra.energies()), 0.8)
+    ends: list[float] = []
+
+    def note(_stage: str, done: int, _total: int) -> None:
+        told.finish()
+        ends.append(time.perf_counter())
+        if done > 1:
+            told.row["seconds"]["step"] = (ends[-1] - ends[0]) / (len(ends) - 1)
+        told.write(steps=done, peak_gb=[round(x, 2) for x in present().objects(peak_gb(device))])
+
+    release()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ids = tokens(rows * 2, length, shape.vocabulary)
+    learned = told.timed("train", lambda: train_scores(
+        method, model, walk, spectra, 0.8, ids, plan=plan, progress=note, sharded=sharded
+    ))  # fmt: skip
+    told.write(losses=list(learned.losses), figure=learned.losses[-1])
+    if "step" in told.row["seconds"] and not options.quick:
+        work = 5 * forward_operations(model, rows * length, length) / present().world
+        work += 3 * sum(2.0 * la.outputs * la.inputs * min(la.outputs, la.inputs) for la in walk.layers)
+        told.write(of_floor=work / MATRIX_RATE / told.row["seconds"]["step"])
+
+
+class Made(Mapping[str, Spectrum]):
+    """The components of the layers that this rank owns, made anew whenever they are asked for: nothing is stored."""
+
+    def __init__(self, walk: Walk, device: torch.device) -> None:
+        owners = owners_of(walk, frozenset())
+        self.device = device
+        self.layers = {la.name: (i, la) for i, la in enumerate(walk.layers) if owners[la.name] == present().rank}
+
+    def __getitem__(self, name: str) -> Spectrum:
+        number, layer = self.layers[name]
+        left, right = components(layer, number, self.device)
+        return Spectrum(left, right, self.energy(layer))
+
+    def energy(self, layer: Layer) -> Tensor:
+        """(K,), in the mean over random numbers."""
+        falls = 1 / torch.arange(1, min(layer.outputs, layer.inputs) + 1, device=self.device, dtype=torch.float64)
+        return falls / falls.sum() * (0.02**2 * layer.outputs * layer.inputs)
+
+    def energies(self) -> dict[str, Tensor]:
+        """Of the layers of this rank."""
+        return {name: self.energy(layer) for name, (_, layer) in self.layers.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def components(layer: Layer, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factors (O, K) and (K, I), float32, of the weight of layer `number`, whose entries are about 0.02."""
+    generator = torch.Generator(device=device).manual_seed(number)
+    rank = min(layer.outputs, layer.inputs)
+    falls = torch.arange(1, rank + 1, device=device).float().rsqrt()
+    left = torch.randn(layer.outputs, rank, generator=generator, device=device) * falls
+    right = torch.randn(rank, layer.inputs, generator=generator, device=device)
+    return left * (0.02 / falls.norm()), right
 
 
 @torch.no_grad()
-def decaying_model(options: argparse.Namespace, device: torch.device) -> PreTrainedModel:
-    """A random Llama in float32 whose linear weights have singular values that fall like 1/sqrt(i)."""
-    shape = SHAPES["quick" if options.quick else "7b"]
+def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A Llama whose linear weights are the products of `components`."""
     config = LlamaConfig(
-        **shape, num_hidden_layers=options.blocks, num_key_value_heads=shape["num_attention_heads"],
-        max_position_embeddings=options.length, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.depth,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.heads, vocab_size=shape.vocabulary,
+        max_position_embeddings=4096, dtype=dtype, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config).float().eval()
-    for layer in find_layers(model).layers:
-        weight = weight_of(model.get_submodule(layer.name))
-        k = min(weight.shape)
-        falling = torch.arange(1, k + 1, device=device).float().rsqrt()
-        left = torch.randn(weight.shape[0], k, device=device) * falling
-        made = left @ torch.randn(k, weight.shape[1], device=device)
-        weight.copy_(made / made.norm() * (weight.shape[0] ** 0.5))  # rows of size 1: activations keep their size
-    return model
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator(device=device).manual_seed(1)
+    for parameter in model.parameters():
+        parameter.fill_(1) if parameter.ndim == 1 else parameter.normal_(0, 0.02, generator=generator)
+    for number, layer in enumerate(find_layers(model).layers):
+        left, right = components(layer, number, device)
+        weight_of(model.get_submodule(layer.name)).copy_(left @ right)
+    return model.eval()
 
 
-def finish(device: torch.device) -> None:
-    """All ranks, and all that they have begun."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    present().wait()
+def tokens(count: int, length: int, vocabulary: int) -> Tensor:
+    """Random windows (count, length)."""
+    return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(2))
 
 
-def peak_gib(device: torch.device) -> float:
-    """Largest memory of the GPU so far; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+def device_name(device: torch.device) -> str:
+    """What it is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def peak_gb(device: torch.device) -> float:
+    """Largest memory of the GPU so far, in 1e9 bytes; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+
+
+def beside_one(rows: list[Row]) -> list[Row]:
     """Every row beside the one of one process, where there is one."""
-    one = next((r for r in rows if r["processes"] == 1 and "seconds" in r), None)
     for row in rows:
-        if one is not None and "seconds" in row:
-            known = one["seconds"]
-            row["faster"] = {k: round(known[k] / s, 2) for k, s in row["seconds"].items() if k in known}
-            both = [sum(r["seconds"].get(k, float("nan")) for k in ("calibrate", "decompose")) for r in (one, row)]
+        one = next((r for r in rows if r["what"] == row["what"] and r["processes"] == 1 and "seconds" in r), None)
+        if one is None or "seconds" not in row:
+            continue
+        known = one["seconds"]
+        row["faster"] = {k: round(known[k] / s, 2) for k, s in row["seconds"].items() if k in known}
+        parts = [k for k in ("calibrate", "decompose") if k in known and k in row["seconds"]]
+        if len(parts) == 2:
+            both = [sum(r["seconds"][k] for k in parts) for r in (one, row)]
             row["faster"]["calibrate + decompose"] = round(both[0] / both[1], 2)
-            if "energy" in one and "energy" in row:
-                row["energy_differs"] = abs(row["energy"] / one["energy"] - 1)
+        if "figure" in one and "figure" in row:
+            row["figure_differs"] = abs(row["figure"] / one["figure"] - 1)
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[Row]) -> None:
     """A short table."""
-    stages = ["calibrate", "decompose", "hand round", "evaluate"]
-    head = " ".join(f"{stage + ' s':>13}" for stage in stages)
-    print(f"{'processes':>9} {head} {'cal+dec x':>9} {'energy diff':>11}  GiB")
     for row in rows:
-        seconds = " ".join(f"{row.get('seconds', {}).get(s, float('nan')):13.2f}" for s in stages)
-        ratio = row.get("faster", {}).get("calibrate + decompose", float("nan"))
-        print(f"{row['processes']:9} {seconds} {ratio:9.2f} {row.get('energy_differs', float('nan')):11.1e}  "
-              f"{row.get('peak_gib', '')}")  # fmt: skip
+        seconds = ", ".join(f"{stage} {s:.2f} s" for stage, s in row.get("seconds", {}).items())
+        print(f"{row['what']}, {row['processes']} processes: {seconds}")
+        more = {name: row[name] for name in SHOWN if row.get(name) is not None}
+        texts = (f"{k} {v:.4g}" if isinstance(v, float) and math.isfinite(v) else f"{k} {v}" for k, v in more.items())
+        print("   ", ", ".join(texts))
         if "error" in row:
-            print(f"          error: {row['error'][-1500:]}")
+            print(f"    error: {row['error'][-1500:]}")
 
 
 if __name__ == "__main__":

@@ -2,23 +2,30 @@
 
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memory_checkpoint import MemoryCheckpoint
 from spectrim.engines import measure as measuring
+from spectrim.engines import recompute, way
 from spectrim.engines.couple import couple
 from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import compress_model
+from spectrim.engines.shared_checkpoint import shared
 from spectrim.errors import NumericalError, SpectrimError
 from spectrim.evaluate.language import evaluate
 from spectrim.models.walk import find_layers
+from spectrim.nn import scored
 from spectrim.processes import joined, present
 from spectrim.registry import make_method
 from spectrim.stats import Coupling, Stat
@@ -34,10 +41,26 @@ METHODS = {
     "soco balanced": {"steps": 6, "batch_size": 3, "project_every": 2, "coupling": "none", "explore": 0.3},
 }
 """Methods of the comparison with one process, and their options."""
+LARGE = {
+    "svd-llm": {},
+    "asvd": {},
+    "two-sided": {"coupling": "none", "propagate": 0.0},
+    "soco": {"coupling": "none", "newton": 1, "steps": 0, "distil_steps": 0},
+    "soco whole": METHODS["soco balanced"] | {"newton": 1},
+    "soco sharded": METHODS["soco balanced"] | {"newton": 1},
+}
+"""The same as models that are too large to be measured at once; of the last one frozen weights are in parts."""
 KEEP = 0.6
 WINDOWS, GRADIENT_WINDOWS = 16, 8
 """Shares of both are whole batches of four, so that each batch is computed as by one process."""
 UNEVEN = 9, 5
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def architecture(method: str) -> str:
@@ -48,13 +71,31 @@ def ids() -> Tensor:
     return token_ids(WINDOWS, 16)
 
 
-def compressed(method: str) -> PreTrainedModel:
+def compressed(method: str, options: dict[str, Any] | None = None, **more: Any) -> PreTrainedModel:
     """What a method makes of a tiny model."""
+    options = METHODS[method] if options is None else options
     made = compress_model(
-        tiny(architecture(method)), make_method(method.split()[0], None, dict(METHODS[method])), KEEP, ids(),
-        gradient_windows=GRADIENT_WINDOWS,
+        tiny(architecture(method)), make_method(method.split()[0], None, dict(options)), KEEP, ids(),
+        gradient_windows=GRADIENT_WINDOWS, **more,
     )  # fmt: skip
     return made.model
+
+
+def compressed_as_large(method: str, **more: Any) -> PreTrainedModel:
+    """The same by the way that large models go: as if no memory sufficed. Components are held in float32, so that what
+    differs from one process is not the rounding of 16 bits.
+    """
+    kept = {module: module.fits_whole for module in (way, recompute)}
+    narrow, scored.NARROW = scored.NARROW, torch.float32
+    for module in kept:
+        module.fits_whole = lambda *_: False  # type: ignore[assignment]
+    try:
+        in_parts = method.endswith("sharded") and not present().alone
+        return compressed(method, LARGE[method], shard_weights=in_parts, **more)
+    finally:
+        scored.NARROW = narrow
+        for module, own in kept.items():
+            module.fits_whole = own
 
 
 def statistics() -> dict[str, Tensor]:
@@ -92,6 +133,24 @@ def compare(out: Path) -> None:
         save(out, f"{method} {rank}", dict(model.state_dict()))
         if method == "svd-llm":
             save(out, f"quality {rank}", quality(model))
+    in_parts(out)
+
+
+def in_parts(out: Path) -> None:
+    """The last of LARGE, with states of which the first rank keeps all; and gone on with from them."""
+    own = MemoryCheckpoint(every=4) if present().is_first else None
+    for name in ("soco sharded", "gone on"):
+        model = compressed_as_large("soco sharded", checkpoint=shared(own))
+        save(out, f"{name} {present().rank}", dict(model.state_dict()))
+        if own is not None and name == "soco sharded":
+            assert own.log[0][0] == "closed form"
+            del own.states["scores"]  # as if it had been killed before the first step
+
+
+def large(out: Path) -> None:
+    """What is compared of large models."""
+    for method in LARGE:
+        save(out, f"{method} {present().rank}", dict(compressed_as_large(method).state_dict()))
 
 
 def killed(_out: Path) -> None:
@@ -99,6 +158,16 @@ def killed(_out: Path) -> None:
     present().wait()
     if present().rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    present().wait()
+
+
+def deaf(_out: Path) -> None:
+    """The second rank is told to stop while it waits for the first one inside a library, which does not come back."""
+    present().wait()
+    if present().is_first:
+        time.sleep(300)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))  # would run if Python did
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     present().wait()
 
 
@@ -119,7 +188,9 @@ def fails(_out: Path) -> None:
     measure(model, walk, ids(), frozenset({Stat.GRAM}), owned=True)
 
 
-CASES: dict[str, Callable[[Path], None]] = {case.__name__: case for case in (compare, killed, stuck, fails)}
+CASES: dict[str, Callable[[Path], None]] = {
+    case.__name__: case for case in (compare, large, killed, deaf, stuck, fails)
+}
 
 
 def main() -> int:

@@ -42,6 +42,7 @@ from spectrim.cli_options import (
     Recover,
     Seed,
     Set,
+    ShardWeights,
     Size,
     TakeLock,
     Tokenizer,
@@ -108,6 +109,7 @@ def compress(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     deterministic: Deterministic = False,
+    shard_weights: ShardWeights = None,
     track: Track = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="discard OUT.resume of a stopped run, start anew")] = False,

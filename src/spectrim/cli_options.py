@@ -79,6 +79,15 @@ TrainWindows = Annotated[
 ]
 Eval = Annotated[str, typer.Option("--eval", help="evaluation text, as for --calib, or none")]
 EvalWindows = Annotated[int, typer.Option(help="evaluation windows")]
+ShardWeights = Annotated[
+    bool | None,
+    typer.Option(
+        "--shard-weights/--no-shard-weights",
+        help="of several processes, each holds a part of all frozen weights while scores are learned; if neither is "
+        "given, where one GPU should not hold all",
+        show_default=False,
+    ),
+]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="only algorithms that give the same bits every time; slower on a GPU")
 ]

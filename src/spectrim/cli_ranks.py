@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from spectrim.errors import UsageError
 from spectrim.terminal import exit_codes, is_one_of_several, stoppable
@@ -21,6 +21,7 @@ def started() -> Iterator[None]:
             yield
     except SystemExit as end:
         if is_one_of_several() and end.code not in (None, 0):
+            _tell_others(end)
             sys.stdout.flush()
             sys.stderr.flush()
             # After an error, communicators of a GPU that wait for a dead rank would keep the process from ending.
@@ -36,3 +37,18 @@ def _refuse_alone_command() -> None:
             f"spectrim {command} is done by one process, and the launcher has started {os.environ['WORLD_SIZE']}; run "
             f"it without torchrun (several processes run: {', '.join(SPREAD)})"
         )
+
+
+def _tell_others(end: SystemExit) -> None:
+    """Of an end before the processes have met, of which nobody else would hear; after it they know (processes.py).
+
+    Not of a mistake in the command, which is every rank's own, nor out of the import of torch: that cannot be repeated.
+    """
+    if "spectrim.processes" not in sys.modules:
+        return
+    from spectrim import meeting, processes
+
+    with suppress(UsageError):  # what the launcher says makes no sense: that was the error
+        if not meeting.has_come():
+            what = "it ended before the processes had met; look at what it said"
+            meeting.tell_early(processes.launcher(processes.launched()), what, int(end.code or 1))

@@ -211,6 +211,7 @@ def _compress_source(
             progress=progress,
             checkpoint=shared(resume),
             insists=request.options,
+            shard_weights=request.shard_weights,
         )
     outcome.seconds |= clock
     outcome.warnings += [*said, *finer_than_held(dense, dtype), *texts.warnings]

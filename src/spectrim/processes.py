@@ -8,31 +8,28 @@ processes there are and not on which of them is faster. Every rank gets the same
 
 All ranks must come to the same exchanges in the same order. Hence the rules for whoever uses this: no exchange inside
 work that one rank may have to do again with a smaller batch (memory.Batch refuses that), and none that depends on the
-clock. When a rank fails, the others leave too, with its name: peers.py.
+clock. How the ranks find each other: meeting.py. When one fails, the others leave too, with its name: peers.py.
 """
 
 import os
-import signal
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  documented there
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  documented there
 
-from spectrim.errors import Interrupted, ResourceError, SpectrimError, UsageError
-from spectrim.peers import Failure, Member, PeerFailed, Watch, began
+from spectrim.errors import ResourceError, SpectrimError, UsageError
+from spectrim.meeting import Launcher, sign_in
+from spectrim.peers import Member, PeerFailed, Watch, is_signal, own_failure
 
 T = TypeVar("T")
 
-MEET_WITHIN = timedelta(minutes=10)
-"""For all processes to appear."""
 EXCHANGE_WITHIN = timedelta(days=7)
 """Ranks wait for each other's work (a decomposition, writing the result); that one is dead is for peers.py to tell."""
 HEAR_WITHIN_S = 3.0
@@ -52,7 +49,6 @@ class Group:
     watch: Watch | None = None
     exchanges: int = 0
     """How many there were: work in which this number grew cannot be done again by one rank alone."""
-    _told: list[str] = field(default_factory=list)
 
     @property
     def alone(self) -> bool:
@@ -73,7 +69,7 @@ class Group:
         if self.alone:
             return [value]
         found: list[Any] = [None] * self.world
-        with self._exchange():
+        with self.exchange():
             dist.all_gather_object(found, value)
         return found
 
@@ -82,7 +78,7 @@ class Group:
         if self.alone:
             return make()
         holder = [make()] if self.is_first else [None]
-        with self._exchange():
+        with self.exchange():
             dist.broadcast_object_list(holder, src=0)
         return holder[0]  # type: ignore[return-value]
 
@@ -95,7 +91,7 @@ class Group:
         if self.alone:
             return tensor
         tensor = tensor.contiguous()
-        with self._exchange():
+        with self.exchange():
             if self.rank != owner:
                 dist.send(tensor, dst=owner)
                 return tensor
@@ -114,7 +110,7 @@ class Group:
         if self.alone:
             return tensor
         total = self.sum_at(0, tensor)
-        with self._exchange():
+        with self.exchange():
             dist.broadcast(total, src=0)
         return total
 
@@ -128,7 +124,7 @@ class Group:
         if self.alone:
             return given
         outline: list[Any] = [[(name, tuple(t.shape), t.dtype) for name, t in given.items()]]
-        with self._exchange():
+        with self.exchange():
             dist.broadcast_object_list(outline, src=holder)
             for name, shape, dtype in outline[0]:
                 if self.rank != holder:
@@ -152,14 +148,20 @@ class Group:
                 )
 
     @contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def exchange(self) -> Iterator[None]:
+        """Around every call that waits for other ranks: what fails in it is the failure of whoever failed."""
         self.exchanges += 1
         try:
-            if self.watch is not None and (failure := self.watch.failure()) is not None:
-                raise PeerFailed(failure)
+            if self.watch is not None:
+                self.watch.exchange = self.exchanges
+                if (failure := self.watch.failure()) is not None:
+                    raise PeerFailed(failure)
             yield
         except RuntimeError as error:  # torch's own errors of the network are RuntimeErrors
             raise self._cause(error) from error
+        finally:
+            if self.watch is not None:
+                self.watch.exchange = None
 
     def _cause(self, error: RuntimeError) -> SpectrimError:
         """Whoever failed, by name; a network that fails by itself says what it says."""
@@ -250,74 +252,73 @@ def joined(device: str = "auto") -> Iterator[Group]:
     if world == 1 or not present().alone:
         yield present()
         return
-    group = _meet(world, device)
-    token = _present.set(group)
-    try:
-        yield group
-        group.wait()
-        assert group.watch is not None
-        group.watch.stop()
-        group.wait()  # nobody leaves before all have stopped to watch
-    except BaseException as error:
-        left = _leave(group, error)
-        if group.watch is not None:
-            group.watch.stop()  # a thread that asks the store while the program ends would abort it
-        if left is error:
-            raise
-        raise left from error
-    finally:
-        _present.reset(token)
+    seat = sign_in(launcher(world))
+    group = Group(
+        rank=seat.own.rank, world=world, local_rank=_number("LOCAL_RANK"), members=seat.members,
+        watch=Watch(seat.board, seat.own, seat.members, keeps_store=seat.keeps_store),
+    )  # fmt: skip
+    with _telling(group):
+        _connect(group, device, seat.store)
+        token = _present.set(group)
+        try:
+            yield group
+            group.wait()
+            assert group.watch is not None
+            group.watch.stop()
+            group.wait()  # nobody leaves before all have stopped to watch
+        finally:
+            _present.reset(token)
     dist.destroy_process_group()
 
 
-def _meet(world: int, device: str) -> Group:
-    rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
-    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
-    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)
-    try:
-        store = TCPStore(address, port, None, keeps_store, timeout=MEET_WITHIN, wait_for_workers=False)
+def launcher(world: int) -> Launcher:
+    """What the environment says of this process and of where all meet."""
+    return Launcher(
+        rank=_number("RANK"), world=world, address=os.environ["MASTER_ADDR"], port=_number("MASTER_PORT"),
         # Restarted by its launcher, a run must not read what ranks of an earlier attempt wrote.
-        attempt = f"spectrim {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        has_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True),
+    )  # fmt: skip
+
+
+def _connect(group: Group, device: str, store: Store) -> None:
+    """Gloo and, where a GPU is meant, NCCL: both wait inside a library, so that somebody must watch already."""
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and group.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(group.local_rank)
+    with group.exchange():
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=PrefixStore(attempt, store), rank=rank,
-            world_size=world, timeout=EXCHANGE_WITHIN,
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=group.rank, world_size=group.world,
+            timeout=EXCHANGE_WITHIN,
         )  # fmt: skip
-        apart = TCPStore(address, port, None, False, timeout=MEET_WITHIN, wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
-        raise ResourceError(
-            f"rank {rank} did not meet the other {world - 1} processes at {address}:{port} within "
-            f"{MEET_WITHIN.total_seconds():.0f} s ({' '.join(str(error).split())[:300]}); look whether all were started"
-        ) from error
-    own = Member(rank, socket.gethostname(), os.getpid(), began(os.getpid()))
-    members: list[Any] = [None] * world
-    dist.all_gather_object(members, own)
-    members = [Member(*member) for member in members]
-    watch = Watch(PrefixStore(f"{attempt} watch", apart), own, members)
-    return Group(rank=rank, world=world, local_rank=local_rank, members=tuple(members), watch=watch)
 
 
-def _leave(group: Group, error: BaseException) -> BaseException:
-    """What this rank ends with: its own error, of which the others are told, or the one of whoever failed first."""
+@contextmanager
+def _telling(group: Group) -> Iterator[None]:
+    """An error inside is told to all others, and becomes that of whoever failed first."""
     assert group.watch is not None
+    try:
+        yield
+    except BaseException as error:
+        left = _leave(group, group.watch, error)
+        group.watch.stop()  # a thread that asks the store while the program ends would abort it
+        group.watch.linger()
+        if left is error:
+            raise
+        raise left from error
+
+
+def _leave(group: Group, watch: Watch, error: BaseException) -> BaseException:
+    """What this rank ends with: its own error, of which the others are told, or the one of whoever failed first."""
     if isinstance(error, PeerFailed):
         return error
-    by_signal = isinstance(error, Interrupted | KeyboardInterrupt) or not isinstance(error, Exception)
-    if by_signal:
+    if is_signal(error):
         # A launcher stops all that are left when one has failed: then that is the reason, and not the signal.
-        failure = group.watch.failure(1.0)
+        failure = watch.failure(1.0)
         if failure is not None and not failure.by_signal:
             return PeerFailed(failure)
-    code = error.exit_code if isinstance(error, SpectrimError) else SpectrimError.exit_code
-    what = str(error) if isinstance(error, SpectrimError) else f"{type(error).__name__}: {error}"
-    if by_signal:
-        number = getattr(error, "signal_number", signal.SIGINT)
-        code, what = 128 + number, f"it was stopped by {signal.Signals(number).name}"
-    own = Failure(group.rank, str(group.members[group.rank]), what, code, by_signal)
-    first = group.watch.tell(own)
-    return error if by_signal or first.rank == group.rank else PeerFailed(first)
+    first = watch.tell(own_failure(group.members[group.rank], error))
+    return error if is_signal(error) or first.rank == group.rank else PeerFailed(first)
 
 
 def spread_by_cost(costs: Sequence[float], world: int) -> list[int]:

@@ -67,6 +67,8 @@ class Request:
     """The same as a share of the dense model in 16 bits."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time (reproducible.py)."""
+    shard_weights: bool | None = None
+    """Of several processes, whether each holds a part of what is frozen while scores are learned; None: if need be."""
     any_size: bool = False
     anchors: tuple[float, ...] = ANCHORS
     any_size_steps: int = ANY_SIZE_STEPS
@@ -145,6 +147,8 @@ class Request:
             )
 
     def _check_sizes(self) -> None:
+        if self.shard_weights:
+            raise UsageError("shard_weights is for several processes, which any_size is not for; leave one of them out")
         if self.factor_bits is not None:
             raise UsageError("factor_bits quantise the factors of one size; leave --factor-bits out with --any-size")
         check_anchors(self.anchors)

@@ -74,9 +74,11 @@ def stoppable() -> Iterator[None]:
 
     A signal that was ignored when the program started (nohup, a shell's background job) stays ignored.
     """
+    told: list[int] = []
 
     def stop(number: int, _frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second signal ends at once
+        told.append(number)
         raise _Stop(number)
 
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -88,12 +90,17 @@ def stoppable() -> Iterator[None]:
     except _Stop as caught:
         name = signal.Signals(caught.signal_number).name
         notes = getattr(caught, "__notes__", [])  # what was kept, or that all was done
-        told = "; ".join(notes) if notes else "nothing was published"
+        kept = "; ".join(notes) if notes else "nothing was published"
         if not any(note.endswith(COMPLETE) for note in notes):
-            told += f". To {'go on' if notes else 'start again'}: {_again()}"
-        raise Interrupted(f"stopped by {name}; {told}", caught.signal_number) from None
+            kept += f". To {'go on' if notes else 'start again'}: {_again()}"
+        raise Interrupted(f"stopped by {name}; {kept}", caught.signal_number) from None
     except Interrupted as caught:  # with its state saved
         raise Interrupted(f"{caught}. To go on: {_again()}", caught.signal_number) from None
+    except Exception as error:
+        if told:  # inside the import of a library, which makes an error of its own out of whatever ends it
+            name = signal.Signals(told[0]).name
+            raise Interrupted(f"stopped by {name}; nothing was published", told[0]) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

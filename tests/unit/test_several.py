@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,13 +15,13 @@ from safetensors.torch import load_file
 
 import several_worker
 from command_line import small_model, small_text
+from several_worker import free_port
 from spectrim import cli_ranks, processes, same_for_all
 from spectrim.engines import measure as measuring
-from spectrim.engines import unspread, way
+from spectrim.engines import unspread
 from spectrim.errors import ResourceError, UsageError
 from spectrim.eval_job import EvalRequest, run_eval
 from spectrim.models.load import resolve
-from spectrim.models.walk import find_layers
 from spectrim.options import Step
 from spectrim.peers import Member
 from spectrim.processes import Group, launched, own_device, spread_by_cost
@@ -38,12 +37,6 @@ WORKER = TESTS / "several_worker.py"
 class Ended(NamedTuple):
     code: int
     err: str
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def start_all(words: Sequence[str], world: int = 2, timeout_s: float = 500) -> list[Ended]:
@@ -107,6 +100,31 @@ def test_two_processes_make_the_same_model_as_one(by_two: Path, method: str):
     one.load_state_dict(ranks[0])
     # Scores are trained in float32, where a batch in two parts rounds otherwise, and Adam's first steps look at signs.
     assert relative(logits_of(one, several_worker.ids()), wanted) < (1e-5 if method == "soco balanced" else 1e-6)
+
+
+def test_a_large_model_whose_frozen_weights_are_in_parts_is_that_of_one_process(by_two: Path):
+    """Measured block by block, spectra at their owners, scores learned on shared-out components, states kept."""
+    ranks = [load_file(by_two / f"soco sharded {rank}.safetensors") for rank in range(2)]
+    again = [load_file(by_two / f"gone on {rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(own[n], ranks[0][n]) for own in (ranks[1], *again) for n in ranks[0])
+    agrees_with_one_process("soco sharded", ranks[0])
+
+
+def agrees_with_one_process(method: str, found: dict[str, torch.Tensor]) -> None:
+    one = several_worker.compressed_as_large(method)
+    wanted = logits_of(one, several_worker.ids())
+    one.load_state_dict(found)
+    assert relative(logits_of(one, several_worker.ids()), wanted) < 1e-5
+
+
+@pytest.mark.slow
+def test_large_models_are_those_of_one_process(tmp_path: Path):
+    for ended in start_all([str(WORKER), str(tmp_path), "large"]):
+        assert ended.code == 0, ended.err
+    for method in several_worker.LARGE:
+        ranks = [load_file(tmp_path / f"{method} {rank}.safetensors") for rank in range(2)]
+        assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0]), "ranks hold different models"
+        agrees_with_one_process(method, ranks[0])
 
 
 def test_evaluation_shares_the_windows(by_two: Path):
@@ -186,6 +204,7 @@ def test_work_goes_to_the_least_loaded_the_dearest_first():
     ("case", "code", "says"),
     [
         ("killed", 4, "its process has ended without a word"),
+        pytest.param("deaf", 143, "it was stopped by SIGTERM", marks=pytest.mark.slow),
         pytest.param(
             *("fails", 5, "the inputs are not finite in the batch that starts at calibration window"),
             marks=pytest.mark.slow,
@@ -265,13 +284,6 @@ def test_ranks_that_read_another_model_or_were_asked_otherwise_are_refused(prete
 def test_what_is_not_spread_is_refused_by_name(pretended: Pretended, method, options, steps, bits, windows, says):
     with pytest.raises(UsageError, match=says):
         unspread.refuse_unspread(make_method(method, None, options), steps, bits, windows, windows)
-
-
-def test_models_that_are_measured_block_by_block_are_refused(pretended: Pretended, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(way, "fits_whole", lambda *_: False)
-    model = tiny("llama")
-    with pytest.raises(UsageError, match=r"method svd-llm: a model of this size is .* and there are 2"):
-        way.way_of(torch.device("cpu"), find_layers(model), make_method("svd-llm", None, {}))
 
 
 @pytest.mark.parametrize(

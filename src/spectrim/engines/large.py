@@ -7,6 +7,9 @@ Which models these are: way.py.
     decisions     before propagation, which decomposes every weight again, the last plan needs energies alone
     measure again in a student of plain layers: nothing is stored that is only looked at
 
+Of several processes each measures its windows, and keeps the statistics and the spectra of the layers that it owns to
+the end: a layer is handed round for the moment in which all place it.
+
 The same steps in the same order; results differ from run.py by float32 rounding of the spectra. States of these
 stages are not saved: they are larger than the time they take is worth.
 """
@@ -25,10 +28,11 @@ from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.relay import entered
 from spectrim.engines.run import Run
 from spectrim.engines.shelf import SpectraShelf, StatsShelf, energies_in
+from spectrim.engines.spread import energies_of_all, handed_some, holders_of, is_own, layers_of, means_of_all, owners_of
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import release
 from spectrim.method import SEARCHED
-from spectrim.models.walk import device_of, weight_of
+from spectrim.models.walk import Walk, device_of, weight_of
 from spectrim.stats import Stats
 
 
@@ -51,7 +55,7 @@ class LargeRun(Run):
     def measure_into(self, shelf: StatsShelf, model: PreTrainedModel, ids: Tensor, *, share: float, again: int) -> None:
         """One measurement, as `share` of the mean."""
         if not self.method.needs:
-            for layer in self.walk.layers:
+            for layer in self.layers_kept().layers:
                 shelf.describe(layer.name, int(ids.numel()), {}, again=again)
             return
         given = (model, self.walk, ids, self.method.needs, shelf)
@@ -74,17 +78,37 @@ class LargeRun(Run):
         assert isinstance(first, StatsShelf)
         sizes = self.again_at or (self.keep,)
         for position, size in enumerate(sizes):
-            at_size = plan if size == self.keep else plan_ranks(self.by_layer, self.walk, energies_in(spectra), size)
+            energies = {} if size == self.keep else energies_of_all(self.dense, self.walk, energies_in(spectra))
+            at_size = plan if size == self.keep else plan_ranks(self.by_layer, self.walk, energies, size)
             with timed(self.clock, "place"):
                 student = skeleton(self.dense)
-                for layer in self.walk.layers:
-                    given = (layer.name, spectra[layer.name], at_size.targets[layer.name])
-                    place_cut(student, self.dense, *given, self.means.get(layer.name))
-                    if position + 1 == len(sizes):
-                        del spectra[layer.name]
+                self.place_all(student, spectra, at_size, last=position + 1 == len(sizes))
             share = 1 / (len(sizes) + position + 1)  # in the end: half of the first, the rest in equal parts
             self.measure_into(first, student, self.round_windows(ids), share=share, again=again + position)
         return first
+
+    def place_all(
+        self, student: PreTrainedModel, spectra: MutableMapping[str, Spectrum], plan: Plan, *, last: bool
+    ) -> None:
+        """Every layer at its planned size, from whoever has it; where it is the `last` time, its spectrum goes."""
+        holders = holders_of(self.walk, spectra)
+        means = self.means
+        if self.by_layer.centres:
+            means = means_of_all(self.dense, self.walk, means)
+        for layer in self.walk.layers:
+            target = plan.targets[layer.name]
+            (given,) = handed_some(self.dense, [layer.name], holders, lambda n: spectra[n]).values()
+            place_cut(student, self.dense, layer.name, given, target, means.get(layer.name))
+            if last and layer.name in spectra:
+                del spectra[layer.name]
+
+    def layers_kept(self) -> Walk:
+        """Those that this process owns."""
+        owners = owners_of(self.walk, self.method.needs)
+        return layers_of(self.walk, [name for name in owners if is_own(name, owners)])
+
+    def hand_round(self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]) -> None:
+        """Nothing: no process could keep all of them."""
 
     def room_for_spectra(self) -> SpectraShelf:
         """On the host where all components are learned on."""
@@ -101,13 +125,14 @@ class LargeRun(Run):
                 energies = {
                     la.name: energies_of_layer(asked, la, weight_of(self.dense.get_submodule(la.name)), stats[la.name])
                     for la in self.walk.layers
+                    if la.name in stats
                 }
             else:
                 decompose_all(asked, self.dense, self.walk, stats, into=spectra, progress=self.progress)
                 energies = spectra.energies
         release()
         with timed(self.clock, "allocate"):
-            return spectra, plan_ranks(asked, self.walk, energies, self.keep)
+            return spectra, plan_ranks(asked, self.walk, energies_of_all(self.dense, self.walk, energies), self.keep)
 
     def propagate(
         self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor

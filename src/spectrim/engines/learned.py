@@ -1,6 +1,7 @@
 """Training scores on frozen spectra, for every method that states loss, budget and prices.
 
-relax     every target layer becomes a ScoredLinear (scores 1, all components present)
+relax     every target layer becomes a ScoredLinear (scores 1, all components present); of large models they are put
+          in block by block, from whichever process has them, and shared out among processes where asked (sharded.py)
 train     loss against the dense model; every few steps the components are priced and the masks projected
           onto the budget of that moment
 harden    the last masks and scores become factors of the ranks they imply
@@ -21,10 +22,12 @@ from spectrim.engines.measure import Progress, both_logits, frozen
 from spectrim.engines.pack import fill, with_prefix
 from spectrim.engines.ranks import Plan, plan_from_facts, plan_ranks, plan_to_facts
 from spectrim.engines.recompute import recomputed, recomputes
-from spectrim.engines.shelf import components_of
+from spectrim.engines.sharded import Sharded, take_components, take_weights
+from spectrim.engines.shelf import components_of, outlines_of
+from spectrim.engines.spread import energies_of_all, handed_some, holders_of
 from spectrim.linalg.factor import Factors, Spectrum
 from spectrim.method import Components, LearnedMethod
-from spectrim.models.walk import Walk
+from spectrim.models.walk import Walk, weight_of
 from spectrim.nn.scored import ScoredLinear
 
 STAGE = "scores"
@@ -69,19 +72,21 @@ def train_scores(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    sharded: bool = False,
 ) -> Learned:
     """Learn scores for all components over `ids` (windows, length); the teacher is not changed.
 
     `plan` gives the ranks to start from where the schedule starts at the budget: propagated weights were made for them.
+    `sharded`: each process holds a part of what is frozen, and factors come back for the layers whose spectra it has.
 
     A checkpoint goes on from the same `spectra`, bit for bit: scores belong to one sign of each component.
     """
     student = skeleton(teacher)
-    again = recomputes(teacher, walk, method.batch_size * ids.shape[1])
-    support = Support(method, walk, relax(student, walk, spectra, narrow=again), keep, plan)
-    if again:
-        for name, layer in support.scored.items():
-            layer.settle(components_of(spectra, name))
+    elsewhere = len(spectra) < len(walk.layers)  # other processes have the other layers
+    again = sharded or elsewhere or recomputes(teacher, walk, method.batch_size * ids.shape[1])
+    scored = relax_bare(student, walk, spectra, narrow=True) if again else relax(student, walk, spectra)
+    support = Support(method, walk, scored, keep, plan)
+    parts = settle_blocks(scored, student, teacher, walk, spectra, sharded=sharded) if again else Sharded()
 
     training = Training(
         stage=STAGE,
@@ -100,15 +105,14 @@ def train_scores(
         state=support.state,
         restore=support.restore,
     )
-    with frozen(student), frozen(teacher), recomputed(student, walk, wanted=again):
+    with frozen(student), frozen(teacher), parts.running(), recomputed(student, walk, wanted=again):
         losses = train(training, ids, progress=progress, checkpoint=checkpoint)
+    parts.give_back(teacher)
     warnings = support.come_down()
     if method.steps:
         warnings += [*collapsed(support.scored), *unmoved(support.scored, method.steps)]
     return Learned(
-        factors={
-            name: layer.kept(components_of(spectra, name) if again else None) for name, layer in support.scored.items()
-        },
+        factors={name: scored[name].kept(components_of(spectra, name) if again else None) for name in spectra},
         plan=support.plan,
         losses=tuple(losses),
         keeps=tuple(support.keeps),
@@ -221,6 +225,43 @@ def relax(
         )
         student.set_submodule(layer.name, scored[layer.name])
     return scored
+
+
+def relax_bare(
+    student: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum], *, narrow: bool
+) -> dict[str, ScoredLinear]:
+    """The same without components, of which each process may have some layers' only: `settle_blocks` puts them in."""
+    outlines = {}
+    for name, energy in energies_of_all(student, walk, outlines_of(spectra)).items():
+        weight = weight_of(student.get_submodule(name))
+        left, right = (weight.new_empty(shape) for shape in ((len(weight), 0), (0, weight.shape[1])))
+        outlines[name] = Spectrum(left, right, energy)
+    return relax(student, walk, outlines, narrow=narrow)
+
+
+def settle_blocks(
+    scored: Mapping[str, ScoredLinear],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    walk: Walk,
+    spectra: Mapping[str, Spectrum],
+    *,
+    sharded: bool,
+) -> Sharded:
+    """Components into the layers, whose weight at the present scores is formed once; block by block, so that of what is
+    `sharded`, the teacher's weights too, no process ever holds all.
+    """
+    parts, holders = Sharded(), holders_of(walk, spectra)
+    if sharded:
+        take_weights(parts, teacher, walk)
+    for block, block_name in enumerate(walk.block_names):
+        here = [layer.name for layer in walk.layers if layer.block == block]
+        for name in here:
+            given = handed_some(teacher, [name], holders, lambda own: components_of(spectra, own))
+            scored[name].settle(given[name])
+        if sharded:
+            take_components(parts, student, block_name, [scored[name] for name in here])
+    return parts
 
 
 def project(

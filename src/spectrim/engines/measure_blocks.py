@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectrim.engines.labels import loss_of_sampled_labels, loss_of_text
+from spectrim.engines.labels import loss_of_sampled_labels, loss_of_text, skip_labels_of_others
 from spectrim.engines.measure import (
     Progress,
     add_gradient,
@@ -30,7 +30,7 @@ from spectrim.engines.measure import (
 )
 from spectrim.engines.relay import Relay
 from spectrim.engines.shelf import StatsShelf
-from spectrim.engines.spread import own_spans
+from spectrim.engines.spread import bring_together, is_own, layers_of, own_spans, owners_of
 from spectrim.engines.stream import Call
 from spectrim.engines.sums import Sums
 from spectrim.errors import InputError
@@ -84,10 +84,8 @@ def measure_blocks(
         border = min(gradient_windows, len(ids)) if needs & GRADIENT_STATS else 0
         batches, hidden = [], []
         # Those that only go forward save nothing for a way back: more of them at a time.
-        for start, stop in [
-            *own_spans(border, border, batch_size),
-            *own_spans(len(ids), 0, ONE_WAY * batch_size, border),
-        ]:
+        only_forward = [span for span in own_spans(len(ids), border, ONE_WAY * batch_size) if span[0] >= border]
+        for start, stop in [*own_spans(border, border, batch_size), *only_forward]:
             tokens = ids[start:stop].to(device)
             first, calls = relay.enter(tokens)
             hidden.append(first)
@@ -95,6 +93,8 @@ def measure_blocks(
         kept = run.forward(batches, hidden)
         if border:
             generator = torch.Generator(device=device).manual_seed(seed)
+            if Stat.SLOPE not in needs:  # labels are drawn window by window, see _gradient_of_loss
+                skip_labels_of_others(model, ids[:border], 1, generator)
             given = [i for i, batch in enumerate(batches) if batch.gives_gradient]
             last = [hidden[i] for i in given]
             del hidden, first
@@ -117,6 +117,7 @@ class _Run:
     ) -> None:
         self.relay, self.needs, self.shelf, self.share, self.again = relay, needs, shelf, share, again
         self.leader = {name: group[0] for group in groups for name in group}
+        self.walk, self.owners = walk, owners_of(walk, needs)
         self.layers: list[list[Layer]] = [[] for _ in walk.block_names]
         for layer in walk.layers:
             self.layers[layer.block].append(layer)
@@ -140,11 +141,13 @@ class _Run:
             with hooks_on(self._modules(layers), on_input, None):
                 for i, batch in enumerate(batches):
                     hidden[i] = self.relay.run(block, hidden[i], batch.calls[block])
-            self._put(sums)
+            self._put(sums, wanted)
             for layer in layers:
                 tokens = sums[self.leader[layer.name]].tokens
                 if not tokens:
                     raise InputError(f"{layer.name}: no calibration token reached this layer (an expert?)")
+                if not is_own(layer.name, self.owners):
+                    continue
                 owners = {s: self.leader[layer.name] if s in INPUT_STATS else layer.name for s in self.needs}
                 self.shelf.describe(layer.name, tokens, owners, again=self.again)
             self._say()
@@ -193,15 +196,17 @@ class _Run:
             with torch.enable_grad(), hooks_on(self._modules(layers), None, on_gradient, [batch.ids.shape]):
                 after = self.relay.run(block, before, batch.calls[block])
                 (gradients[i],) = torch.autograd.grad(after, before, gradients[i])
+        self._put(sums, wanted)
         for name, own in sums.items():
             if not own.gradient_tokens:
                 raise InputError(f"{name}: no gradient reached this layer; raise gradient_windows (an expert?)")
-        self._put(sums)
         self._say()
 
-    def _put(self, sums: Mapping[str, Sums]) -> None:
-        """Finished sums, as means, into the shelf."""
+    def _put(self, sums: Mapping[str, Sums], needs: frozenset[Stat]) -> None:
+        """Finished sums of a block, of the windows of all ranks, as means into the shelf of whoever owns a layer."""
         check_sums(sums, "the calibration windows")
+        here = layers_of(self.walk, sums)
+        bring_together(sums, self.leader, here, needs, device_of(self.relay.model), self.owners)
         for name, own in sums.items():
             own.to_means()
             for stat, mean in own.totals.items():

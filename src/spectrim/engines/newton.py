@@ -17,14 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint, Saved
-from spectrim.engines.learned import relax, skeleton, step_loss
+from spectrim.engines.learned import relax, relax_bare, settle_blocks, skeleton, step_loss
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.pack import fill, fingerprint
 from spectrim.engines.parts import Run, energies_of, load_own
 from spectrim.engines.ranks import Plan
 from spectrim.engines.recompute import recomputed, recomputes
-from spectrim.engines.shelf import components_of, scale
-from spectrim.engines.spread import own_spans, own_windows, sum_gradients, sum_of_facts
+from spectrim.engines.sharded import Sharded
+from spectrim.engines.shelf import scale
+from spectrim.engines.spread import even_spans, sum_gradients, sum_of_facts
 from spectrim.errors import NumericalError
 from spectrim.linalg.factor import Spectrum
 from spectrim.method import LearnedMethod
@@ -52,26 +53,29 @@ def newton_scores(
     batch_size: int,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    sharded: bool = False,
 ) -> list[float]:
     """Fold the scores of `steps` Newton steps into the kept components of `spectra`, in place; returns the lengths.
 
     `ids` (windows, length). The ranks of `plan` stay. A length of 0 says that no step helped on the held-out windows.
+    `sharded`: each process holds a part of what is frozen (sharded.py), and has some layers' spectra only.
     With a `checkpoint`, scores and gradient are kept between two batches, and gone on with in batches of any size.
     """
     count = max(1, len(ids) // HELD_OUT)
     held_out, given = ids[-count:], ids[:-count] if len(ids) > count else ids
     student = skeleton(dense)
-    again = recomputes(dense, walk, batch_size * ids.shape[1])
-    scored = relax(student, walk, spectra)
+    elsewhere = len(spectra) < len(walk.layers)  # other processes have the other layers
+    again = sharded or elsewhere or recomputes(dense, walk, batch_size * ids.shape[1])
+    scored = relax_bare(student, walk, spectra, narrow=sharded) if again else relax(student, walk, spectra)
     for name, layer in scored.items():
         if plan.targets[name].codec != "dense":
             layer.mask[plan.targets[name].rank :] = 0
-        if again:
-            layer.settle(components_of(spectra, name))  # which it shares, where they lie on the device
+    # Components that are not in parts lie where the spectra do, if that is on the device.
+    parts = settle_blocks(scored, student, dense, walk, spectra, sharded=sharded) if again else Sharded()
     run = {} if checkpoint is None else {"after": energies_of(spectra), "windows": fingerprint(ids), "steps": steps}
     keeper = _Keeper(checkpoint, run, scored)
     taken, begun = keeper.load()
-    with frozen(student), frozen(dense), recomputed(student, walk, wanted=again):
+    with frozen(student), frozen(dense), parts.running(), recomputed(student, walk, wanted=again):
         for step in range(len(taken), steps):
             if taken and taken[-1] == 0:
                 break
@@ -83,7 +87,9 @@ def newton_scores(
             length = best_length(method, dense, student, scored, moves, held_out, batch_size)
             move(scored, moves, length)
             taken.append(length)
-    for name, layer in scored.items():
+    parts.give_back(dense)
+    for name in spectra:
+        layer = scored[name]
         scale(spectra, name, (layer.scores.detach() * layer.mask + (1 - layer.mask)).double())
     if progress is not None:
         progress("newton", steps, steps)
@@ -156,9 +162,10 @@ def score_gradients(
         layer.scores.requires_grad_(True)
         if not begun:
             layer.scores.grad = None
-    for start, stop in own_spans(len(ids), len(ids), batch_size, begun):
-        batch = ids[start:stop]
-        (step_loss(method, student, dense, batch.to(device_of(dense))) * len(batch) / len(ids)).backward()
+    for start, stop in even_spans(len(ids), batch_size, begun):
+        # A rank that has no window of its own left passes one that counts nothing: blocks wait for all ranks.
+        batch = ids[start : max(stop, start + 1)]
+        (step_loss(method, student, dense, batch.to(device_of(dense))) * (stop - start) / len(ids)).backward()
         save(stop)
     sum_gradients([layer.scores for layer in scored.values()])
     found = {}
@@ -189,11 +196,10 @@ def best_length(
 
     def loss() -> float:
         total = 0.0
-        for batch in own_windows(ids).split(batch_size):
-            if not len(batch):  # fewer windows than processes
-                continue
+        for start, stop in even_spans(len(ids), batch_size):
+            batch = ids[start : max(stop, start + 1)].to(device)  # as in score_gradients
             with autocast(device):
-                total += float(step_loss(method, student, dense, batch.to(device))) * len(batch) / len(ids)
+                total += float(step_loss(method, student, dense, batch)) * (stop - start) / len(ids)
         return sum_of_facts([total])[0]
 
     best, least = 0.0, loss()

@@ -36,7 +36,9 @@ from spectrim.engines.outcome import FactorQuantization, Made, Outcome
 from spectrim.engines.quantise_factors import check_asked, quantise_behind
 from spectrim.engines.recovery import recover
 from spectrim.engines.run import Run
+from spectrim.engines.sharded import is_sharded
 from spectrim.engines.shelf import energies_in
+from spectrim.engines.spread import energies_of_all
 from spectrim.engines.unspread import refuse_unspread
 from spectrim.engines.way import way_of
 from spectrim.engines.whole import make_whole, refuse_skipped
@@ -45,6 +47,7 @@ from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Method
 from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Walk, device_of, find_layers
 from spectrim.options import FACTOR_GROUP_SIZE, Nonfinite, check_keep, recovery_of
+from spectrim.processes import present
 
 
 # Empty layers start from torch's own random numbers: the caller's stay where they were.
@@ -65,6 +68,7 @@ def compress_model(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
     insists: Collection[str] = (),
+    shard_weights: bool | None = None,
 ) -> Outcome:
     """Compress `dense` (weights in float32) to `keep` of the stored numbers of its decoder linears.
 
@@ -77,6 +81,8 @@ def compress_model(
     spectra, scores, trained factors.
     `insists` names the options that were asked for: where memory is too small for one, the model is refused; for the
     method's own choice of `coupling` it is done without, which the warnings say and the outcome's method shows.
+    `shard_weights`: whether several processes share out what is frozen while scores are learned (None: where one GPU
+    should not hold all of it, sharded.py).
     """
     check_keep(keep)
     steps = recovery_of(method, recovery)
@@ -86,14 +92,16 @@ def compress_model(
     refuse_skipped(method, walk, found)
     refuse_large_sides(method, walk)
     way = way_of(device_of(dense), walk, method, insists)
+    present().refuse_unequal("way to measure", "at once" if way.whole else "block by block", "use GPUs of one size")
     method = way.method
     clock: dict[str, float] = {}
     if gradient_windows is None:
         gradient_windows = default_gradient_windows(len(calibration), device_of(dense), calibration.shape[1])
     refuse_unspread(method, steps, factor_bits, len(calibration), gradient_windows)
     run = (Run if way.whole else LargeRun)(
-        dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint, length=calibration.shape[1]
-    )
+        dense, method, walk, keep, seed, progress, clock, gradient_windows, checkpoint, length=calibration.shape[1],
+        sharded=is_sharded(dense, walk, method, shard_weights) if keep < 1 else False,
+    )  # fmt: skip
     training = calibration if training is None else training
     make = as_a_whole if isinstance(method, ModelMethod) else by_layers
     made = make(run, calibration, training)
@@ -127,7 +135,7 @@ def by_layers(run: Run, calibration: Tensor, training: Tensor) -> Made:
     method, clock = run.by_layer, run.clock
     learns = method.windows_trained > 0 and run.keep < 1
     spectra, plan, checkpoint = run.closed_form_or_saved(calibration, learned=learns)
-    run.energies = energies_in(spectra)
+    run.energies = energies_of_all(run.dense, run.walk, energies_in(spectra))
     student = skeleton(run.dense)
     if not learns:
         with timed(clock, "encode"):
@@ -140,7 +148,7 @@ def by_layers(run: Run, calibration: Tensor, training: Tensor) -> Made:
             learned = train_masks(method, *given, **common)
         else:
             assert isinstance(method, LearnedMethod)
-            learned = train_scores(method, *given, plan=plan, **common)
+            learned = train_scores(method, *given, plan=plan, sharded=run.sharded, **common)
     placed = apply_plan(student, run.walk, learned.plan, learned.factors, learned=True)
     return Made(student, learned.plan, placed, learned, checkpoint)
 

@@ -28,7 +28,7 @@ from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.parts import Parts, energies_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan, plan_to_facts
-from spectrim.engines.spread import hand_round_some, holders_of, own_windows
+from spectrim.engines.spread import handed_some, holders_of, own_windows
 from spectrim.engines.stream import Stream, input_moments, start
 from spectrim.linalg.factor import Spectrum, drift_target, token_share
 from spectrim.method import LayerMethod
@@ -60,8 +60,7 @@ def propagate(
     In place, since all components of all layers are the largest thing in memory. Layers whose tokens are routed keep
     their spectra and are named in a warning: the two models route differently, so that inputs have no partner.
 
-    Several processes share the windows; each layer is decomposed by the one that has its `stats`, and then all have
-    the spectra of all layers.
+    Several processes share the windows; each layer is decomposed, and kept, by the one that has its `stats`.
 
     With a `checkpoint` finished blocks are kept in parts; going on, both models pass them again without measuring.
     `after` says by a hash what the spectra were at first: a try that failed has replaced some of them. `begin` makes
@@ -85,9 +84,9 @@ def propagate(
                     unpaired += group if moments is None else []
                     own = [layers[name] for name in group if name in stats]
                     _decompose(method, dense, own, spectra, stats, moments, ids.numel())
-                hand_round_some(dense, group, owners, spectra)
+                there = handed_some(dense, group, owners, spectra.__getitem__)
                 for name in group:
-                    place_cut(student, dense, name, spectra[name], plan.targets[name])
+                    place_cut(student, dense, name, there[name], plan.targets[name])
             if block >= finished:
                 _keep(parts, [name for group in here for name in group if name not in unpaired], unpaired, spectra)
             for stream in (full, small):

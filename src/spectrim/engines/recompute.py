@@ -5,7 +5,7 @@ forward pass (nn/scored.py) then hold it for one block at a time.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ def recomputes(model: PreTrainedModel, walk: Walk, tokens: int) -> bool:
 @contextmanager
 def recomputed(model: PreTrainedModel, walk: Walk, *, wanted: bool = True) -> Iterator[None]:
     """Blocks save their inputs alone, where gradients are on and it is `wanted`. Needs a model without dropout."""
-    blocks = [model.get_submodule(name) for name in walk.block_names] if wanted else []
 
     def again(own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -42,15 +41,21 @@ def recomputed(model: PreTrainedModel, walk: Walk, *, wanted: bool = True) -> It
 
         return forward
 
+    with ExitStack() as stack:
+        for name in walk.block_names if wanted else ():
+            stack.enter_context(forward_instead(model.get_submodule(name), again))
+        yield
+
+
+@contextmanager
+def forward_instead(module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, a module runs what `around` makes of its forward; then again what it ran before."""
+    before = module.__dict__.get("forward")
+    module.forward = around(module.forward)  # type: ignore[method-assign]  an attribute that hides the method
     try:
-        for block in blocks:
-            _hide(block, again(block.forward))
         yield
     finally:
-        for block in blocks:
-            del block.forward
-
-
-def _hide(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """An attribute that hides the method; `del` brings it back."""
-    module.forward = forward  # type: ignore[method-assign]  an attribute that hides the method
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]  as above

@@ -26,8 +26,8 @@ from spectrim.engines.parts import SavedFirst, energies_of
 from spectrim.engines.propagate import propagate
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.search import searched_plan
-from spectrim.engines.shelf import StatsShelf, bytes_of
-from spectrim.engines.spread import energies_of_all, hand_round
+from spectrim.engines.shelf import StatsShelf, bytes_of, energies_in
+from spectrim.engines.spread import at_first, energies_of_all, hand_round
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
 from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, Method, OrderedMethod
@@ -56,6 +56,8 @@ class Run:
     one_size: bool = True
     again_at: tuple[float, ...] = ()
     length: int = SHORT
+    sharded: bool = False
+    """Whether processes share out what is frozen while scores are learned (sharded.py)."""
     warnings: list[str] = field(default_factory=list)
     frontier: list[dict[str, float]] = field(default_factory=list)
     energies: dict[str, Tensor] = field(default_factory=dict)
@@ -103,19 +105,27 @@ class Run:
             checkpoint.load(CLOSED_FORM)  # still not there: scores that belong to another one are discarded
         else:
             spectra = self.room_for_spectra()
-            plan, self.means, self.warnings = unpack_closed_form(saved, self.dense, self.walk, run, into=spectra)
+            own = self.layers_kept()
+            plan, self.means, self.warnings = unpack_closed_form(saved, self.dense, own, run, into=spectra)
             checkpoint.forget(*LEADS_TO_IT)
 
         def pack() -> Saved:
-            return pack_closed_form(
+            packed = pack_closed_form(
                 spectra, plan, run, learned=learned, changed=learned or self.changes, every=not self.one_size,
                 warnings=self.warnings, means=self.means,
             )  # fmt: skip
+            return (
+                packed if len(spectra) == len(self.walk.layers) else packed._replace(tensors=at_first(packed.tensors))
+            )
 
         keeper = SavedFirst(checkpoint, CLOSED_FORM, pack, kept=saved is not None, replaces=LEADS_TO_IT)
         if saved is None and checkpoint.worth(bytes_of(spectra)):
             keeper.keep()
         return spectra, plan, keeper
+
+    def layers_kept(self) -> Walk:
+        """The layers whose spectra this process keeps to the end."""
+        return self.walk
 
     def room_for_spectra(self) -> MutableMapping[str, Spectrum]:
         """Empty, for the spectra of all layers."""
@@ -137,14 +147,19 @@ class Run:
             with timed(self.clock, "solve"):
                 solve_at_ranks(self.by_layer, self.walk, spectra, plan, stats)
         with timed(self.clock, "decompose"):
-            cut = self.one_size and not self.changes and not (self.method.windows_trained and self.keep < 1)
-            hand_round(self.dense, self.walk, spectra, self.means, stats, plan if cut else None)
+            self.hand_round(spectra, plan, stats)
         if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
             with timed(self.clock, "newton"):
                 given = (self.method, self.dense, self.walk, spectra, plan, self.round_windows(ids))
                 told = {"steps": self.method.newton_steps, "progress": self.progress, "checkpoint": self.unfinished}
+                told["sharded"] = self.sharded
                 self.batch.run("newton", lambda size: newton_scores(*given, batch_size=size, **told))
         return spectra, plan
+
+    def hand_round(self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]) -> None:
+        """The spectra of all layers to all ranks, of those that nothing is learned on only what is kept."""
+        cut = self.one_size and not self.changes and not (self.method.windows_trained and self.keep < 1)
+        hand_round(self.dense, self.walk, spectra, self.means, stats, plan if cut else None)
 
     def blended(
         self, first: Mapping[str, Stats], spectra: MutableMapping[str, Spectrum], plan: Plan, ids: Tensor, again: int
@@ -160,7 +175,7 @@ class Run:
         after = "" if self.unfinished is None else energies_of(spectra)
         mean: Mapping[str, Stats] = {}
         for position, size in enumerate(self.again_at or (self.keep,)):
-            energies = {} if size == self.keep else energies_of_all(self.dense, self.walk, spectra)
+            energies = {} if size == self.keep else energies_of_all(self.dense, self.walk, energies_in(spectra))
             at_size = plan if size == self.keep else plan_ranks(self.by_layer, self.walk, energies, size)
             student = skeleton(self.dense)
             apply_plan(student, self.walk, at_size, spectra, means=self.means)
@@ -220,5 +235,5 @@ class Run:
             with timed(self.clock, "allocate"):
                 return spectra, ordered_plan(self.method, self.dense, self.walk, spectra, stats, self.keep)
         with timed(self.clock, "allocate"):
-            energies = energies_of_all(self.dense, self.walk, spectra)
+            energies = energies_of_all(self.dense, self.walk, energies_in(spectra))
             return spectra, plan_ranks(self.by_layer, self.walk, energies, self.keep)

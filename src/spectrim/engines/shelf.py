@@ -159,6 +159,10 @@ class SpectraShelf(MutableMapping[str, Spectrum]):
         left, right = (self.shelf.kept[name, part].to(self.shelf.device) for part in ("left", "right"))
         return Spectrum(left, right, self.energies[name][: left.shape[1]])
 
+    def count(self, name: str) -> int:
+        """How many components of a layer are there."""
+        return self.shelf.kept[name, "left"].shape[1]
+
     def __delitem__(self, name: str) -> None:
         del self.energies[name]
         for part in ("left", "right"):
@@ -174,6 +178,13 @@ class SpectraShelf(MutableMapping[str, Spectrum]):
 def energies_in(spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
     """The energies (K,) of every layer, without moving its components."""
     return spectra.energies if isinstance(spectra, SpectraShelf) else {n: s.energy for n, s in spectra.items()}
+
+
+def outlines_of(spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
+    """The energies (K,) of the components that are there, of every layer, without moving components."""
+    if not isinstance(spectra, SpectraShelf):
+        return {name: spectrum.energy for name, spectrum in spectra.items()}
+    return {name: energy[: spectra.count(name)] for name, energy in spectra.energies.items()}
 
 
 def components_of(spectra: Mapping[str, Spectrum], name: str) -> Spectrum:

@@ -12,6 +12,7 @@ With one process each of these is what it would be without this file. See docs/a
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.ranks import Plan
-from spectrim.engines.shelf import energies_in
 from spectrim.engines.sums import Sums
 from spectrim.linalg.factor import Spectrum
 from spectrim.models.walk import Layer, Walk, weight_of
@@ -47,6 +47,20 @@ def own_spans(windows: int, border: int, batch_size: int, done: int = 0) -> Span
     first, rest = present().share_of(border), present().share_of(windows - border)
     rows = [(max(first.start, done), first.stop), (max(border + rest.start, done), border + rest.stop)]
     return [(at, min(at + batch_size, stop)) for start, stop in rows for at in range(start, stop, batch_size)]
+
+
+def even_spans(windows: int, batch_size: int, done: int = 0) -> Spans:
+    """Batches of this rank, as many as of any other: where its share gives fewer they are smaller, or empty.
+
+    As `own_spans` for one process, `done` windows of which are behind it.
+    """
+    group = present()
+    if group.alone:
+        return own_spans(windows, windows, batch_size, done)
+    own, largest = group.share_of(windows), -(-windows // group.world)
+    count = -(-largest // batch_size)
+    ends = [own.start + i * (own.stop - own.start) // count for i in range(count + 1)]
+    return [(a, b) if a < b else (0, 0) for a, b in pairwise(ends)]
 
 
 def cost_of(layer: Layer, needs: frozenset[Stat]) -> float:
@@ -122,12 +136,20 @@ def holders_of(walk: Walk, names: Iterable[str]) -> dict[str, int]:
     return holders
 
 
-def energies_of_all(model: PreTrainedModel, walk: Walk, spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
-    """The energies (K,) of every layer, whoever decomposed it."""
+def energies_of_all(model: PreTrainedModel, walk: Walk, energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The energies (K,) of every layer, whoever decomposed it; `energies` has those of this rank."""
     if present().alone:
-        return energies_in(spectra)
-    own = {name: {"energy": energy} for name, energy in energies_in(spectra).items()}
+        return dict(energies)
+    own = {name: {"energy": energy} for name, energy in energies.items()}
     return {name: found["energy"] for name, found in _hand_over(model, holders_of(walk, own), own).items()}
+
+
+def means_of_all(model: PreTrainedModel, walk: Walk, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The means (I,) of the inputs of every layer; `means` has those of this rank."""
+    if present().alone:
+        return dict(means)
+    own = {name: {"mean": mean} for name, mean in means.items()}
+    return {name: found["mean"] for name, found in _hand_over(model, holders_of(walk, own), own).items()}
 
 
 def hand_round(
@@ -159,15 +181,14 @@ def hand_round(
         spectra[name] = Spectrum(**found)
 
 
-def hand_round_some(
-    model: PreTrainedModel, names: Sequence[str], holders: Mapping[str, int], spectra: MutableMapping[str, Spectrum]
-) -> None:
-    """Spectra of a few layers from their holders to all ranks, in place; nobody else's are looked at."""
+def handed_some(
+    model: PreTrainedModel, names: Sequence[str], holders: Mapping[str, int], own: Callable[[str], Spectrum]
+) -> dict[str, Spectrum]:
+    """Spectra of a few layers from their holders, which have them as `own` says, for all ranks to look at."""
     if present().alone:
-        return
-    own = {name: spectra[name]._asdict() for name in names if holders[name] == present().rank}
-    for name, found in _hand_over(model, {name: holders[name] for name in names}, own).items():
-        spectra[name] = Spectrum(**found)
+        return {name: own(name) for name in names}
+    mine = {name: own(name)._asdict() for name in names if holders[name] == present().rank}
+    return {n: Spectrum(**found) for n, found in _hand_over(model, {n: holders[n] for n in names}, mine).items()}
 
 
 def _hand_over(
@@ -222,6 +243,21 @@ def encode_spread(
         for name, tensors in _hand_over(model, asked, own).items()
     }
     return {la.name: handed.get(la.name) or mine[la.name] for la in walk.layers}
+
+
+def at_first(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of all ranks, on the CPU, at the first rank, which alone needs them; elsewhere none.
+
+    One after the other: no other rank ever holds more than one that is not its own.
+    """
+    group, cpu = present(), torch.device("cpu")
+    found: dict[str, Tensor] = {}
+    for holder, names in enumerate(group.objects(sorted(own))):
+        for name in names:
+            given = {name: own[name].cpu()} if holder == group.rank else None
+            handed = group.share(given, holder, cpu)
+            found |= handed if group.is_first else {}
+    return found
 
 
 def sum_of_facts(values: Sequence[float]) -> list[float]:

@@ -14,12 +14,10 @@ from typing import NamedTuple
 import torch
 
 from spectrim.engines.measure_blocks import whole_bytes
-from spectrim.engines.unspread import ALONE
 from spectrim.errors import UsageError
 from spectrim.memory import MOST_SHARE, fits_whole
 from spectrim.method import LayerMethod, Method
 from spectrim.models.walk import Walk
-from spectrim.processes import present
 
 
 class Way(NamedTuple):
@@ -41,7 +39,6 @@ def way_of(device: torch.device, walk: Walk, method: Method, insists: Collection
         return Way(True, method)
     wanted = needs_all_layers(method)
     if not wanted:
-        _require_one_process(method)
         return Way(False, method)
     held = run_bytes(walk, method)
     if fits_whole(device, held, MOST_SHARE):
@@ -52,20 +49,11 @@ def way_of(device: torch.device, walk: Walk, method: Method, insists: Collection
     )
     fields = {field.name for field in dataclasses.fields(method)}
     if list(wanted) == ["coupling=sequence"] and "coupling" in fields and "coupling" not in insists:
-        _require_one_process(method)
         told = f"{too_much}; the model was measured block by block, with coupling=none"
         return Way(False, dataclasses.replace(method, coupling="none"), (told,))
     raise UsageError(
         f"{too_much}; block by block it cannot be done. Use {' '.join(wanted.values())}, a larger GPU, or --device cpu"
     )
-
-
-def _require_one_process(method: Method) -> None:
-    if not present().alone:
-        raise UsageError(
-            f"method {method.info.name}: a model of this size is measured block by block, which is not spread over "
-            f"several processes yet, and there are {present().world}; {ALONE}"
-        )
 
 
 def needs_all_layers(method: LayerMethod) -> dict[str, str]:

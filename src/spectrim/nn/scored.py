@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from spectrim.linalg.factor import Factors, Spectrum, wide_product
 
+NARROW = torch.bfloat16
+"""What components of large models are held in."""
+
 
 class ScoredLinear(nn.Module):
     """A linear layer whose singular components carry learnable scores and a 0/1 mask."""
 
     left: Tensor
     right: Tensor
+    """Both without components until they are put in by `settle`, where the spectrum came without."""
     energy: Tensor
     mask: Tensor
     anchor: Tensor | None
@@ -35,7 +39,7 @@ class ScoredLinear(nn.Module):
 
     def __init__(self, spectrum: Spectrum, bias: Tensor | None, *, narrow: bool = False) -> None:
         super().__init__()
-        dtype = torch.bfloat16 if narrow else torch.float32
+        dtype = NARROW if narrow else torch.float32
         self.out_features, self.in_features = spectrum.left.shape[0], spectrum.right.shape[1]
         self.register_buffer("left", spectrum.left.to(dtype).contiguous(), persistent=False)
         self.register_buffer("right", spectrum.right.to(dtype).contiguous(), persistent=False)
@@ -56,15 +60,21 @@ class ScoredLinear(nn.Module):
         scores = self.effective_scores()
         if self.anchor is None or self.start is None:
             return wide_product(self.left * scores, self.right)
-        change = (self.left * (scores - self.start)).bfloat16()
-        return self.anchor + wide_product(change, self.right.bfloat16())
+        change = (self.left * (scores - self.start)).to(NARROW)
+        return self.anchor + wide_product(change, self.right.to(NARROW))
 
     @torch.no_grad()
     def settle(self, spectrum: Spectrum) -> None:
-        """Form W(s0) of the present scores from components that are as accurate as there are; bf16 from here on."""
+        """Form W(s0) of the present scores from components that are as accurate as there are; narrow from here on.
+
+        Where the layer has no components yet, these become its own.
+        """
+        if self.left.shape[1] != len(self.scores):
+            self.left = spectrum.left.to(self.left.dtype).contiguous()
+            self.right = spectrum.right.to(self.right.dtype).contiguous()
         self.start = self.effective_scores().detach().clone()
         formed = wide_product(spectrum.left.float() * self.start, spectrum.right.float())
-        self.anchor = formed.bfloat16()
+        self.anchor = formed.to(NARROW)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., O)."""
