@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types slow browser docs matrix audit clean
+.PHONY: demo test lint types slow browser docs matrix outside audit clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spectrim needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -49,6 +49,11 @@ docs: $(VENV)-docs/installed
 matrix:
 	PYTHON=$(PYTHON) tests/matrix/run.sh
 
+# Other tools for few bits, each in an environment of its own; hours on a CPU. DATA: see benchmarks/prepare_reference.py.
+DATA ?= .carry
+outside: $(STAMP)
+	$(BIN)/python benchmarks/outside.py --data $(DATA) --out results --environment .outside
+
 # Known vulnerabilities in what is installed; fails too where it cannot find out. .ci/run goes on without it.
 audit: $(STAMP)
 	$(PYTHON) -m venv $(VENV)-audit
@@ -57,4 +62,4 @@ audit: $(STAMP)
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)-audit/installed.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit $(VENV)-docs .matrix demo-out site
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-docs .matrix .outside demo-out site

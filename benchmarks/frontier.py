@@ -158,14 +158,14 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], failed: list[dic
             (args.out / f"{args.name}-{text}.svg").write_text(drawn)
 
 
-def tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path, width: int = 64) -> Path:
     """A random Llama with the tokenizer of builtin:tiny."""
     source = resolve("builtin:tiny").folder
     for file in source.glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
                          num_attention_heads=4, max_position_embeddings=512, initializer_range=0.1)  # fmt: skip
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
