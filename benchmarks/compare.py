@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from reference import counted_keep
 from reference_data import CALIBRATION_WINDOWS, WINDOW, cut, held_out, tokens_of, training_text, unpack_model
-from rows import GROUPS, Row
+from rows import GROUPS, Row, attempted
 
 from spectrim.data import calibration_windows, evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.outcome import Outcome
@@ -222,6 +222,19 @@ def write(
             (args.out / f"{args.name}-{text}.svg").write_text(chart)
 
 
+def take(
+    found: dict[str, Any], label: str, keep: float, rows: list[dict[str, Any]], failed: list[dict[str, Any]],
+    texts: Sequence[str],
+) -> None:  # fmt: skip
+    """Put what was attempted where it belongs, and say it."""
+    if "error" not in found:
+        rows.append(found)
+        say(found, texts)
+        return
+    failed.append({"label": label, "keep": keep, **found})
+    print(f"{keep:<5} {label:36} FAILED {found['error']}", flush=True)
+
+
 def say(row: dict[str, Any], texts: Sequence[str]) -> None:
     """One line as the row comes."""
     figures = " / ".join(f"{row[name]:.2f}" for name in texts)
@@ -283,16 +296,7 @@ def main() -> None:
         rows = [bench.dense_row()]
         say(rows[0], texts)
         for keep, row in ((keep, row) for keep in args.keeps for row in rows_asked):
-            if time.time() > until:
-                failed.append({"label": row.label, "keep": keep, "error": "not started: the time was up"})
-                write(args, about(args), rows, failed, texts)
-                continue
-            try:
-                rows.append(bench.row(row, keep))
-                say(rows[-1], texts)
-            except Exception as error:  # one row that fails must not take the others along
-                failed.append({"label": row.label, "keep": keep, "error": f"{type(error).__name__}: {error}"})
-                print(f"{keep:<5} {row.label:36} FAILED {failed[-1]['error']}", flush=True)
+            take(attempted(lambda row=row, keep=keep: bench.row(row, keep), until), row.label, keep, rows, failed, texts)
             write(args, about(args), rows, failed, texts)
     print("\n" + table(rows, texts))
     if failed:

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from compare import SAME_SIZE, Bench, say
+from compare import SAME_SIZE, Bench, take
 from reference_data import CALIBRATION_WINDOWS, WINDOW
-from rows import Row
+from rows import Row, attempted
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spectrim.models.load import resolve
@@ -254,15 +254,8 @@ def run(args: argparse.Namespace, bench: Bench, until: float) -> None:
         if key in done:
             continue
         done.add(key)
-        if time.time() > until:
-            failed.append({"label": key[0], "keep": task.keep, "error": "not started: the time was up"})
-            continue
-        try:
-            rows.append(bench.row(task.row, task.keep, task.factor_bits, args.group))
-            say(rows[-1], texts)
-        except Exception as error:  # one row that fails must not take the others along
-            failed.append({"label": key[0], "keep": task.keep, "error": f"{type(error).__name__}: {error}"})
-            print(f"{task.keep:<5} {key[0]:36} FAILED {failed[-1]['error']}", flush=True)
+        asked = (task.row, task.keep, task.factor_bits, args.group)
+        take(attempted(lambda asked=asked: bench.row(*asked), until), key[0], task.keep, rows, failed, texts)
         write(args, rows, failed, texts)
     write(args, rows, failed, texts)
     print("\n" + table(rows, texts))

@@ -1,5 +1,7 @@
-"""The rows of compare.py: every method as it is run there, in groups."""
+"""The rows of compare.py: every method as it is run there, in groups; and how a benchmark goes on after a bad row."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,22 @@ class Row:
 def eora_options(base: str) -> dict[str, Any]:
     """Groups of 128 do not divide the kept half of the reference model's 384 inputs."""
     return {"base": base, "group_size": 64} if base.startswith("2:4+") else {"base": base}
+
+
+TIME_IS_UP = "not started: the time was up"
+
+
+def attempted(work: Callable[[], dict[str, Any]], until: float = float("inf")) -> dict[str, Any]:
+    """What `work` finds; {"error": why} where it fails, or where `until` (of time.time) came before it was begun.
+
+    One row that fails must not take the others along.
+    """
+    if time.time() > until:
+        return {"error": TIME_IS_UP}
+    try:
+        return work()
+    except Exception as error:  # whatever it is, it belongs into the row
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
 
 GROUPS: dict[str, list[Row]] = {

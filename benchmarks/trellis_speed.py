@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import attempted
 
 from spectrim.linalg import trellis
 from spectrim.linalg.columns import inverse_root
@@ -69,12 +70,8 @@ def main() -> None:
     shapes, rates, window = (SHAPES[:1], (2,), 8) if args.quick else (SHAPES, BITS, trellis.WINDOW)
     until, rows = time.time() + args.seconds, list[dict[str, Any]]()
     for shape, bits in ((shape, bits) for shape in shapes for bits in rates):
-        if time.time() > until:
-            break
-        try:
-            rows.append(row(shape, bits, window, device))
-        except Exception as error:  # one row that fails must not take the others along
-            rows.append({"shape": list(shape), "bits": bits, "error": f"{type(error).__name__}: {error}"})
+        found = attempted(lambda shape=shape, bits=bits: row(shape, bits, window, device), until)
+        rows.append({"shape": list(shape), "bits": bits} | found)
         print(rows[-1], flush=True)
         (args.out / "trellis_speed.json").write_text(
             json.dumps({"environment": environment(), "window": window, "rows": rows}, indent=1)

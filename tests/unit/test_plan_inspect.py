@@ -16,12 +16,17 @@ from transformers import AutoModelForCausalLM
 from command_line import PLAIN, TINY, call, change_config, change_weights, small_model
 from spectrim import any_size_job, job
 from spectrim.engines import plan as plan_module
+from spectrim.engines.passes import Passes
 from spectrim.engines.plan_memory import resident
 from spectrim.machine import Rates, measure_rates
 
 RATES = Rates(
     device="cpu", computing_dtype="float32", products=1e10, full_products=1e10, copied=1e10, softmax=1e9, eigen=1e-9
 )
+PASSES = Passes(
+    tokens=512, block=1e-5, block_back=3e-5, block_trained=4e-5, head=1e-5, head_back=3e-5, sampled=1e-4, compared=1e-4,
+    judged=5e-5, short=1e-3, short_head=1e-3,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,6 +35,7 @@ def _quick() -> Any:
     with (
         mock.patch.object(job, "reload_difference", return_value=0.0),
         mock.patch.object(plan_module, "measure_rates", return_value=RATES),
+        mock.patch.object(plan_module, "clock_passes", return_value=PASSES),
     ):
         yield
 

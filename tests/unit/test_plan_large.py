@@ -38,7 +38,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, gpu: int, blocks: int, **asked: Any
         config=config, name="7B", dtype=torch.bfloat16, checkpoint=SimpleNamespace(numel=numbers, nbytes=2 * numbers)
     )
     request = Request(model="x", keep=0.8, calib_length=2048, eval="none", device="cuda", **asked)
-    told = {"dtype": torch.bfloat16, "device": torch.device("cuda"), "rates": RATES}
+    told = {"dtype": torch.bfloat16, "device": torch.device("cuda"), "rates": RATES, "clock": False}
     return estimate(cast(Source, source), request.check(), request, **told)
 
 
@@ -46,7 +46,7 @@ def test_the_closed_form_takes_about_what_it_took(monkeypatch: pytest.MonkeyPatc
     # That run held bf16 weights and all spectra on the GPU; this is the size of GPU on which a plan does so too.
     plan = planned(monkeypatch, 35_000_000_000, 6, preset="fast")
     assert plan["way"] == "block by block"
-    assert plan["peak_memory_bytes"]["gpu"] / 1e9 == pytest.approx(MEASURED["fast, 6 blocks"]["gpu_gb"], rel=0.5)
+    assert plan["peak_memory_bytes"]["gpu"] / 1e9 == pytest.approx(MEASURED["fast, 6 blocks"]["gpu_gb"], rel=0.2)
 
 
 def test_learning_takes_about_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,4 +72,4 @@ def test_a_plan_says_that_the_coupling_gives_way(monkeypatch: pytest.MonkeyPatch
     assert plan["method"]["coupling"] == "none"
     assert any("with coupling=none" in note for note in plan["notes"])
     whole = planned(monkeypatch, 100 * H200, 32)
-    assert (whole["way"], whole["method"]["coupling"], whole["notes"]) == ("at once", "sequence", [])
+    assert (whole["way"], whole["method"]["coupling"], whole["notes"]) == ("at once", "sequence", [planner.UNCLOCKED])

@@ -16,28 +16,36 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import default_gradient_windows
+from spectrim.engines.passes import Passes, clock_passes, facts_of
+from spectrim.engines.plan_costs import Sizes
 from spectrim.engines.plan_large import large_peak_of
 from spectrim.engines.plan_memory import Peak, peak_memory_of
-from spectrim.engines.plan_time import Sizes, seconds_by_stage
+from spectrim.engines.plan_time import seconds_by_stage
 from spectrim.engines.quantise_factors import group_of
 from spectrim.engines.ranks import new_bias, plan_ranks
+from spectrim.engines.recompute import step_bytes
+from spectrim.engines.run import calibration_batch
 from spectrim.engines.way import Way, way_of
 from spectrim.linalg.bits import Account, bias_account, uniform_account
-from spectrim.machine import Rates, measure_rates
-from spectrim.memory import total_memory
+from spectrim.machine import Rates, measure_rates, start_seconds
+from spectrim.memory import fits_whole, total_memory
 from spectrim.method import LayerMethod, MaskedMethod, Method
 from spectrim.model_method import ModelMethod
 from spectrim.models.load import Source, context_length, meta_model
 from spectrim.models.walk import Layer, Walk, find_layers
-from spectrim.options import recovery_of
+from spectrim.options import RECOVERY_BATCH, recovery_of
 from spectrim.replacement import Target, stored_numbers
 from spectrim.request import Request
+from spectrim.windows_in_use import training_windows
 
 DOCUMENTS = (8_000, 700)
 """Bytes of headers, report, card and manifest: of any result, and for each layer."""
 
 
 UNCOUNTED = "peak memory is not known: block by block, runs for all sizes or with masks are not counted yet"
+
+
+UNCLOCKED = "time follows from rates alone: no passes of this model were clocked"
 
 
 class Stored(NamedTuple):
@@ -57,11 +65,13 @@ def estimate(
     device: torch.device,
     companions: int = 0,
     rates: Rates | None = None,
+    clock: bool = True,
 ) -> dict[str, Any]:
     """The plan as a dict; `rank` is None where it depends on what calibration will measure.
 
     `request` is settled (byte_budget.py): its `keep` is what a budget in bytes leaves. `companions` are the bytes of
-    the files that are copied beside the weights. `rates` are measured where they are not given.
+    the files that are copied beside the weights. `rates` are measured where they are not given; with `clock`, passes
+    of one block of this model too (passes.py).
     """
     model = meta_model(source.config)
     walk = find_layers(model)
@@ -72,10 +82,13 @@ def estimate(
     rest = untargeted_numbers(model, walk)
     bytes_after = rest * dtype.itemsize + stored.nbytes
     total = sum(p.numel() for p in model.parameters())
-    sizes = sizes_of(source, method, request, walk, bytes_after, device)
+    sizes = sizes_of(source, method, request, walk, bytes_after, device, whole=way.whole)
     peak, stages = _memory(way, sizes, total, device, source.dtype.itemsize)
-    rates = measure_rates(device) if rates is None else rates
-    seconds, time_known = seconds_by_stage(method, sizes, rates)
+    start = start_seconds(device)  # before anything is clocked
+    rates = measure_rates(device, common_side(walk)) if rates is None else rates
+    passes = clocked(source, sizes, total, device) if clock else UNCLOCKED
+    only = None if isinstance(passes, str) else passes
+    seconds, time_known = seconds_by_stage(method, sizes, rates, only, start=start)
     return {
         "model": source.name,
         "method": method.to_config(),
@@ -95,12 +108,13 @@ def estimate(
         "model_bytes": {"before": source.checkpoint.nbytes, "after": bytes_after},
         "disk_bytes": bytes_after + companions + DOCUMENTS[0] + DOCUMENTS[1] * len(walk.layers),
         "way": "at once" if way.whole else "block by block",
-        "notes": [*way.warnings, *([] if peak else [UNCOUNTED])],
+        "notes": [*way.warnings, *([] if peak else [UNCOUNTED]), *([passes] if isinstance(passes, str) else [])],
         "peak_memory_bytes": peak and {"host": peak.host, **({"gpu": peak.gpu} if peak.gpu else {})},
         "memory_by_stage": stages,
         "seconds": sum(seconds.values()) if time_known else None,
         "seconds_by_stage": seconds,
         "rates": dataclasses.asdict(rates),
+        "passes": facts_of(only),
         "device": str(device),
     }
 
@@ -115,6 +129,19 @@ def _memory(
     assert gpu is not None  # all else goes at once
     assert isinstance(way.method, LayerMethod)
     return large_peak_of(way.method, sizes, total, gpu=gpu, stored=itemsize) or (None, {})
+
+
+def clocked(source: Source, sizes: Sizes, total: int, device: torch.device) -> Passes | str:
+    """Passes of one block of the model on the device; what is to be said where there are none."""
+    given = {"windows": sizes.batch, "length": sizes.length, "numbers": total}
+    found = clock_passes(source.config, sizes.walk, device, **given)
+    return f"{UNCLOCKED}: {found}" if isinstance(found, str) else found
+
+
+def common_side(walk: Walk) -> int:
+    """The rows of the eigenproblem that most layers have."""
+    sides = [min(layer.outputs, layer.inputs) for layer in walk.layers]
+    return max(set(sides), key=sides.count)
 
 
 def planned_layers(source: Source, method: Method, request: Request, walk: Walk) -> tuple[list[dict[str, Any]], bool]:
@@ -173,12 +200,13 @@ def all_sizes(walk: Walk, method: Method, anchors: tuple[float, ...], dtype: tor
 
 
 def sizes_of(
-    source: Source, method: Method, request: Request, walk: Walk, bytes_after: int, device: torch.device
+    source: Source, method: Method, request: Request, walk: Walk, bytes_after: int, device: torch.device, *, whole: bool
 ) -> Sizes:
     """What time and memory depend on."""
     told = source.config.get_text_config()
     windows = request.statistics_windows
     gradients = request.gradient_windows or default_gradient_windows(windows, device, request.calib_length)
+    length = min(request.calib_length, context_length(source.config) or request.calib_length)
     return Sizes(
         walk=walk,
         hidden=told.hidden_size,
@@ -186,15 +214,19 @@ def sizes_of(
         keep=request.keep,
         windows=windows,
         gradient_windows=min(windows, gradients),
-        length=min(request.calib_length, context_length(source.config) or request.calib_length),
+        length=length,
         eval_windows=0 if request.eval == "none" else request.eval_windows,
         bytes_read=source.checkpoint.nbytes,
         bytes_written=bytes_after,
+        training_windows=training_windows(request, method),
+        batch=calibration_batch(device, length),
         steps=recovery_of(method, request.recover),
         factor_bits=request.factor_bits,
         any_size=request.any_size,
         anchors=request.anchors if request.any_size else (),
         any_size_steps=request.any_size_steps,
+        by_blocks=not whole,
+        recomputed=not fits_whole(device, step_bytes(walk, length * getattr(method, "batch_size", RECOVERY_BATCH))),
     )
 
 

@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 from spectrim.engines.plan_memory import (
     LOGITS_SAMPLED,
-    LOGITS_TRAINED,
     TEXT_BYTES,
     Peak,
     activations,
     judging,
     recovery,
     resident,
+    trained_vocabulary,
     vocabulary,
 )
-from spectrim.engines.plan_time import Sizes, distinct_inputs
+from spectrim.engines.plan_costs import Sizes, distinct_inputs
 from spectrim.engines.run import GPU_BATCH, SHORT
 from spectrim.engines.way import spectra_bytes
 from spectrim.memory import SHELF_SHARE, WIDE_SHARE
@@ -110,7 +110,7 @@ def _learning(method: LayerMethod, sizes: Sizes, held: _Held) -> int:
     blocks = len(sizes.walk.block_names)
     formed = 2 * sizes.weights + 8 * sizes.weights // blocks
     passing = _states(sizes, windows * blocks, held) + activations(sizes, windows) // blocks
-    return components + formed + passing + vocabulary(sizes, windows, LOGITS_TRAINED)
+    return components + formed + passing + trained_vocabulary(sizes, windows)
 
 
 def _packed(method: LayerMethod, sizes: Sizes) -> int:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spectrim.engines.block import MOST_WINDOWS
-from spectrim.engines.plan_time import Sizes, distinct_inputs
+from spectrim.engines.plan_costs import Sizes, distinct_inputs
 from spectrim.engines.run import CPU_BATCH, GPU_BATCH
 from spectrim.engines.way import spectra_bytes
+from spectrim.linalg.divergence import CHUNK_NUMBERS
 from spectrim.method import LayerMethod, LearnedMethod, Method, TrainedMethod
 from spectrim.model_method import TrainedModelMethod
 from spectrim.options import RECOVERY_BATCH
@@ -21,9 +22,10 @@ TEXT_BYTES = 95 * 2**20
 """Text and tokens of `builtin:stdlib`, tokenizer included."""
 EVALUATED = 16
 """Windows at a time when a model is judged (evaluate/language.py)."""
-LOGITS_COMPARED, LOGITS_SAMPLED, LOGITS_TRAINED = 20, 32, 24
+LOGITS_COMPARED, LOGITS_SAMPLED, LOGITS_TRAINED, LOGITS_WIDENED = 20, 32, 10, 16
 """Bytes for an entry of the vocabulary at a position: two distributions and their difference in float64; labels sampled
-from one and the way back; a loss between two and the way back."""
+from one and the way back; a loss between two and its gradient, all in 16 bits, and what of it is in float32, which is
+one chunk of linalg/divergence.py at most."""
 KEPT = 3
 """Bytes kept for the way back for every number that a layer reads or writes."""
 NOT_GIVEN_BACK = 0.5
@@ -78,6 +80,12 @@ def vocabulary(sizes: Sizes, windows: int, entry_bytes: int) -> int:
     return windows * sizes.length * sizes.vocabulary * entry_bytes
 
 
+def trained_vocabulary(sizes: Sizes, windows: int) -> int:
+    """The same of a training step that compares two models."""
+    entries = windows * sizes.length * sizes.vocabulary
+    return LOGITS_TRAINED * entries + LOGITS_WIDENED * min(entries, CHUNK_NUMBERS)
+
+
 def _statistics(method: Method, sizes: Sizes) -> int:
     """Of the first round, and of the second with the mean of both where there is one."""
     walk = sizes.walk
@@ -122,7 +130,7 @@ def _learning(method: Method, sizes: Sizes, on_gpu: bool) -> int:
         windows = method.batch_size
     else:
         return 0
-    return held + activations(sizes, windows) + vocabulary(sizes, windows, LOGITS_TRAINED)
+    return held + activations(sizes, windows) + trained_vocabulary(sizes, windows)
 
 
 def recovery(sizes: Sizes) -> int:
@@ -135,7 +143,7 @@ def recovery(sizes: Sizes) -> int:
     for step in sizes.steps:
         if step.name == "kl":
             roots = 16 * sum(la.inputs**2 + la.outputs**2 for la in sizes.walk.layers)
-            needed = max(needed, roots + batch + vocabulary(sizes, RECOVERY_BATCH, LOGITS_TRAINED))
+            needed = max(needed, roots + batch + trained_vocabulary(sizes, RECOVERY_BATCH))
         elif step.steps is not None:  # inputs of a block in both models and its targets, activations of one block
             stream = 3 * 4 * min(MOST_WINDOWS, step.steps * RECOVERY_BATCH) * sizes.length * sizes.hidden
             needed = max(needed, stream + batch // max(1, len(sizes.walk.block_names)))

@@ -1,209 +1,80 @@
-"""Seconds of a run, stage by stage: what is to be computed, over what this machine does in a second (machine.py).
+"""Seconds of a run, stage by stage: what is to be computed (plan_costs.py), in the seconds of this machine.
 
-Products count by their operations, in the precision they run in; what only moves numbers, by its bytes; softmax over
-the vocabulary and eigenvalues by rates of their own. The constants say how often a stage goes through its data, and
-were set by runs of a small model on a CPU (benchmarks/plan_accuracy.py); `START_S` is what importing torch takes.
+How often a stage passes, steps or measures is taken from where the run takes it: options of the method, recovery steps,
+and the constants of the engines.
 
 Methods that treat the model as a whole solve for their form in ways of their own: `known` is then False for those that
 no constants are given for, and their seconds are left out rather than guessed.
 """
 
-from dataclasses import dataclass, field
-
+from spectrim.data.windows import CALIBRATION_EXCESS
+from spectrim.engines.block import MOST_WINDOWS
+from spectrim.engines.distil import METRIC_WINDOWS
+from spectrim.engines.newton import HELD_OUT, LENGTHS
+from spectrim.engines.passes import Passes
+from spectrim.engines.plan_costs import ROOT, Costs, Sizes, Work, components, coordinates, grams
 from spectrim.engines.search import SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS, STAGES
+from spectrim.evaluate.samples import NEW_TOKENS, PROMPTS
 from spectrim.linalg.curvature import coupling_operations
 from spectrim.machine import Rates
 from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Method, TrainedMethod
 from spectrim.model_method import ModelMethod, TrainedModelMethod
 from spectrim.models.walk import Walk
 from spectrim.options import RECOVERY_BATCH, Step
-from spectrim.stats import GRADIENT_STATS, Stat
+from spectrim.stats import Stat
 
-START_S = 5.0
-"""Of a process until it can work; the written folder is read again in a fresh one, which starts once more."""
-TEXT_S = 2.0
-"""Reading and tokenising the text of a run: as much as `builtin:stdlib` takes."""
-EFFICIENCY = 0.6
-"""Share of the clocked rate that products of a model's many shapes reach."""
-MOVED = 24
-"""Bytes that go through memory for every number that a layer reads or writes in a forward pass: casts, norms,
-activations, the residual stream."""
-BACKWARD = 2.0
-"""What moves there and back, beside a forward pass alone."""
-SAMPLED = 8.0
-"""Passes over the vocabulary to sample labels and go back from them, in units of log_softmax."""
-JUDGED = 5.0
-"""The same to compare two distributions."""
-SINGULAR, ROOT = 1.1, 0.4
-"""Singular value decompositions and roots of covariances, in units of the eigenvalues of as many cubed rows."""
+TEXT_S, TOKENS_A_SECOND = 1.5, 5e5
+"""Reading `builtin:stdlib` with its tokenizer, and tokenising, on one thread."""
+ENCODE = 1.0
+"""Putting a weight in its codec, in units of the eigenvalues of as many cubed rows."""
+CALL_S = {"cpu": 1e-3, "cuda": 1e-4}
+"""Of a layer with two products where there was one, in passes of few tokens."""
 COLUMN_SWEEPS = {"gptq": 1.0, "rtn": 0.0, "eora": 1.0}
 """Methods of few bits whose time is known: sweeps over the columns of each weight."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What time depends on, of a model and a request."""
+def seconds_by_stage(
+    method: Method, sizes: Sizes, rates: Rates, passes: Passes | None = None, *, start: float = 5.0
+) -> tuple[dict[str, float], bool]:
+    """Seconds of every stage, and whether those of the method itself are known.
 
-    walk: Walk
-    hidden: int
-    vocabulary: int
-    keep: float
-    windows: int
-    gradient_windows: int
-    length: int
-    eval_windows: int
-    bytes_read: int
-    bytes_written: int
-    steps: tuple[Step, ...] = ()
-    factor_bits: int | None = None
-    any_size: bool = False
-    anchors: tuple[float, ...] = ()
-    any_size_steps: int = 0
-    middles: int = 2
-
-    @property
-    def weights(self) -> int:
-        return sum(layer.weight_numbers for layer in self.walk.layers)
-
-
-@dataclass
-class Work:
-    """What one stage computes."""
-
-    low: float = 0.0  # operations of products in the precision of forward passes
-    full: float = 0.0  # in float32
-    moved: float = 0.0  # bytes
-    entries: float = 0.0  # of softmax over the vocabulary
-    cubes: float = 0.0  # of rows whose eigenvalues are found
-    seconds: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
-    def __rmul__(self, times: float) -> "Work":
-        return Work(*(times * getattr(self, name) for name in self.__dataclass_fields__))
-
-    def on(self, rates: Rates) -> float:
-        """Seconds."""
-        products = self.low / rates.products + self.full / rates.full_products
-        others = self.moved / rates.copied + self.entries / rates.softmax + self.cubes * rates.eigen
-        return products / EFFICIENCY + others + self.seconds
-
-
-@dataclass
-class Costs:
-    """Works of what runs are made of, for one model."""
-
-    sizes: Sizes
-    stages: dict[str, Work] = field(default_factory=dict)
-
-    def add(self, stage: str, work: Work, times: float = 1.0) -> None:
-        """So often."""
-        self.stages[stage] = self.stages.get(stage, Work()) + times * work
-
-    def forward(self, windows: float, *, share: float = 1.0, back: float = 0.0, trained: bool = False) -> Work:
-        """Windows through the model, `share` of its linear numbers left; `back`: so many times that through backwards.
-
-        `trained` weights take products for their own gradients beside those of the activations.
-        """
-        own, tokens = self.sizes, windows * self.sizes.length
-        linear = 2.0 * own.weights * share
-        blocks = len(own.walk.block_names)
-        attention = 4.0 * blocks * own.length * own.hidden
-        head = 2.0 * own.hidden * own.vocabulary
-        numbers = sum(la.outputs + la.inputs for la in own.walk.layers) + blocks * own.length * 2
-        passes = 1 + back * (2.0 if trained else 1.0)
-        return Work(
-            low=tokens * (linear * passes + (attention + head) * (1 + back)),
-            moved=tokens * numbers * MOVED * (1 + BACKWARD * back),
-        )
-
-    def softmax(self, windows: float, passes: float) -> Work:
-        """Over the vocabulary at every position."""
-        return Work(entries=windows * self.sizes.length * self.sizes.vocabulary * passes)
-
-    def sums(self, method: Method, windows: float, gradient_windows: float) -> Work:
-        """Second moments; inputs that layers share (q, k, v; gate, up) are summed once, which is about half of them."""
-        own, found = self.sizes, Work()
-        inputs = sum(float(n) ** 2 for block in distinct_inputs(own.walk) for n in block)
-        tokens, steep = windows * own.length, gradient_windows * own.length
-        if Stat.GRAM in method.needs:
-            found += Work(full=2.0 * inputs * tokens)
-        if Stat.OUTPUT_GRAD in method.needs:
-            found += Work(full=2.0 * sum(float(la.outputs) ** 2 for la in own.walk.layers) * steep)
-        if method.needs & {Stat.FISHER, Stat.SLOPE}:
-            found += Work(full=2.0 * own.weights * steep)
-        return found
-
-    def statistics(self, method: Method, windows: float, gradient_windows: float, share: float = 1.0) -> Work:
-        """One pass of engines/measure.py."""
-        if not method.needs:
-            return Work()
-        steep = gradient_windows if method.needs & GRADIENT_STATS else 0
-        return (
-            self.forward(windows - steep, share=share)
-            + self.forward(steep, share=share, back=1.0)
-            + self.softmax(steep, SAMPLED)
-            + self.sums(method, windows, steep)
-        )
-
-    def decomposition(self, method: Method) -> Work:
-        """Roots of the metric and the singular components of every weight."""
-        cubes = 0.0
-        for layer in self.sizes.walk.layers:
-            cubes += SINGULAR * min(layer.outputs, layer.inputs) ** 2 * max(layer.outputs, layer.inputs)
-            cubes += ROOT * layer.inputs**3 if Stat.GRAM in method.needs else 0
-            cubes += ROOT * layer.outputs**3 if Stat.OUTPUT_GRAD in method.needs else 0
-        return Work(cubes=cubes)
-
-    def training_step(self, batch: int, share: float, *, trained: bool, teacher: bool = True) -> Work:
-        """The student there and back, the teacher there."""
-        return (
-            self.forward(batch, share=share, back=1.0, trained=trained)
-            + (1.0 if teacher else 0.0) * self.forward(batch)
-            + self.softmax(batch, SAMPLED)
-        )
-
-
-def distinct_inputs(walk: Walk) -> list[list[int]]:
-    """Widths of inputs, block by block: layers of one width in a row read the same tensor, but for the last one."""
-    blocks: dict[int, list[int]] = {}
-    for layer in walk.layers:
-        blocks.setdefault(layer.block, []).append(layer.inputs)
-    return [_runs(widths) for widths in blocks.values()]
-
-
-def _runs(widths: list[int]) -> list[int]:
-    """Four layers of attention read two inputs, three of an MLP two; other counts are taken as they are."""
-    common = max(set(widths), key=widths.count)
-    same, others = widths.count(common), [w for w in widths if w != common]
-    return [common] * (same if same < 4 else (same + 1) // 2) + others
-
-
-def seconds_by_stage(method: Method, sizes: Sizes, rates: Rates) -> tuple[dict[str, float], bool]:
-    """Seconds of every stage, and whether those of the method itself are known."""
-    costs = Costs(sizes)
-    costs.add("start", Work(seconds=START_S))
-    costs.add("text", Work(seconds=TEXT_S))
+    `start` is what a process takes until it can work; the written folder is read again in a fresh one, which starts
+    once more.
+    """
+    costs = Costs(sizes, rates, passes)
+    costs.add("start", Work(seconds=start))
+    tokens = CALIBRATION_EXCESS * max(sizes.windows, sizes.training_windows) + sizes.eval_windows
+    costs.add("text", Work(seconds=TEXT_S + tokens * sizes.length / TOKENS_A_SECOND))
     costs.add("load", Work(moved=6.0 * sizes.bytes_read))
     known = True
     if isinstance(method, LayerMethod):
         _by_layers(costs, method)
     else:
         known = _as_a_whole(costs, method)
-    share = sizes.keep
     for step in sizes.steps:
-        _recovery(costs, step, share)
+        _recovery(costs, step)
     if sizes.factor_bits is not None:
-        gram = sum(float(n) ** 2 for block in distinct_inputs(sizes.walk) for n in block)
         tokens = sizes.windows * sizes.length
-        costs.add("quantise", costs.forward(2 * sizes.windows, share=share) + Work(full=2.0 * gram * tokens))
-        costs.add("quantise", columns(sizes.walk, 2.0))
-    judged = sizes.eval_windows * ((2 * len(sizes.anchors) + 1) if sizes.any_size else 3)
-    costs.add("evaluate", costs.forward(judged) + costs.softmax(sizes.eval_windows, JUDGED * max(1, judged // 3)))
+        costs.add("quantise", costs.forward(2 * sizes.windows, share=sizes.keep))
+        costs.add("quantise", Work(full=2.0 * grams(sizes.walk) * tokens) + columns(sizes.walk, 2.0))
+    _judging(costs)
     costs.add("write", Work(moved=8.0 * sizes.bytes_written))
-    costs.add("reload", Work(seconds=START_S) + Work(moved=6.0 * sizes.bytes_written))
+    costs.add("reload", Work(seconds=start) + Work(moved=6.0 * sizes.bytes_written))
     return {stage: work.on(rates) for stage, work in costs.stages.items()}, known
+
+
+def _judging(costs: Costs) -> None:
+    """The dense model, then both; of all sizes, each anchor beside the dense one. Then what both say."""
+    own = costs.sizes
+    if not own.eval_windows:
+        return
+    pairs = len(own.anchors) if own.any_size else 1
+    costs.add("evaluate", costs.forward((2 * pairs + 1) * own.eval_windows))
+    costs.add("evaluate", costs.loss(own.eval_windows, "judged"), pairs)
+    if costs.passes is not None:
+        layers = len(own.walk.layers) * CALL_S["cpu" if costs.rates.device.startswith("cpu") else "cuda"]
+        once = own.blocks * costs.passes.short + costs.passes.short_head
+        costs.add("samples", Work(seconds=NEW_TOKENS * (2 * once + layers) * PROMPTS / 2))
 
 
 def columns(walk: Walk, sweeps: float) -> Work:
@@ -217,43 +88,49 @@ def _by_layers(costs: Costs, method: LayerMethod) -> None:
     """Steps 2 to 7 of engines/pipeline.py."""
     own = costs.sizes
     rounds = method.rounds if own.keep < 1 else 0
-    sizes_measured = own.middles if own.any_size else 1
-    share = min(own.keep, 1.0)
-    costs.add("calibrate", costs.statistics(method, own.windows, own.gradient_windows))
-    again = costs.statistics(method, own.gradient_windows, own.gradient_windows, share=1.0)
-    costs.add("calibrate", again, rounds * sizes_measured)
+    again = rounds * (own.middles if own.any_size else 1)
+    costs.add("calibrate", costs.statistics(method.needs, own.windows, own.gradient_windows))
+    costs.add("calibrate", costs.statistics(method.needs, own.gradient_windows, own.gradient_windows), again)
     costs.add("decompose", costs.decomposition(method), 1 + rounds)
     if method.refinement is not None:
         coupled = sum(coupling_operations(la.outputs, la.inputs, own.length) for la in own.walk.layers)
         one = (
-            costs.forward(own.gradient_windows, back=1.0)
-            + costs.softmax(own.gradient_windows, SAMPLED)
+            costs.forward(own.gradient_windows, back=True)
+            + costs.loss(own.gradient_windows, "sampled")
             + Work(full=coupled * own.gradient_windows)
         )
-        costs.add("couple", one, 1 + rounds * sizes_measured)
+        costs.add("couple", one, 1 + again)
     if not own.any_size and own.keep < 1:
-        _for_one_size(costs, method, share)
+        _for_one_size(costs, method)
+    cubes = sum(min(la.outputs, la.inputs) ** 2 * max(la.outputs, la.inputs) for la in own.walk.layers)
+    costs.add("encode", Work(cubes=ENCODE * cubes))
     if isinstance(method, TrainedMethod) and method.steps and own.keep < 1:
         steps = own.any_size_steps if own.any_size else method.steps
-        wide = sum(min(la.outputs, la.inputs) * (la.outputs + la.inputs) for la in own.walk.layers) / own.weights
-        teacher = not isinstance(method, MaskedMethod) or method.compares_with_dense
-        costs.add("learn", costs.training_step(method.batch_size, wide, trained=False, teacher=teacher), steps)
+        costs.add("learn", step_of(costs, method), steps)
 
 
-def _for_one_size(costs: Costs, method: LayerMethod, share: float) -> None:
+def step_of(costs: Costs, method: TrainedMethod) -> Work:
+    """One step on scores or masks: every weight is formed from all components, and has a gradient."""
+    teacher = not isinstance(method, MaskedMethod) or method.compares_with_dense
+    return costs.step(method.batch_size, teacher=teacher, forming=components(costs.sizes.walk))
+
+
+def _for_one_size(costs: Costs, method: LayerMethod) -> None:
     """What fits one size only: propagation, searched ranks, Newton steps."""
     own = costs.sizes
-    gram = sum(float(n) ** 2 for block in distinct_inputs(own.walk) for n in block)
     if method.error_share > 0:
-        windows = own.gradient_windows
-        costs.add("propagate", costs.forward(4 * windows) + Work(full=4.0 * gram * windows * own.length))
-        costs.add("propagate", costs.decomposition(method))
+        costs.add("propagate", costs.pairs_of_inputs(own.gradient_windows) + costs.decomposition(method))
     if isinstance(method, LearnedMethod) and method.newton_steps:
-        step = costs.training_step(own.gradient_windows, 1.0, trained=False)
-        costs.add("newton", step, method.newton_steps)
+        held = max(1, own.gradient_windows // HELD_OUT)
+        given = max(1, own.gradient_windows - held)
+        batches = -(-given // own.batch)
+        gradient = costs.step(given) + Work(full=2.0 * (batches - 1) * components(own.walk))
+        looked = 1 + len(LENGTHS)  # at most: it stops where the loss rises
+        judged = costs.forward(2 * held) + costs.loss(held, "judged") + Work(full=components(own.walk))
+        costs.add("newton", gradient + looked * judged, method.newton_steps)
     searched = searched_windows(method, len(own.walk.layers))
     if searched:
-        costs.add("search", costs.forward(searched, share=1.0) + costs.softmax(searched, JUDGED))
+        costs.add("search", costs.forward(searched) + costs.loss(searched, "judged"))
 
 
 def _as_a_whole(costs: Costs, method: Method) -> bool:
@@ -261,29 +138,36 @@ def _as_a_whole(costs: Costs, method: Method) -> bool:
     own = costs.sizes
     assert isinstance(method, ModelMethod)
     if isinstance(method, TrainedModelMethod) and method.steps:
-        costs.add("learn", costs.training_step(method.batch_size, own.keep, trained=True), method.steps)
+        costs.add("learn", costs.step(method.batch_size, share=own.keep), method.steps)
     sweeps = COLUMN_SWEEPS.get(method.info.name)
     if sweeps is None:
         return False
-    costs.add("compress", costs.statistics(method, 2 * own.windows, 0) + columns(own.walk, sweeps))
+    costs.add("compress", costs.statistics(method.needs, 2 * own.windows, 0) + columns(own.walk, sweeps))
     return True
 
 
-def _recovery(costs: Costs, step: Step, share: float) -> None:
+def _recovery(costs: Costs, step: Step) -> None:
     """One recovery step (engines/recovery.py)."""
-    own = costs.sizes
+    own, batch = costs.sizes, RECOVERY_BATCH
     if step.steps is None:
-        costs.add(step.name, costs.forward(2 * own.windows) + Work(full=4.0 * own.weights * own.windows * own.length))
+        roots = sum(float(n) ** 3 for layer in own.walk.layers for n in (layer.inputs,))
+        costs.add(step.name, costs.pairs_of_inputs(own.windows) + Work(cubes=ROOT * roots))
         return
-    batch = RECOVERY_BATCH
+    windows = min(own.training_windows, batch * step.steps) or own.windows
     if step.name == "kl":
-        costs.add("distil", costs.training_step(batch, share, trained=True), step.steps)
-        costs.add("distil", costs.forward(64, back=1.0) + costs.softmax(64, SAMPLED))
+        forming = coordinates(own.walk, own.keep)
+        costs.add("distil", costs.step(batch, share=own.keep, forming=forming), step.steps)
+        metric = min(METRIC_WINDOWS, windows)
+        needs = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
+        costs.add("distil", costs.statistics(needs, metric, metric, share=own.keep))
+        sides = sum(float(n) ** 3 for layer in own.walk.layers for n in (layer.outputs, layer.inputs))
+        costs.add("distil", Work(cubes=ROOT * sides))
         return
-    blocks = len(own.walk.block_names)
-    one = costs.forward(batch, share=share, back=1.0, trained=True)
-    costs.add("block", (1.0 / blocks) * one, step.steps * blocks)  # each block alone, in turn
-    costs.add("block", costs.forward(2 * min(1024, step.steps * batch)))
+    one = costs.blocks(batch, share=own.keep, back=True, trained=True)
+    costs.add("block", one, step.steps)  # each block alone, in turn
+    # Both models once as a whole, what the dense blocks give, and the compressed model after each block.
+    kept = min(MOST_WINDOWS, windows)
+    costs.add("block", costs.forward(2 * kept) + costs.blocks(2 * kept))
 
 
 def searched_windows(method: LayerMethod, layers: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,6 +41,11 @@ CPU_BATCH, GPU_BATCH = 4, 32
 SHORT = 512
 
 
+def calibration_batch(device: torch.device, length: int) -> int:
+    """Windows of `length` tokens at a time."""
+    return CPU_BATCH if device.type == "cpu" else max(1, GPU_BATCH * SHORT // max(SHORT, length))
+
+
 @dataclass
 class Run:
     """What the closed-form part shares between its rounds."""
@@ -65,8 +71,7 @@ class Run:
     """Of the inputs of every layer, where biases make up for them."""
 
     def __post_init__(self) -> None:
-        on_gpu = max(1, GPU_BATCH * SHORT // max(SHORT, self.length))
-        self.batch = Batch(CPU_BATCH if device_of(self.dense).type == "cpu" else on_gpu)
+        self.batch = Batch(calibration_batch(device_of(self.dense), self.length))
         self.unfinished = self.checkpoint if present().alone else None  # each of several has sums of its own
 
     @property

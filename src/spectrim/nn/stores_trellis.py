@@ -1,5 +1,10 @@
-"""A stream of bits of which every window is a weight, and a scale for each row: linalg/trellis.py."""
+"""A stream of bits of which every window is a weight, and a scale for each row: linalg/trellis.py.
 
+Streams are as long whatever window they are decoded with, and any window makes numbers of them that look like weights:
+a wrong one shows in nothing but a `check` in the layer's entry, of `bits`, `window`, the shape and the first stream.
+"""
+
+import zlib
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -17,6 +22,8 @@ class TrellisStore(Store):
 
     kind = "trellis"
     codes: Tensor
+    claimed: int | None = None
+    """What the file's entry says `check` to be; None where it has none, and of stores that were not loaded."""
 
     def __init__(self, outputs: int, inputs: int, rate: Rate, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -43,10 +50,32 @@ class TrellisStore(Store):
             raise ValueError(f"bits {bits!r}; of a trellis it must be one of {allowed}")
         if type(window) is not int or window not in WINDOWS:
             raise ValueError(f"window {window!r}; of a trellis it must be one of {', '.join(map(str, WINDOWS))}")
-        return cls(outputs, inputs, rate_of(bits, window), device=device, dtype=dtype)
+        check = entry.get("check")
+        if check is not None and type(check) is not int:
+            raise ValueError(f"check {check!r}; of a trellis it must be a whole number")
+        store = cls(outputs, inputs, rate_of(bits, window), device=device, dtype=dtype)
+        store.claimed = check
+        return store
 
     def entry(self) -> dict[str, Any]:
-        return {"kind": self.kind, "bits": self.rate.bits, "window": self.rate.window}
+        check = self.claimed if self.codes.is_meta else self.check()
+        own = {"kind": self.kind, "bits": self.rate.bits, "window": self.rate.window}
+        return own if check is None else own | {"check": check}
+
+    def check(self) -> int:
+        """CRC-32 of what decides how the first stream is decoded, and of the stream."""
+        decided = f"{self.rate.bits:g} {self.rate.window} {self.outputs} {self.inputs}".encode()
+        first = self.codes[:1].cpu().contiguous().view(torch.uint8)  # an untrusted file may hold another dtype
+        return zlib.crc32(first.numpy().tobytes(), zlib.crc32(decided))
+
+    def after_load(self) -> None:
+        """ValueError where bits, window, shape or the first stream are not those that the file was written with."""
+        if self.claimed is None or (found := self.check()) == self.claimed:
+            return
+        raise ValueError(
+            f"trellis codes of {self.rate.bits:g} bits and window {self.rate.window} have the check {found}, and "
+            f"config.json says {self.claimed}: it or the codes were changed; take the folder from its source again"
+        )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         steps = steps_of(self.inputs, self.rate)
