@@ -305,9 +305,15 @@ def tables(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if row.get("fitted", False) == chosen]
         if not own:
             continue
-        lines += ["", f"| {title} | numbers, bytes, disk | memory, host | memory, GPU | time | measured |", "|---" * 6 + "|"]
+        lines += [
+            "",
+            f"| {title} | numbers, bytes, disk | memory, host | memory, GPU | time | measured |",
+            "|---" * 6 + "|",
+        ]
         for row in own:
-            name = row["row"].replace("STEPS", f"{STEPS['cuda' if 'memory_gpu' in row.get('measured', {}) else 'cpu']} steps")
+            name = row["row"].replace(
+                "STEPS", f"{STEPS['cuda' if 'memory_gpu' in row.get('measured', {}) else 'cpu']} steps"
+            )
             if "error" in row:
                 lines.append(f"| {row['model']}, {name} | failed: {row['error'][-80:]} |" + " |" * 4)
                 continue
@@ -323,7 +329,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
     outside = [f"{row['row']}: {key} {ratio:.2f}" for row in rows for key, ratio in row.get("ratio", {}).items()
                if ratio is not None and not within(key, ratio)]  # fmt: skip
     count = sum(ratio is not None for row in rows for ratio in row.get("ratio", {}).values())
-    return "\n".join([*lines, "", f"{len(outside)} of {count} ratios outside their bounds: {'; '.join(outside) or 'none'}"])
+    return "\n".join(
+        [*lines, "", f"{len(outside)} of {count} ratios outside their bounds: {'; '.join(outside) or 'none'}"]
+    )
 
 
 def environment() -> dict[str, Any]:

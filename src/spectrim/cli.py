@@ -4,7 +4,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,40 +14,17 @@ from spectrim.cli_eval import eval_
 from spectrim.cli_export import export
 from spectrim.cli_left import clean, resume, status, verify
 from spectrim.cli_options import (
-    ANCHORS,
-    AllowNonfinite,
-    Anchors,
-    AnySize,
-    AnySizeSteps,
-    Bytes,
-    Calib,
-    CalibLength,
-    CalibWindows,
     Deterministic,
     Device,
-    Dtype,
-    Eval,
-    EvalWindows,
-    FactorBits,
-    FactorGroupSize,
-    GradientWindows,
     Json,
-    KeepBytes,
-    KeepOrNone,
-    MethodOrNone,
     ModelArg,
-    Preset,
     QualityGate,
-    Recipe,
-    Recover,
     Seed,
-    Set,
     ShardWeights,
     Size,
     TakeLock,
     Tokenizer,
     Track,
-    TrainWindows,
     given_command,
     say_written,
 )
@@ -56,10 +33,13 @@ from spectrim.cli_push import PushTo, check_push_to, push, push_result
 from spectrim.cli_ranks import started
 from spectrim.cli_recipe import recipe_app
 from spectrim.cli_report import report
-from spectrim.cli_request import request_from
+from spectrim.cli_request import asks
 from spectrim.errors import UsageError
 from spectrim.terminal import emit, print_table, progress_printer, stdout
 from spectrim.track import check_trackers, track_run
+
+if TYPE_CHECKING:
+    from spectrim.request import Request
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -78,39 +58,15 @@ def main() -> None:
 
 
 @app.command()
+@asks
 def compress(
-    context: typer.Context,
-    model: ModelArg,
+    request: "Request",
     out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
-    recipe: Recipe = None,
-    keep: KeepOrNone = None,
-    bytes_: Bytes = None,
-    keep_bytes: KeepBytes = None,
-    any_size: AnySize = False,
-    anchors: Anchors = ANCHORS,
-    any_size_steps: AnySizeSteps = 1600,
-    method: MethodOrNone = None,
-    preset: Preset = None,
-    set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
-    recover: Recover = [],  # noqa: B006
-    factor_bits: FactorBits = None,
-    factor_group_size: FactorGroupSize = 128,
-    calib: Calib = "builtin:stdlib",
-    calib_windows: CalibWindows = None,
-    calib_length: CalibLength = 512,
-    gradient_windows: GradientWindows = None,
-    train_windows: TrainWindows = None,
-    eval_: Eval = "builtin:stdlib",
-    eval_windows: EvalWindows = 40,
     quality_gate: QualityGate = 100.0,
-    allow_nonfinite: AllowNonfinite = "refuse",
-    tokenizer: Tokenizer = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     seed: Seed = 0,
     deterministic: Deterministic = False,
     shard_weights: ShardWeights = None,
-    track: Track = [],  # noqa: B006
+    track: Track = [],  # noqa: B006  typer reads the default, nobody changes it
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="discard OUT.resume of a stopped run, start anew")] = False,
     take_lock: TakeLock = False,
@@ -119,7 +75,7 @@ def compress(
     json_: Json = False,
 ) -> None:
     """Compress a model and write a folder that plain transformers loads."""
-    request = request_from(context, locals())
+    del quality_gate, seed, deterministic, shard_weights  # they are in the request
     request.check()  # before transformers is imported: a mistake is told at once
     check_push_to(push_to)
     trackers = check_trackers(track)
@@ -144,7 +100,7 @@ def compress(
 
     def show() -> None:
         print_table(
-            f"{model}, {report['method']['method']}, keep {report['stored']['keep']:.4f}",
+            f"{request.model}, {report['method']['method']}, keep {report['stored']['keep']:.4f}",
             ["", "dense", "compressed"],
             [list(row) for row in table(report)],
         )

@@ -47,6 +47,13 @@ FactorGroupSize = Annotated[
     int, typer.Option(help="inputs that share a grid with --factor-bits; divides those of all layers, or 0", min=0)
 ]
 Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of the method; may be repeated")]
+RankMultiple = Annotated[
+    int | None,
+    typer.Option(
+        help="ranks are multiples of this (1: any; default: of 8 in layers of at least 512 x 512, by measurement)",
+        min=1,
+    ),
+]
 Calib = Annotated[str, typer.Option(help="hub data set, .txt/.jsonl files, builtin:stdlib, or self")]
 CalibWindows = Annotated[
     int | None, typer.Option(help="windows that feed the statistics (default: 256 of text, 512 of self)")

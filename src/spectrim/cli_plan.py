@@ -1,74 +1,19 @@
 """`spectrim plan`: what `compress` would do with the same flags."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from spectrim.cli_options import (
-    ANCHORS,
-    AllowNonfinite,
-    Anchors,
-    AnySize,
-    AnySizeSteps,
-    Bytes,
-    Calib,
-    CalibLength,
-    CalibWindows,
-    Device,
-    Dtype,
-    Eval,
-    EvalWindows,
-    FactorBits,
-    FactorGroupSize,
-    GradientWindows,
-    Json,
-    KeepBytes,
-    KeepOrNone,
-    MethodOrNone,
-    ModelArg,
-    Preset,
-    Recipe,
-    Recover,
-    Set,
-    Tokenizer,
-    TrainWindows,
-)
-from spectrim.cli_request import request_from
+from spectrim.cli_options import Json
+from spectrim.cli_request import asks
 from spectrim.terminal import emit, print_table, stdout
 
+if TYPE_CHECKING:
+    from spectrim.request import Request
 
-def plan(
-    context: typer.Context,
-    model: ModelArg,
-    recipe: Recipe = None,
-    keep: KeepOrNone = None,
-    bytes_: Bytes = None,
-    keep_bytes: KeepBytes = None,
-    any_size: AnySize = False,
-    anchors: Anchors = ANCHORS,
-    any_size_steps: AnySizeSteps = 1600,
-    method: MethodOrNone = None,
-    preset: Preset = None,
-    set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
-    recover: Recover = [],  # noqa: B006
-    factor_bits: FactorBits = None,
-    factor_group_size: FactorGroupSize = 128,
-    calib: Calib = "builtin:stdlib",
-    calib_windows: CalibWindows = None,
-    calib_length: CalibLength = 512,
-    gradient_windows: GradientWindows = None,
-    train_windows: TrainWindows = None,
-    eval_: Eval = "builtin:stdlib",
-    eval_windows: EvalWindows = 40,
-    allow_nonfinite: AllowNonfinite = "refuse",
-    tokenizer: Tokenizer = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json_: Json = False,
-) -> None:
+
+@asks
+def plan(request: "Request", json_: Json = False) -> None:
     """Say what `compress` would do, without touching a weight."""
-    request = request_from(context, locals())
     configured = request.check()  # before transformers is imported: a mistake is told at once
     from spectrim.byte_budget import settled
     from spectrim.engines.plan import estimate
@@ -76,7 +21,7 @@ def plan(
     from spectrim.job import foresee_all
     from spectrim.models.load import pick_device, pick_dtype, resolve
 
-    source = resolve(model)
+    source = resolve(request.model)
     request = settled(request, configured, source)
     foresee_all(request, configured, source)
     copied = [source.folder / name for name in COMPANIONS]

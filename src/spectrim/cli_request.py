@@ -1,11 +1,46 @@
-"""From the flags of `compress` and `plan`, and a recipe under them, to one request."""
+"""From the flags of `compress` and `plan`, and a recipe under them, to one request.
 
+What both commands take is written once, in `shared_flags`; `asks` gives it to a command beside the command's own.
+"""
+
+import inspect
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from spectrim.cli_options import parse_anchors, parse_options
+from spectrim.cli_options import (
+    ANCHORS,
+    AllowNonfinite,
+    Anchors,
+    AnySize,
+    AnySizeSteps,
+    Bytes,
+    Calib,
+    CalibLength,
+    CalibWindows,
+    Device,
+    Dtype,
+    Eval,
+    EvalWindows,
+    FactorBits,
+    FactorGroupSize,
+    GradientWindows,
+    KeepBytes,
+    KeepOrNone,
+    MethodOrNone,
+    ModelArg,
+    Preset,
+    RankMultiple,
+    Recipe,
+    Recover,
+    Set,
+    Tokenizer,
+    TrainWindows,
+    parse_anchors,
+    parse_options,
+)
 from spectrim.errors import UsageError
 from spectrim.options import METHOD, METHOD_IN_BYTES, parse_bytes
 
@@ -21,6 +56,55 @@ CONVERT: Mapping[str, Callable[[Any], Any]] = {
     "model_bytes": parse_bytes,
 }
 BUDGETS = ("keep", "model_bytes", "keep_bytes")
+
+
+def shared_flags(
+    context: typer.Context,
+    model: ModelArg,
+    recipe: Recipe = None,
+    keep: KeepOrNone = None,
+    bytes_: Bytes = None,
+    keep_bytes: KeepBytes = None,
+    any_size: AnySize = False,
+    anchors: Anchors = ANCHORS,
+    any_size_steps: AnySizeSteps = 1600,
+    method: MethodOrNone = None,
+    preset: Preset = None,
+    set_: Set = [],  # noqa: B006  typer reads the default, nobody changes it
+    rank_multiple: RankMultiple = None,
+    recover: Recover = [],  # noqa: B006
+    factor_bits: FactorBits = None,
+    factor_group_size: FactorGroupSize = 128,
+    calib: Calib = "builtin:stdlib",
+    calib_windows: CalibWindows = None,
+    calib_length: CalibLength = 512,
+    gradient_windows: GradientWindows = None,
+    train_windows: TrainWindows = None,
+    eval_: Eval = "builtin:stdlib",
+    eval_windows: EvalWindows = 40,
+    allow_nonfinite: AllowNonfinite = "refuse",
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """A signature: what a run may be asked for by `compress` and by `plan`. It is never called."""
+
+
+def asks(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with `shared_flags` before its own; it is called with the `request` made of all, and its own."""
+    own = {name: p for name, p in inspect.signature(command).parameters.items() if name != "request"}
+    parameters = {**inspect.signature(shared_flags).parameters, **own}
+
+    @wraps(command)
+    def asking(**flags: Any) -> None:
+        request = request_from(flags["context"], flags)
+        command(request, **{name: flags[name] for name in own})
+
+    as_keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    as_keywords.sort(key=lambda p: p.default is not inspect.Parameter.empty)  # what is required is shown first
+    asking.__signature__ = inspect.Signature(as_keywords)  # type: ignore[attr-defined]  what typer reads
+    asking.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+    return asking
 
 
 def request_from(context: typer.Context, flags: Mapping[str, Any]) -> "Request":
@@ -41,6 +125,8 @@ def request_from(context: typer.Context, flags: Mapping[str, Any]) -> "Request":
         values[name] = own
         if was_typed(context, flag):
             typed[name] = own
+    if flags.get("rank_multiple") is not None:
+        typed["options"] = {**typed.get("options", {}), "rank_multiple": flags["rank_multiple"]}
     recipe = recipe_values(flags.get("recipe"))
     if any(typed.get(name) is not None for name in BUDGETS):
         recipe = {name: value for name, value in recipe.items() if name not in BUDGETS}

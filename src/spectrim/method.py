@@ -258,6 +258,11 @@ class MaskedMethod(TrainedMethod):
         require_range(self.info.name, "pressure", self.pressure, 0.0, 1e6)
         require_range(self.info.name, "pressure_every", self.pressure_every, 1, 1_000_000)
         require_range(self.info.name, "reach", self.reach, 0.01, 1.0)
+        if self.steps and self.rank_multiple > 1:
+            raise UsageError(
+                f"method {self.info.name}: rank_multiple={self.rank_multiple} with steps={self.steps}: ranks follow "
+                "from the masks that are left and may be any; leave it out"
+            )
 
     @property
     @abstractmethod

@@ -162,6 +162,11 @@ class Request:
         from spectrim.method import LearnedMethod, TrainedMethod
 
         check_serves_all_sizes(method, self.recover)
+        if self.options.get("rank_multiple", 0) > 1:
+            raise UsageError(
+                f"rank_multiple={self.options['rank_multiple']}: with any_size ranks follow from one order of all "
+                "components and may be any; leave --rank-multiple out"
+            )
         if isinstance(method, LearnedMethod) and method.steps > 0 and self.any_size_steps < len(self.anchors):
             raise UsageError(
                 f"any_size_steps must be at least the number of anchors, {len(self.anchors)}, got {self.any_size_steps}"

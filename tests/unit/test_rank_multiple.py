@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from command_line import PLAIN, call, small_model
 from spectrim.engines.ranks import plan_ranks, rank_step
 from spectrim.errors import UsageError
 from spectrim.models.walk import Layer, Walk
@@ -61,3 +62,30 @@ def test_the_smallest_budget_can_still_be_met():
 def test_a_multiple_out_of_range_is_refused():
     with pytest.raises(UsageError, match="rank_multiple"):
         make_method("svd", None, {"rank_multiple": -1})
+
+
+def test_the_flag_is_the_option(tmp_path):
+    model = small_model(tmp_path / "model")
+    answer = call("plan", model, "--method", "svd", "--keep", "0.6", "--rank-multiple", "4", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["method"]["rank_multiple"] == 4
+    assert {row["rank"] % 4 for row in answer.json["layers"] if row["codec"] != "dense"} == {0}
+    made = call("compress", model, "--out", tmp_path / "out", *PLAIN, "--method", "svd", "--keep", "0.6", "--json",
+                "--set", "rank_multiple=2", "--rank-multiple", "4")  # fmt: skip
+    assert made.json["method"]["rank_multiple"] == 4
+    assert [row["rank"] for row in made.json["layers"]] == [row["rank"] for row in answer.json["layers"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--any-size", "--method", "svd-llm"), "one order of all components"),
+        (("--method", "acip"), "the masks that are left"),
+        (("--method", "gptq", "--keep", "0.3"), "unknown option 'rank_multiple'"),
+    ],
+    ids=str,
+)
+def test_the_flag_is_refused_where_ranks_follow_from_something_else(tmp_path, words, said):
+    answer = call("plan", small_model(tmp_path / "model"), *words, "--rank-multiple", "8")
+    assert answer.code == 2
+    assert said in answer.message

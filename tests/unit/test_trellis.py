@@ -195,11 +195,36 @@ def test_stores_hold_what_they_count_and_nothing_else(rate):
         ({"bits": True, "window": 12}, "bits True"),
         ({"bits": 2}, "window None"),
         ({"bits": 2, "window": 60}, "window 60"),
+        ({"bits": 2, "window": 8, "check": "5"}, "check '5'"),
     ],
 )
 def test_entries_that_cannot_be_are_refused(entry, said):
     with pytest.raises(ValueError, match=said):
         store_from_entry(16, 16, {"kind": "trellis", **entry})
+
+
+@pytest.mark.parametrize("changed", [{"window": 12}, {"window": 10, "check": None}, {"check": 7}])
+def test_a_window_that_the_codes_were_not_made_with_is_noticed(changed):
+    """Streams are as long with any window, and all of them give weights: only the check can tell."""
+    rate = rate_of(2, 10)
+    store = TrellisStore.holding(trellis_columns(normal(3, 24, 20), torch.eye(20).double(), rate), 20, rate,
+                                 dtype=torch.bfloat16)  # fmt: skip
+    entry = store.entry()
+    assert type(entry["check"]) is int
+    loaded = store_from_entry(24, 20, entry | changed, dtype=torch.bfloat16)
+    loaded.load_state_dict(store.state_dict())
+    if changed.get("check", 0) is None:  # of a folder without it
+        loaded.after_load()
+        return
+    with pytest.raises(
+        ValueError, match=rf"window {changed.get('window', 10)} have the check \d+, and config.json says"
+    ):
+        loaded.after_load()
+
+
+def test_a_check_survives_being_built_without_numbers():
+    store = store_from_entry(16, 16, {"kind": "trellis", "bits": 2, "window": 8, "check": 5}, device="meta")
+    assert store.entry()["check"] == 5
 
 
 def worth_of(scale: float) -> InCodes:

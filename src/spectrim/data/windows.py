@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrim.data.sources import Texts
 from spectrim.errors import InputError, NumericalError, UsageError
+from spectrim.linalg.running import running_sum
 from spectrim.memory import Batch
 
 EVALUATION_PIECE_CHARS = 200_000  # part of the definition of every published figure; do not change
@@ -309,7 +310,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, *, step: int) -> Tensor:
             f"sampling from the model: logits of token {step} are not finite; "
             "the model is damaged: check its weights, or give a text with --calib"
         )
-    total_BV = logits_BV.softmax(dim=1).double().cumsum(dim=1)
+    total_BV = running_sum(logits_BV.softmax(dim=1).double(), 1)
     threshold_B1 = (uniform_B * total_BV[:, -1])[:, None]
     token_B = torch.searchsorted(total_BV, threshold_B1, right=True)[:, 0]
     return token_B.clamp_(max=logits_BV.shape[1] - 1)

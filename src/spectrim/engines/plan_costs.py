@@ -153,9 +153,7 @@ class Costs:
             found += Work(full=2.0 * own.weights * steep)
         return found
 
-    def statistics(
-        self, needs: frozenset[Stat], windows: float, gradient_windows: float, share: float = 1.0
-    ) -> Work:
+    def statistics(self, needs: frozenset[Stat], windows: float, gradient_windows: float, share: float = 1.0) -> Work:
         """One pass of engines/measure.py."""
         if not needs:
             return Work()
@@ -219,8 +217,7 @@ def components(walk: Walk) -> float:
 def coordinates(walk: Walk, keep: float) -> float:
     """Operations that bring all factors out of the coordinates of their metrics (nn/spectral.py)."""
     return sum(
-        2.0 * keep * la.weight_numbers / (la.outputs + la.inputs) * (la.outputs**2 + la.inputs**2)
-        for la in walk.layers
+        2.0 * keep * la.weight_numbers / (la.outputs + la.inputs) * (la.outputs**2 + la.inputs**2) for la in walk.layers
     )
 
 

@@ -10,6 +10,7 @@ Runs that train masks, or serve all sizes, are not counted: `large_peak_of` is t
 import math
 from typing import NamedTuple
 
+from spectrim.engines.plan_costs import Sizes, distinct_inputs
 from spectrim.engines.plan_memory import (
     LOGITS_SAMPLED,
     TEXT_BYTES,
@@ -21,7 +22,6 @@ from spectrim.engines.plan_memory import (
     trained_vocabulary,
     vocabulary,
 )
-from spectrim.engines.plan_costs import Sizes, distinct_inputs
 from spectrim.engines.run import GPU_BATCH, SHORT
 from spectrim.engines.way import spectra_bytes
 from spectrim.memory import SHELF_SHARE, WIDE_SHARE

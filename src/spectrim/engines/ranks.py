@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spectrim.errors import UsageError
 from spectrim.linalg.allocate import Options, allocate, equal_shares, factor_cost, pivot_cost
+from spectrim.linalg.running import running_sum
 from spectrim.method import LayerMethod
 from spectrim.models.walk import Layer, Walk
 from spectrim.replacement import Codec, Storage, Target
@@ -96,7 +97,7 @@ def options_of(
     ranks = torch.arange(1, len(energy) + 1)
     cost = (factor_cost if storage == "factor" else pivot_cost)(layer.outputs, layer.inputs, ranks) + extra
     pays = (cost < layer.weight_numbers) & ((ranks % step == 0) | (ranks == 1))
-    tail = energy.flip(0).cumsum(0).flip(0)  # tail[r] = error of rank r
+    tail = running_sum(energy.flip(0)).flip(0)  # tail[r] = error of rank r
     error = torch.cat([tail[1:], tail.new_zeros(1)])
     targets = [Target(rank=rank, codec=storage) for rank in ranks[pays].tolist()]
     targets.append(Target(rank=min(layer.outputs, layer.inputs), codec="dense"))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.quantise import as_stored
+from spectrim.linalg.running import running_sum
 
 CODEBOOK_BITS = (2, 3, 4)
 STEPS = 50
@@ -67,7 +68,7 @@ def kmeans(values: Tensor, importance: Tensor, count: int) -> Tensor:
 
 
 def _before(terms: Tensor) -> Tensor:
-    return torch.nn.functional.pad(terms.cumsum(1), (1, 0))
+    return torch.nn.functional.pad(running_sum(terms, 1), (1, 0))
 
 
 def _seeds(rows: _Sorted, weights: Tensor, count: int) -> Tensor:
@@ -98,7 +99,7 @@ def _bin_edges(rows: _Sorted, weights: Tensor, bins: int) -> Tensor:
     values, n = rows.values, rows.values.shape[1]
     padded = torch.nn.functional.pad(values[:, None], (1, 1), mode="replicate")[:, 0]
     widths = (padded[:, 2:] - padded[:, :-2]) / 2
-    sums = (weights * widths.square()).pow(1 / 3).cumsum(1)
+    sums = running_sum((weights * widths.square()).pow(1 / 3), 1)
     shares = torch.arange(1, bins, device=values.device, dtype=values.dtype) / bins
     inner = torch.searchsorted(sums, (sums[:, -1:] * shares).contiguous())
     return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=n)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.metric import Root, Triangle, safe_cholesky
+from spectrim.linalg.running import running_sum
 from spectrim.linalg.solver import eigh, svd
 
 Half = Root | Triangle
@@ -49,7 +50,7 @@ class Factors(NamedTuple):
 
 def tail_energy(energy: Tensor) -> Tensor:
     """Sums of the last K, K-1, ..., 0 entries of `energy` (K,): shape (K+1,)."""
-    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    return torch.cat([running_sum(energy.flip(0)).flip(0), energy.new_zeros(1)])
 
 
 def decompose(weight: Tensor, left: Half | None = None, right: Half | None = None) -> Spectrum:

@@ -9,6 +9,9 @@ the optimum by at most what one layer can gain. It is the check here: the answer
 Options that another one of their layer beats in both are left out before. Costs and errors are scaled to about 1e4, so
 that HiGHS's absolute tolerances (1e-6) are relative ones: "exactly" is to 1e-9 of the largest error and of the budget,
 and the budget itself is held in whole numbers.
+
+Branch and cut can take very long on menus whose options are worth nearly the same. It is stopped after `TIME_LIMIT_S`,
+with the best choice that it has by then and the gap to what it could not rule out, which `Settled` tells.
 """
 
 from collections.abc import Sequence
@@ -26,6 +29,10 @@ from spectrim.linalg.solver import SolverError
 
 SIZE = 1e4
 """Of scaled costs and errors."""
+TIME_LIMIT_S = 120.0
+"""Of one call of HiGHS, wall time; menus of 224 layers are solved in a second or two."""
+OPTIMAL, LIMIT_REACHED = 0, 1
+"""Of `scipy.optimize.milp`'s status."""
 GOLDEN, PRICES = 0.6180339887498949, 80
 TRIES = 8
 """With a budget lower by what rounding went over it."""
@@ -36,11 +43,20 @@ def has_solver() -> bool:
     return find_spec("scipy") is not None
 
 
-def knapsack(layers: list[Options], budget: int) -> list[int]:
+class Settled(NamedTuple):
+    """A choice, and how much its errors may exceed those of the best choice there is, as a share of them."""
+
+    choice: list[int]
+    gap: float
+
+
+def knapsack(layers: list[Options], budget: int, *, limit_s: float = TIME_LIMIT_S) -> Settled:
     """The index of the option each layer takes; the sum of costs never exceeds `budget`.
 
+    The gap is 0 unless HiGHS was stopped after `limit_s` seconds; it is then of errors above the least of each layer.
+
     Errors are finite or infinite (never taken), of either sign; costs whole numbers. ValueError when the cheapest
-    options do not fit, ModuleNotFoundError without SciPy, SolverError when HiGHS finds no optimum.
+    options do not fit, ModuleNotFoundError without SciPy, SolverError when HiGHS finds nothing that fits.
     """
     usable = [_usable(layer) for layer in layers]
     menus = [
@@ -51,16 +67,11 @@ def knapsack(layers: list[Options], budget: int) -> list[int]:
         )
     ]
     by_price = allocate(menus, budget)
-    found = _optimum(menus, budget)
-    best = min((found, by_price), key=lambda choice: total_error(menus, choice))
-    return [int(kept[k]) for kept, k in zip(usable, best, strict=True)]
-
-
-class Settled(NamedTuple):
-    """A choice, and how much its errors may exceed those of the best choice there is, as a share of them."""
-
-    choice: list[int]
-    gap: float
+    found, bound = _optimum(menus, budget, limit_s)
+    tried = [by_price] if found is None else [found, by_price]
+    best = min(tried, key=lambda choice: total_error(menus, choice))
+    gap = 0.0 if bound is None else _share_above(total_error(menus, best), max(bound, price_bound(menus, budget)))
+    return Settled([int(kept[k]) for kept, k in zip(usable, best, strict=True)], gap)
 
 
 def settle(layers: list[Options], budget: int, *, gap: float = 1e-3) -> Settled:
@@ -73,8 +84,8 @@ def settle(layers: list[Options], budget: int, *, gap: float = 1e-3) -> Settled:
     found = Settled(choice, _share_above(own, price_bound(layers, budget)))
     if found.gap <= gap or not has_solver():
         return found
-    choice = knapsack(layers, budget)
-    return Settled(choice, 0.0)
+    exact = knapsack(layers, budget)  # no worse than the choice above, whose gap then is one of this too
+    return Settled(exact.choice, min(exact.gap, found.gap))
 
 
 FRONTIER = (0.07, 0.08, 0.1, 0.12, 0.14, 0.17, 0.2, 0.23, 0.26, 0.3, 0.35, 0.4, 0.5, 0.65, 0.8, 1.0)
@@ -153,27 +164,29 @@ def _usable(layer: Options) -> Tensor:
     return order[error[order] < before]
 
 
-def _optimum(menus: list[Options], budget: int) -> list[int]:
-    """The options that HiGHS proves best."""
+def _optimum(menus: list[Options], budget: int, limit_s: float) -> tuple[list[int] | None, float | None]:
+    """The options that HiGHS finds best, and what no choice is below where it had no time to prove that (else None)."""
     least = sum(int(menu.cost.min()) for menu in menus)
     left = budget - least
     allowed = left
     for _ in range(TRIES):
-        choice = _solved(menus, allowed)
+        choice, bound = _solved(menus, allowed, limit_s)
+        if choice is None:
+            return None, bound
         over = total_cost(menus, choice) - budget
         if over <= 0:
-            return choice
+            return choice, bound
         allowed -= over  # a sum that was within the tolerance of the budget and not within the budget
     raise SolverError(f"HiGHS went over the budget of {budget:,} in {TRIES} tries")
 
 
-def _solved(menus: list[Options], left: int) -> list[int]:
-    """One call of HiGHS; `left` is what may be spent above the cheapest options."""
+def _solved(menus: list[Options], left: int, limit_s: float) -> tuple[list[int] | None, float | None]:
+    """One call of HiGHS, as `_optimum`; `left` is what may be spent above the cheapest options."""
     optimize, sparse = _scipy("scipy.optimize"), _scipy("scipy.sparse")
     extra = torch.cat([menu.cost - menu.cost.min() for menu in menus]).double()
     error = torch.cat([menu.error - menu.error.min() for menu in menus])
     if left >= int(extra.sum()) or float(error.max()) == 0:
-        return [int(menu.error.argmin()) for menu in menus]
+        return [int(menu.error.argmin()) for menu in menus], None
     owner = torch.cat([torch.full((len(menu.cost),), row) for row, menu in enumerate(menus)])
     unit = max(left, 1) / SIZE
     entries = torch.cat([torch.ones(len(owner), dtype=torch.float64), extra / unit])
@@ -189,13 +202,19 @@ def _solved(menus: list[Options], left: int) -> list[int]:
         constraints=limits,
         integrality=[1] * len(owner),
         bounds=optimize.Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
+        options={"mip_rel_gap": 0.0, "time_limit": limit_s},
     )
-    if answer.status != 0:
+    if answer.status not in (OPTIMAL, LIMIT_REACHED):
         raise SolverError(f"HiGHS found no optimum of {len(menus)} menus under {left:,}: {answer.message}")
+    bound = None
+    if answer.status == LIMIT_REACHED:
+        above = float(answer.mip_dual_bound or 0.0) * float(error.max()) / SIZE
+        bound = max(0.0, above) + sum(float(menu.error.min()) for menu in menus)
+    if answer.x is None:  # no time to find any
+        return None, bound
     starts = list(accumulate((len(menu.cost) for menu in menus), initial=0))
     taken = torch.from_numpy(answer.x)
-    return [int(taken[a:b].argmax()) for a, b in pairwise(starts)]
+    return [int(taken[a:b].argmax()) for a, b in pairwise(starts)], bound
 
 
 def _scipy(module: str) -> Any:

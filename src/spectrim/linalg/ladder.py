@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.allocate import factor_cost, pivot_cost
+from spectrim.linalg.running import running_sum
 
 
 def ladder_costs(outputs: int, inputs: int, storage: Literal["factor", "pivot"], first: int = 1) -> Tensor:
@@ -29,7 +30,7 @@ def ladder_costs(outputs: int, inputs: int, storage: Literal["factor", "pivot"],
 
 def ladder_errors(energy: Tensor, options: int) -> Tensor:
     """Error (options,) of the options of a ladder: what each loses of `energy` (K,), strongest first; the last none."""
-    tail = energy.double().flip(0).cumsum(0).flip(0)
+    tail = running_sum(energy.double().flip(0)).flip(0)
     return torch.cat([tail[1:options], tail.new_zeros(1)])
 
 

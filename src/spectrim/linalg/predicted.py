@@ -32,6 +32,7 @@ from spectrim.linalg.factor import Factors, Spectrum, decompose, descending_eigh
 from spectrim.linalg.metric import Root, quick_root
 from spectrim.linalg.pivot import Pivots
 from spectrim.linalg.quantised_factors import rotation
+from spectrim.linalg.running import running_sum
 from spectrim.linalg.trellis_columns import RowLosses, code_end, row_losses
 
 
@@ -154,7 +155,7 @@ def in_parts(measured: Measured) -> Parts:
     on_left = measured.weight.shape[0] > measured.weight.shape[1]
     p, q = (outside / sizes.square(), inside) if on_left else (outside, inside / sizes.square())
     share = measured.columns / measured.weight.shape[1]
-    return Parts(spectrum, sizes, (sizes * p).cumsum(0), (sizes * q).cumsum(0) * share)
+    return Parts(spectrum, sizes, running_sum(sizes * p), running_sum(sizes * q) * share)
 
 
 def pivot_noise(pivots: Pivots, measured: Measured) -> float:

@@ -29,7 +29,7 @@ from spectrim.engines.learned import skeleton
 from spectrim.errors import UsageError
 from spectrim.linalg.allocate import Options
 from spectrim.linalg.bits import Account, bias_account, correction_account, normal_account
-from spectrim.linalg.knapsack import has_solver, knapsack
+from spectrim.linalg.knapsack import TIME_LIMIT_S, has_solver, knapsack
 from spectrim.linalg.normal_float import Form
 from spectrim.linalg.quantise import BITS
 from spectrim.linalg.quantised_low_rank import (
@@ -157,8 +157,18 @@ class LQLoRA(TrainedModelMethod, BytesMethod):
             if job.progress is not None:
                 job.progress("measure menus", done + 1, len(layers))
         job.frontier.extend(predicted_frontier(job.walk, menus, fixed=sum(self.low_rank(la).total for la in layers)))
-        chosen = knapsack(menus, left) if self.allocation == "ilp" else one_for_all(menus, left)
+        chosen = self.settled(job, menus, left) if self.allocation == "ilp" else one_for_all(menus, left)
         return {layer.name: menu_of(layer)[index] for layer, index in zip(layers, chosen, strict=True)}
+
+    def settled(self, job: Job, menus: list[Options], left: int) -> list[int]:
+        """Step 3; a choice that is not proven best is told."""
+        choice, gap = knapsack(menus, left)
+        if gap > 0:
+            job.warnings.append(
+                f"lq-lora: HiGHS was stopped after {TIME_LIMIT_S:g} s; the errors of the choice may be {gap:.2%} above "
+                "the least (--set allocation=uniform needs no search)"
+            )
+        return choice
 
     def importance(self, stats: Stats, weight: Tensor) -> Importance:
         """Step 1."""
