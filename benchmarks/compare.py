@@ -296,9 +296,8 @@ def main() -> None:
         rows = [bench.dense_row()]
         say(rows[0], texts)
         for keep, row in ((keep, row) for keep in args.keeps for row in rows_asked):
-            take(
-                attempted(lambda row=row, keep=keep: bench.row(row, keep), until), row.label, keep, rows, failed, texts
-            )
+            found = attempted(lambda row=row, keep=keep: bench.row(row, keep), until)
+            take(found, row.label, keep, rows, failed, texts)
             write(args, about(args), rows, failed, texts)
     print("\n" + table(rows, texts))
     if failed:

@@ -311,9 +311,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             "|---" * 6 + "|",
         ]
         for row in own:
-            name = row["row"].replace(
-                "STEPS", f"{STEPS['cuda' if 'memory_gpu' in row.get('measured', {}) else 'cpu']} steps"
-            )
+            name = labelled(row)
             if "error" in row:
                 lines.append(f"| {row['model']}, {name} | failed: {row['error'][-80:]} |" + " |" * 4)
                 continue
@@ -329,9 +327,14 @@ def tables(rows: list[dict[str, Any]]) -> str:
     outside = [f"{row['row']}: {key} {ratio:.2f}" for row in rows for key, ratio in row.get("ratio", {}).items()
                if ratio is not None and not within(key, ratio)]  # fmt: skip
     count = sum(ratio is not None for row in rows for ratio in row.get("ratio", {}).values())
-    return "\n".join(
-        [*lines, "", f"{len(outside)} of {count} ratios outside their bounds: {'; '.join(outside) or 'none'}"]
-    )
+    told = "; ".join(outside) or "none"
+    return "\n".join([*lines, "", f"{len(outside)} of {count} ratios outside their bounds: {told}"])
+
+
+def labelled(row: dict[str, Any]) -> str:
+    """What was run, with the steps that it took on its device."""
+    kind = "cuda" if "memory_gpu" in row.get("measured", {}) else "cpu"
+    return row["row"].replace("STEPS", f"{STEPS[kind]} steps")
 
 
 def environment() -> dict[str, Any]:

@@ -50,7 +50,7 @@ Set = Annotated[list[str], typer.Option("--set", help="NAME=VALUE, a field of th
 RankMultiple = Annotated[
     int | None,
     typer.Option(
-        help="ranks are multiples of this (1: any; default: of 8 in layers of at least 512 x 512, by measurement)",
+        help="ranks are multiples of it (1: any; default: 8 in layers of at least 512 x 512, as measured)",
         min=1,
     ),
 ]

@@ -114,8 +114,10 @@ def test_infinite_errors_are_never_taken_and_equal_ones_are_cheap():
 @needs_scipy
 def test_a_search_that_is_stopped_tells_how_far_from_the_best_it_may_be():
     rng = random.Random(8)
-    layers = [options([rng.uniform(1, 2) * 0.9**k for k in range(12)], [10_000 * k + rng.randint(0, 2) for k in range(12)])
-              for _ in range(40)]  # fmt: skip
+    layers = [
+        options([rng.uniform(1, 2) * 0.9**k for k in range(12)], [10_000 * k + rng.randint(0, 2) for k in range(12)])
+        for _ in range(40)
+    ]
     budget = between(layers, 0.4) + 7
     choice, gap = knapsack(layers, budget, limit_s=0.0)
     own = total_error(layers, choice)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,7 +36,7 @@ WINDOWS, GRADIENTS, LENGTH = 16, 6, 24
 
 
 @pytest.fixture
-def tokens(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def tokens(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Tokens that went through blocks, with and without gradients being kept."""
     found: Counter[str] = Counter()
     own = LlamaDecoderLayer.forward
@@ -50,7 +49,7 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         return out
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
-    yield found
+    return found
 
 
 def sizes_of(method: Method, recovery: tuple[str, ...], windows: int) -> Sizes:
