@@ -219,6 +219,7 @@ def sizes_of(
         bytes_read=source.checkpoint.nbytes,
         bytes_written=bytes_after,
         training_windows=training_windows(request, method),
+        builtin_text=request.calib.startswith("builtin:"),
         batch=calibration_batch(device, length),
         steps=recovery_of(method, request.recover),
         factor_bits=request.factor_bits,

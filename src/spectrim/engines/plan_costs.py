@@ -46,6 +46,7 @@ class Sizes:
     bytes_read: int
     bytes_written: int
     training_windows: int = 0
+    builtin_text: bool = False
     batch: int = 4  # windows of calibration at a time
     steps: tuple[Step, ...] = ()
     factor_bits: int | None = None

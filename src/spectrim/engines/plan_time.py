@@ -23,12 +23,14 @@ from spectrim.models.walk import Walk
 from spectrim.options import RECOVERY_BATCH, Step
 from spectrim.stats import Stat
 
-TEXT_S, TOKENS_A_SECOND = 1.5, 5e5
-"""Reading `builtin:stdlib` with its tokenizer, and tokenising, on one thread."""
+TEXT_S, TOKENS_A_SECOND = 1.8, 3.7e5
+"""Reading `builtin:stdlib` and a tokenizer, and tokenising, on one thread of a CPU."""
+BUILTIN_TOKENS = 430_000
+"""That `builtin:stdlib` has for calibration."""
 ENCODE = 1.0
 """Putting a weight in its codec, in units of the eigenvalues of as many cubed rows."""
-CALL_S = {"cpu": 1e-3, "cuda": 1e-4}
-"""Of a layer with two products where there was one, in passes of few tokens."""
+CALL_S = {"cpu": 1e-3, "cuda": 0.0}
+"""Of a layer with two products where there was one, in passes of few tokens; not measured on a GPU."""
 COLUMN_SWEEPS = {"gptq": 1.0, "rtn": 0.0, "eora": 1.0}
 """Methods of few bits whose time is known: sweeps over the columns of each weight."""
 
@@ -43,8 +45,9 @@ def seconds_by_stage(
     """
     costs = Costs(sizes, rates, passes)
     costs.add("start", Work(seconds=start))
-    tokens = CALIBRATION_EXCESS * max(sizes.windows, sizes.training_windows) + sizes.eval_windows
-    costs.add("text", Work(seconds=TEXT_S + tokens * sizes.length / TOKENS_A_SECOND))
+    looked_at = CALIBRATION_EXCESS * max(sizes.windows, sizes.training_windows) * sizes.length
+    read = min(looked_at, BUILTIN_TOKENS) if sizes.builtin_text else looked_at
+    costs.add("text", Work(seconds=TEXT_S + read / TOKENS_A_SECOND))
     costs.add("load", Work(moved=6.0 * sizes.bytes_read))
     known = True
     if isinstance(method, LayerMethod):
