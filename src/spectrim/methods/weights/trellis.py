@@ -34,7 +34,7 @@ from spectrim.errors import NumericalError, UsageError
 from spectrim.linalg.bits import VALUE_BYTES, Unit, bias_account, budget_in
 from spectrim.linalg.columns import DAMPING, inverse_root
 from spectrim.linalg.factor import drift_target, token_share
-from spectrim.linalg.knapsack import Settled, settle
+from spectrim.linalg.knapsack import TIME_LIMIT_S, Settled, has_solver, settle
 from spectrim.linalg.metric import shrink
 from spectrim.linalg.predicted import Measured, in_codes
 from spectrim.linalg.solver import LinAlgError, SolverError
@@ -126,7 +126,8 @@ class Trellis(ModelMethod):
                 choice, gap = self.probed(job, menus, found, budget)
         if gap > MOST_GAP:
             job.warnings.append(
-                f"the choice of forms may be {gap:.2%} above the least predicted loss; spectrim[ilp] finds it"
+                f"the choice of forms may be {gap:.2%} above the least predicted loss; "
+                + (f"HiGHS was stopped after {TIME_LIMIT_S:g} s" if has_solver() else "spectrim[ilp] finds it")
             )
         return [menu.forms[k] for menu, k in zip(menus, choice, strict=True)]
 
