@@ -15,8 +15,19 @@ from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.kernels import choice, launch
 from spectrim.nn.kernels.choice import Choice, choose, shapes_of
 from spectrim.nn.kernels.few import attach, group_of, unsuited
-from spectrim.nn.kernels.launch import Tile, coded_products, missing, products, products_in_torch, shared_group
+from spectrim.nn.kernels.launch import (
+    Tile,
+    coded_product,
+    coded_products,
+    missing,
+    products,
+    products_in_torch,
+    shared_group,
+    words_fit,
+)
+from spectrim.linalg.factor import Factors
 from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.packed import PackedLinear
 from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
 from spectrim.nn.stores import PlainStore
 from spectrim.nn.stores_uniform import UniformStore
@@ -91,7 +102,7 @@ def test_products_of_codes_are_those_of_the_weights_they_stand_for(bits, symmetr
         sides += [[pack(r.codes, bits) for r in rounded], [r.scales for r in rounded], zeros]
         weights.append([dequantise(r, bits, torch.float64) for r in rounded])
     places = [torch.arange(out, device=DEVICE).flip(0).int() for out in outputs] if placed else []
-    size = shared_group([group or 64, group or 32], bits)
+    size = shared_group([group or 64, group or 32])
     assert size == 32
     found = coded_products(x, *sides, places, [], [bits, bits], [size, size], CODED, CODED)
     expected = products_in_torch(x.double(), *weights, places, [])
@@ -101,12 +112,35 @@ def test_products_of_codes_are_those_of_the_weights_they_stand_for(bits, symmetr
         assert bool(((got.double() - y).abs() <= bound).all())
 
 
+@needs_triton
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("lines", [1, 3])
+@pytest.mark.parametrize(("symmetric", "group", "tile"), [
+    (False, 32, Tile(16, 2, 4, 1)),  # five groups, two at a time: some are not there
+    (True, 0, Tile(16, 1, 4, 2)),  # five groups of the kernel share a scale
+])  # fmt: skip
+def test_a_product_of_one_weight_in_codes(bits, lines, symmetric, group, tile):
+    inputs, outputs = 160, (40, 24)
+    x = normal(0, lines, inputs)
+    rounded = [round_to_nearest(normal(i + 1, n, inputs), bits, group, symmetric=symmetric)
+               for i, n in enumerate(outputs)]  # fmt: skip
+    biases = [normal(5 + i, n) for i, n in enumerate(outputs)]
+    zeros = [pack(r.zeros.flatten(), bits) for r in rounded if r.zeros is not None]
+    found = coded_product(
+        x, [pack(r.codes, bits) for r in rounded], [r.scales for r in rounded], zeros, biases, bits, 32, tile
+    )
+    for got, r, bias in zip(found, rounded, biases, strict=True):
+        weight = dequantise(r, bits, torch.float64)
+        y = x.double() @ weight.mT + bias.double()
+        terms = 2**bits * r.scales.double().amax() * x.double().abs().sum(-1, keepdim=True)
+        assert bool(((got.double() - y).abs() <= 64 * 2.0**-24 * (terms + y.abs() + 4)).all())
+
+
 def test_groups_of_a_kernel_are_powers_of_two_that_divide_all():
-    assert shared_group([128, 128], 4) == 128
-    assert shared_group([128, 96], 4) == 32
-    assert shared_group([11008], 8) == 64  # at most 64 units
-    assert shared_group([11008], 2) == 256
-    assert shared_group([48], 4) is None
+    assert shared_group([128, 128]) == 128
+    assert shared_group([128, 96]) == 32
+    assert shared_group([11008]) == 128  # a whole row in one group of the file: at most 128 at a time
+    assert shared_group([48]) is None
 
 
 # ---------- layers
@@ -200,6 +234,35 @@ def test_quantised_layers_give_what_they_gave(kind):
         attach(group_of([layer], {1: (CODED, CODED)}))
         assert layer.few.takes(x)
         torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("lines", [1, 4])
+def test_packed_layers_give_what_they_gave_and_add_their_correction(lines):
+    factors = Factors(normal(5, 40, 3), normal(6, 3, 64))
+    layers = [PackedLinear.holding(uniform(i, 40, 64), given, normal(7, 40), dtype=torch.float32)
+              for i, given in ((1, None), (2, factors))]  # fmt: skip
+    x = normal(4, 1, lines, 64)
+    with torch.no_grad():
+        before = [layer(x) for layer in layers]
+        attach(group_of(layers, {lines: (CODED, CODED)}))
+        for layer, y in zip(layers, before, strict=True):
+            assert layer.few.takes(x)
+            torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_codes_are_read_as_words_where_rows_start_at_one():
+    codes = torch.zeros(5, 16, dtype=torch.uint8)
+    assert words_fit(codes)
+    assert not words_fit(codes[:, :12])
+    assert not words_fit(torch.zeros(81, dtype=torch.uint8)[1:].view(5, 16))
+    assert not words_fit(torch.zeros(5, 6, dtype=torch.uint8))
+    layer = PackedLinear.holding(uniform(1, 40, 64), None, None, dtype=torch.float32)
+    assert unsuited([layer]) is None
+    layer.base.codes = torch.zeros(40 * 32 + 1, dtype=torch.uint8, device=DEVICE)[1:].view(40, 32)
+    assert "words of 32 bits" in str(unsuited([layer]))
+    half = PackedLinear.holding(PlainStore.holding(normal(1, 40, 64)), None, None, dtype=torch.float32)
+    assert "no kernel for these stores: plain" in str(unsuited([half]))
 
 
 def test_layers_without_a_kernel_are_told_apart():

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from spectrim.nn.codecs import StoredLinear
-from spectrim.nn.kernels.few import CODED, FewRows, Tiles, attach, group_of, unsuited
+from spectrim.nn.kernels.few import CODED, WHOLE, FewRows, Tiles, attach, group_of, unsuited
 from spectrim.nn.kernels.launch import MOST_LAYERS, MOST_LINES, Tile
 
 MATVEC_TILES = (Tile(2, 1024, 4, 1), Tile(4, 512, 4, 3), Tile(4, 1024, 4, 2), Tile(8, 512, 4, 3), Tile(1, 2048, 4, 2), Tile(8, 1024, 8, 2))  # noqa: E501  # fmt: skip
 LINES_TILES = (Tile(16, 256, 4, 3), Tile(16, 512, 4, 3), Tile(32, 256, 4, 3), Tile(16, 512, 8, 2))
 CODED_TILES = tuple(
-    Tile(*sizes) for sizes in (
-        (8, 8, 8, 1), (2, 16, 4, 1), (4, 32, 4, 1), (8, 32, 4, 1), (8, 16, 4, 1), (16, 16, 4, 1), (8, 4, 4, 2),
+    Tile(*sizes, 1) for sizes in (
+        (8, 8, 4), (16, 8, 4), (16, 4, 2), (8, 4, 2), (4, 8, 2), (8, 16, 4), (32, 4, 4), (16, 4, 4), (4, 4, 1), (2, 8, 1),
     )
 )  # fmt: skip
+CODED_LINES_TILES = (Tile(16, 1, 4, 2), Tile(32, 1, 4, 2), Tile(32, 1, 4, 3), Tile(64, 1, 4, 3), Tile(16, 1, 2, 3))
 TIMED_GROUPS = 12
 """Groups of the same shapes in one timing, at most: more tell nothing new."""
 MARGIN = 0.98
@@ -117,7 +118,7 @@ def _measured(shapes: tuple[Any, ...], members: list[FewRows], count: int, *, pd
                 return float("inf")
 
         notes: list[str] = []
-        best, least = _search(clock, _tiles_for(layer, count), pdl=pdl)
+        best, least = _search(clock, _tiles_for(layer, count), pdl=pdl, one=isinstance(layer, WHOLE))
     won = least < MARGIN * torch_s
     return Choice(
         shapes, count, len(members), torch_s * 1e6, least * 1e6 if least < float("inf") else None,
@@ -126,15 +127,17 @@ def _measured(shapes: tuple[Any, ...], members: list[FewRows], count: int, *, pd
 
 
 def _tiles_for(layer: StoredLinear, count: int) -> Sequence[Tile]:
-    if isinstance(layer, CODED):
-        return CODED_TILES
+    if isinstance(layer, CODED + WHOLE):
+        return CODED_TILES if count == 1 else CODED_LINES_TILES
     return MATVEC_TILES if count == 1 else LINES_TILES
 
 
-def _search(clock: Callable[[Tiles], float], tiles: Sequence[Tile], *, pdl: bool) -> tuple[Tiles, float]:
-    """The same tile for both products, then each for itself, then overlapping launches."""
+def _search(
+    clock: Callable[[Tiles], float], tiles: Sequence[Tile], *, pdl: bool, one: bool = False
+) -> tuple[Tiles, float]:
+    """The same tile for both products, then each for itself (unless there is `one`), then overlapping launches."""
     found = {(tile, tile): clock((tile, tile)) for tile in tiles}
-    for side in (0, 1):
+    for side in () if one else (0, 1):
         best = min(found, key=lambda pair: found[pair])
         for tile in tiles:
             pair = (tile, best[1]) if side == 0 else (best[0], tile)

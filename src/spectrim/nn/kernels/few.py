@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from spectrim.nn.codecs import StoredLinear
-from spectrim.nn.kernels.launch import Tile, coded_products, products, shared_group
+from spectrim.nn.kernels.launch import Tile, coded_product, coded_products, products, shared_group, words_fit
 from spectrim.nn.linears import LowRankLinear, PivotLinear
+from spectrim.nn.packed import PackedLinear
 from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
+from spectrim.nn.stores import Store
 from spectrim.nn.stores_uniform import UniformStore
 
 Tiles = tuple[Tile, Tile]
 PLAIN = (LowRankLinear, PivotLinear)
 CODED = (QuantisedFactorLinear, QuantisedPivotLinear)
+WHOLE = (PackedLinear,)
+"""One weight in codes: one product, for which the first tile counts."""
 
 
 @dataclass(eq=False)
@@ -65,6 +69,8 @@ class FewRows:
         lines = x.reshape(-1, x.shape[-1]).contiguous()
         first, second = self.tiles[len(lines)] if tiles is None else tiles
         biases: list[Any] = [layer.bias for layer in self.layers if layer.has_bias]
+        if isinstance(self.layers[0], WHOLE):
+            return self._whole(lines, first, biases)
         if isinstance(self.layers[0], CODED):
             stores = [store for layer in self.layers for store in coded_parts(layer)]
             right, left = stores[::2], stores[1::2]
@@ -75,6 +81,15 @@ class FewRows:
         pairs: list[Any] = [plain_parts(layer) for layer in self.layers]
         weights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         return products(lines, *weights, self.places, biases, list(first), list(second))
+
+    def _whole(self, lines: Tensor, tile: Tile, biases: list[Any]) -> list[Tensor]:
+        stores = [store for layer in self.layers for store in coded_parts(layer)]
+        made = coded_product(lines, *_tensors(stores), biases, stores[0].bits, _group(stores), list(tile))
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, PackedLinear)
+            if layer.U is not None and layer.V is not None:
+                made[index] = made[index] + layer.U(layer.V(lines))
+        return made
 
 
 def version_of(x: Tensor) -> int | None:
@@ -94,13 +109,20 @@ def plain_parts(layer: StoredLinear) -> tuple[Tensor, Tensor]:
     return layer.V.weight, layer.U.weight
 
 
-def coded_parts(layer: StoredLinear) -> tuple[UniformStore, UniformStore]:
-    """The two stores of a quantised layer."""
+def coded_parts(layer: StoredLinear) -> tuple[UniformStore, ...]:
+    """The stores of a layer in codes: two of a low-rank layer, one of a packed one."""
+    stores = stores_of(layer)
+    uniform = tuple(store for store in stores if isinstance(store, UniformStore))
+    assert len(uniform) == len(stores)
+    return uniform
+
+
+def stores_of(layer: StoredLinear) -> tuple[Store, ...]:
+    """The parts that `coded_parts` takes if they are uniform codes."""
+    if isinstance(layer, PackedLinear):
+        return (layer.base,)
     assert isinstance(layer, CODED)
-    right, left = layer.stores.values()
-    assert isinstance(right, UniformStore)
-    assert isinstance(left, UniformStore)
-    return right, left
+    return tuple(layer.stores.values())
 
 
 def _tensors(stores: Sequence[UniformStore]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -109,7 +131,7 @@ def _tensors(stores: Sequence[UniformStore]) -> tuple[list[Tensor], list[Tensor]
 
 
 def _group(stores: Sequence[UniformStore]) -> int:
-    found = shared_group([store.group_size or store.inputs for store in stores], stores[0].bits)
+    found = shared_group([store.group_size or store.inputs for store in stores])
     assert found is not None
     return found
 
@@ -117,29 +139,29 @@ def _group(stores: Sequence[UniformStore]) -> int:
 def unsuited(layers: Sequence[StoredLinear]) -> str | None:
     """Why the kernels have no form for these layers together, None where they have."""
     kind = type(layers[0])
-    if any(type(layer) is not kind for layer in layers) or not isinstance(layers[0], PLAIN + CODED):
+    if any(type(layer) is not kind for layer in layers) or not isinstance(layers[0], PLAIN + CODED + WHOLE):
         return f"no kernel for {', '.join(sorted({layer.codec for layer in layers}))}"
     if len({layer.has_bias for layer in layers}) > 1:
         return "some have a bias, others not"
     if len({parameter.dtype for layer in layers for parameter in layer.parameters()}) > 1:
         return "several dtypes"
-    if isinstance(layers[0], CODED):
+    if isinstance(layers[0], CODED + WHOLE):
         return _unsuited_codes(layers)
     weights = [part for layer in layers for part in plain_parts(layer)]
     return None if all(weight.is_contiguous() for weight in weights) else "weights that are not contiguous"
 
 
 def _unsuited_codes(layers: Sequence[StoredLinear]) -> str | None:
-    assert all(isinstance(layer, CODED) for layer in layers)
-    for side in (0, 1):
-        stores = [list(layer.stores.values())[side] for layer in layers if isinstance(layer, CODED)]
+    for stores in zip(*(stores_of(layer) for layer in layers), strict=True):
         uniform = [store for store in stores if isinstance(store, UniformStore)]
         if len(uniform) < len(stores):
-            return "no kernel for these stores"
+            return f"no kernel for these stores: {', '.join(sorted({store.kind for store in stores}))}"
         if len({(store.bits, store.symmetric) for store in uniform}) > 1:
             return "several widths of codes"
-        if shared_group([store.group_size or store.inputs for store in uniform], uniform[0].bits) is None:
+        if shared_group([store.group_size or store.inputs for store in uniform]) is None:
             return "groups of inputs that 32 does not divide"
+        if not all(words_fit(store.codes) for store in uniform):
+            return "codes that do not start at words of 32 bits"
     return None
 
 

@@ -1,9 +1,10 @@
-"""Two products of up to three low-rank layers with one input, in two launches: calls into the kernels and their twins.
+"""Products of up to three layers with one input, in one launch or two: calls into the kernels and their twins.
 
     mid_g = V_g x        y_g = U_g mid_g + b_g                             factor
     mid_g = A_g x        y_g[place] = [mid_g, C_g mid_g]  (+ b_g)          pivot
+                         y_g = W_g x + b_g                                 a whole weight in codes
 
-`products` and `coded_products` are operators of torch, so torch.compile and CUDA graphs take each as one node.
+`products`, `coded_products` and `coded_product` are operators of torch, so torch.compile and CUDA graphs take each as one node.
 `products_in_torch` says in plain torch what they compute.
 """
 
@@ -15,8 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from spectrim.linalg.quantise import code_unit
 
 MOST_LINES = 16
 """Rows of x, at most: above it the products of torch are as fast."""
@@ -131,6 +130,29 @@ def _(x, first, first_scales, first_zeros, second, second_scales, second_zeros, 
     return _results(x, [], [len(w) for w in second], places)[1]
 
 
+@torch.library.custom_op("spectrim::coded_product", mutates_args=())
+def coded_product(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bits: int,
+    group: int,
+    tile: Sequence[int],
+) -> list[Tensor]:
+    """y_g (M, N_g) = x W_g^T + b_g of x (M, I), W_g (N_g, I) in codes as in `coded_products`: one product, one launch."""
+    y = [x.new_empty(len(x), len(w)) for w in codes]
+    side = Side(codes, [x.shape[1]] * len(codes), scales, zeros, bits, group)
+    _launch([x] * len(y), side, Ends([], y, [], biases, True), Tile(*tile), ahead=False)
+    return y
+
+
+@coded_product.register_fake
+def _(x, codes, scales, zeros, biases, bits, group, tile):
+    return [x.new_empty(len(x), len(w)) for w in codes]
+
+
 def products_in_torch(
     x: Tensor, first: Sequence[Tensor], second: Sequence[Tensor], places: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -145,10 +167,12 @@ def products_in_torch(
     return found
 
 
-def shared_group(sizes: Sequence[int], bits: int) -> int | None:
-    """Inputs of a kernel's group: the largest power of two that divides the groups of all; None if below 32."""
-    most = 64 * code_unit(bits)[0]
-    return next((g for g in (512, 256, 128, 64, 32) if g <= most and all(s % g == 0 for s in sizes)), None)
+def shared_group(sizes: Sequence[int]) -> int | None:
+    """Inputs of a kernel's group: the largest power of two to 128 that divides the groups of all; None if below 32.
+
+    32 codes of any width fill whole words of 32 bits.
+    """
+    return next((g for g in (128, 64, 32) if all(s % g == 0 for s in sizes)), None)
 
 
 def _results(
@@ -178,8 +202,9 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     if not blocks:
         return  # pivot layers of full rank have no other rows
     lines, placed = len(x[0]), len(ends.places) > 0
+    weights = [as_words(w) for w in side.weights] if side.bits else side.weights
     given: list[Any] = [
-        *_three(x, x[0]), *_three(side.weights, side.weights[0]), *_three(ends.mid, x[0]), *_three(ends.y, ends.y[0]),
+        *_three(x, x[0]), *_three(weights, weights[0]), *_three(ends.mid, x[0]), *_three(ends.y, ends.y[0]),
         *_three(ends.places, ends.places[0] if placed else x[0]), *_three(ends.biases, x[0]), *heights,
         *_three(side.widths, side.widths[0]), *_three([t.shape[1] for t in ends.y], ends.y[0].shape[1]), lines,
     ]  # fmt: skip
@@ -190,7 +215,7 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     if tile.pdl:
         flags["launch_pdl"] = True
     if side.bits:
-        _launch_coded(given, flags, side, tile, (blocks, lines))
+        _launch_coded(given, flags, side, tile, blocks, ahead=ahead)
         return
     from spectrim.nn.kernels import plain
 
@@ -199,14 +224,27 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     kernel[(blocks,)](*given, EVEN=even, PDL=(2 if ahead else 1) if tile.pdl else 0, BLOCK_K=tile.columns, **flags)
 
 
-def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, grid: tuple[int, int]) -> None:
+def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool) -> None:
     from spectrim.nn.kernels import coded
 
-    count, size = code_unit(side.bits)
     counts = [scales.shape[1] for scales in side.scales]
     extra = [*_three(side.scales, side.scales[0]), *_three(side.zeros, side.weights[0]), *_three(counts, counts[0])]
-    kernel: Any = coded.coded
-    kernel[grid](
-        *given, *extra, PDL=tile.pdl, SYMMETRIC=not len(side.zeros), BITS=side.bits, COUNT=count, SIZE=size,
-        UNITS=side.group // count, GROUPS=tile.columns, **flags,
+    one = given[-1] == 1
+    at_once = tile.columns if one else 1
+    kernel: Any = coded.coded if one else coded.coded_few
+    kernel[(blocks,)](
+        *given, *extra, PDL=(2 if ahead and one else 1) if tile.pdl else 0, SYMMETRIC=not len(side.zeros),
+        BITS=side.bits, COUNT=8 if side.bits == 3 else 32 // side.bits, GROUP=side.group, GROUPS=at_once,
+        EVEN=all(width % (side.group * at_once) == 0 for width in side.widths),
+        SHARED=any(count * side.group < width for count, width in zip(counts, side.widths, strict=True)), **flags,
     )  # fmt: skip
+
+
+def as_words(codes: Tensor) -> Tensor:
+    """Codes (N, bytes) uint8 as the int32 that the kernels read, without a copy; `words_fit` says whether they can be."""
+    return codes.view(torch.int32)
+
+
+def words_fit(codes: Tensor) -> bool:
+    """Whether every row starts at a word of 32 bits."""
+    return codes.is_contiguous() and codes.shape[1] % 4 == 0 and codes.storage_offset() % 4 == 0
