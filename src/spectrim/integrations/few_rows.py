@@ -1,4 +1,4 @@
-"""Decode faster: kernels for products with few rows in a loaded model, where a clock on its device says so."""
+"""Faster: kernels for products with few rows, and for outputs of pivot layers, where a clock on the device says so."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,20 @@ from spectrim.models.walk import Layer, device_of, shared_inputs
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.kernels.choice import Choice, choose
 from spectrim.nn.kernels.launch import MOST_LINES, has_pdl, missing
+from spectrim.nn.kernels.many import choose_many
+
+LEAST_PREFILL = 64
+"""Tokens: half of it, from which the choice is used, is more than the kernels for few rows take."""
 
 
-def speed_up(model: PreTrainedModel, rows: Sequence[int] = (1,)) -> list[Choice]:
+def speed_up(model: PreTrainedModel, rows: Sequence[int] = (1,), prefill: int | None = None) -> list[Choice]:
     """Time the kernels against torch's products for batches of `rows` and use them where they win; what was measured.
 
-    Nothing else changes: other numbers of rows, training, saving and exporting are as before. The timing is of these
-    layers on this device; it takes seconds, and kernels that were built before come from Triton's cache.
-    UsageError where no kernel can run, and for more than 16 rows.
+    `prefill`, a number of tokens, also times ways to put the outputs of pivot layers in their places for so many rows;
+    what wins is used from half as many rows on. Nothing else changes: other numbers of rows, training, saving and
+    exporting are as before. The timing is of these layers on this device; it takes seconds, and kernels that were built
+    before come from Triton's cache. UsageError where no kernel can run, for more than 16 rows, and for a prefill of
+    fewer than 64.
 
     Examples:
         >>> import spectrim
@@ -31,7 +37,13 @@ def speed_up(model: PreTrainedModel, rows: Sequence[int] = (1,)) -> list[Choice]
         raise UsageError(f"kernels for decoding need Triton and a CUDA device: {reason}")
     if not rows or not all(1 <= count <= MOST_LINES for count in rows):
         raise UsageError(f"rows {list(rows)}; kernels are for 1 to {MOST_LINES} rows: the batch size of decoding")
-    return choose(groups_of(model), rows, pdl=has_pdl(device))
+    if prefill is not None and prefill < LEAST_PREFILL:
+        raise UsageError(f"prefill {prefill}; at least {LEAST_PREFILL} tokens, for fewer nothing is won")
+    groups = groups_of(model)
+    chosen = choose(groups, rows, pdl=has_pdl(device))
+    if prefill is None:
+        return chosen
+    return chosen + choose_many((layer for group in groups for layer in group), prefill)
 
 
 def groups_of(model: PreTrainedModel) -> list[list[StoredLinear]]:

@@ -41,6 +41,8 @@ class StoredLinear(nn.Module):
     weight: Tensor
     few: Any = None
     """A quicker form of the product with few rows (nn/kernels/few.py), where one was chosen."""
+    many: Any = None
+    """A quicker way to put outputs of many rows in their places (nn/kernels/many.py), where one was chosen."""
 
     def add_guard(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """The zero-element `weight`; every constructor ends with it."""

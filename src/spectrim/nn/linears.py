@@ -112,7 +112,7 @@ class PivotLinear(RankLinear):
 
     def refresh_order(self) -> None:
         """Recompute `order` after the mask has changed (loading does this)."""
-        self.few = None  # it knows the places of the outputs
+        self.few = self.many = None  # they know the places of the outputs
         if self.mask.is_meta:
             return
         self.order = order_of(self.mask, self.out_features, self.rank)
@@ -121,6 +121,8 @@ class PivotLinear(RankLinear):
         """x (..., I) to (..., O)."""
         if self.few is not None and self.few.takes(x):
             return self.few.product(self, x)
+        if self.many is not None and self.many.takes(x):
+            return self.many.product(self, x)
         pivots = self.pivot(x)
         y = torch.cat([pivots, self.rest(pivots)], dim=-1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias.to(y.dtype)

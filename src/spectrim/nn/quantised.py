@@ -173,7 +173,7 @@ class QuantisedPivotLinear(QuantisedLinear):
 
     def refresh_order(self) -> None:
         """Recompute `order` after the mask has changed (loading does this)."""
-        self.few = None  # it knows the places of the outputs
+        self.few = self.many = None  # they know the places of the outputs
         if not self.mask.is_meta:
             self.order = order_of(self.mask, self.out_features, self.rank)
 
@@ -181,6 +181,8 @@ class QuantisedPivotLinear(QuantisedLinear):
         """x (..., I) to (..., O)."""
         if self.few is not None and self.few.takes(x):
             return self.few.product(self, x)
+        if self.many is not None and self.many.takes(x):
+            return self.many.product(self, x)
         rows, rest = self.stores.values()
         pivots = nn.functional.linear(x, rows.matrix())
         others = nn.functional.linear(pivots, rest.matrix())

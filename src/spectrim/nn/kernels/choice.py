@@ -109,7 +109,7 @@ def _measured(shapes: tuple[Any, ...], members: list[FewRows], count: int, *, pd
         def clock(tiles: Tiles) -> float:
             try:
                 made = timed[0].all_of(x, tiles)
-                if any(_differs(a, b) for a, b in zip(made, expected, strict=True)):
+                if any(differs(a, b) for a, b in zip(made, expected, strict=True)):
                     notes.append(f"wrong numbers with {tiles}")
                     return float("inf")
                 return seconds_in_graph(lambda: [group.all_of(x, tiles) for group in timed]) / len(timed)
@@ -151,7 +151,7 @@ def _search(
     return best, found[best]
 
 
-def _differs(a: Tensor, b: Tensor) -> bool:
+def differs(a: Tensor, b: Tensor) -> bool:
     """More than rounding explains: bfloat16 has 8 bits, and the results of torch are rounded too."""
     missed = (a.float() - b).norm() / b.norm().clamp(min=1e-30)
     return not bool(missed < 0.02)  # NaN differs
