@@ -1,6 +1,7 @@
 """Decoding and prefill of compressed models against the byte and operation floors of the device.
 
     python benchmarks/decode.py --out results/decode.json --seconds 150       one GPU
+    python benchmarks/decode.py --candidates --out results/decode-candidates.json --seconds 240
     python benchmarks/decode.py --quick                                       a tiny model on the CPU: does it run
 
 A Llama of 7B shape with random weights is built by the format's own code (ranks from the keep). Its decoder layers are
@@ -8,7 +9,8 @@ compiled by torch.compile one by one (the same code for all) over transformers' 
 recorded as one CUDA graph, dense and compressed alike. Ceilings (memory, matmul) are measured first. The floor of
 a decoded token is all weights and the key/value cache read once at the best rate of memory; that of prefill all
 products at the matmul rate. The JSON file is written after every row; rows for which the seconds did not suffice are
-named.
+named. `--candidates` times forms that are new or not chosen yet instead: outputs of pivot layers in prefill, kernels of codes,
+weights of the next layers fetched ahead.
 """
 
 import argparse
@@ -31,8 +33,10 @@ from spectrim.integrations.transformers import SpectrimConfig, install_modules
 from spectrim.linalg.pivot import pack_mask
 from spectrim.models.walk import find_layers
 from spectrim.nn.codecs import StoredLinear
-from spectrim.nn.kernels.choice import choose, seconds_in_graph
+from spectrim.nn.kernels.choice import Choice, choose, seconds_in_graph
+from spectrim.nn.kernels.few import FewRows, read_ahead
 from spectrim.nn.kernels.launch import has_pdl, missing
+from spectrim.nn.kernels.many import choose_many
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.quantised import QuantisedPivotLinear
 
@@ -129,7 +133,7 @@ def rank_for(outputs: int, inputs: int, keep: float, storage: str, multiple: int
 
 
 def entry_for(outputs: int, inputs: int, keep: float, storage: str, multiple: int) -> dict[str, Any]:
-    """The layer's line of config.json; `storage` is factor, pivot, factor-8, factor-4, ..."""
+    """The layer's line of config.json; `storage` is factor, pivot, factor-8, factor-4, packed-4, ..."""
     name, _, bits = storage.partition("-")
     rank = rank_for(outputs, inputs, keep, name, multiple)
     if not bits:
@@ -139,6 +143,8 @@ def entry_for(outputs: int, inputs: int, keep: float, storage: str, multiple: in
         group = next(g for g in (128, 64, 32, 16, 0) if not g or width % g == 0)
         return {"kind": "uniform", "bits": int(bits), "group_size": group, "symmetric": False}
 
+    if name == "packed":
+        return {"codec": name, "rank": min(outputs, inputs), "bias": False, "correction": 0, "base": store(inputs)}
     parts = ("V", "U") if name == "factor" else ("pivot", "rest")
     return {"codec": f"quantised-{name}", "rank": rank, "bias": False, parts[0]: store(inputs), parts[1]: store(rank)}
 
@@ -258,11 +264,7 @@ def whole(bench: Bench, keep: float, storage: str, *, kernels: bool, rows: tuple
           multiple: int = 16, options: Any = None) -> dict[str, Any]:  # fmt: skip
     """Decode at each number of rows, and prefill, of one model."""
     gpu = bench.device.type == "cuda"
-    gc.collect()  # a group of layers and its layers refer to each other
-    if gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+    before = memory_of_others(bench)
     model = build(bench, keep, storage, multiple)
     made: dict[str, Any] = {"keep": keep, "storage": storage if keep < 1 else "dense", "kernels": kernels}
     weights = stored_bytes(model)
@@ -272,12 +274,12 @@ def whole(bench: Bench, keep: float, storage: str, *, kernels: bool, rows: tuple
         made["memory_over_stored"] = (torch.cuda.memory_allocated() - before) / weights
     if kernels:
         start = time.perf_counter()
-        choices = choose(groups_of(model), rows, pdl=has_pdl(bench.device))
+        groups = groups_of(model)
+        choices = choose(groups, rows, pdl=has_pdl(bench.device)) if rows else []
+        if prefill:
+            choices += choose_many((layer for group in groups for layer in group), prefill)
         made["choosing_s"] = round(time.perf_counter() - start, 1)
-        made["choices"] = [choice._asdict() for choice in choices]
-        made["chosen"] = [f"{c.shapes[0][0]} x{len(c.shapes)} {c.shapes[0][1]}x{c.shapes[0][2]} rank {c.shapes[0][3]}"
-                          f" rows {c.lines}: torch {c.torch_us:.1f} us, kernel {c.kernel_us or 0:.1f} us, {c.tiles}"
-                          f" {c.note}" for c in choices]  # fmt: skip
+        made |= facts_of_choices(choices)
     # Of the embedding one row is read; nothing else is read in part.
     read = weights - model.model.embed_tokens.weight.nbytes
     for lines in rows:
@@ -300,6 +302,44 @@ def whole(bench: Bench, keep: float, storage: str, *, kernels: bool, rows: tuple
         made["prefill"] = {"ms": seconds * 1e3, "tokens_s": prefill / seconds,
                            "floor_ms": work / bench.matmul_rate * 1e3, "of_floor": work / bench.matmul_rate / seconds,
                            "compile_and_time_s": round(time.perf_counter() - start, 1)}  # fmt: skip
+    return made
+
+
+def memory_of_others(bench: Bench) -> int:
+    """Bytes on the GPU now that everything that models before this one have left behind is gone."""
+    torch._dynamo.reset()  # compiled code refers to the layers it was compiled for
+    gc.collect()  # and a group of layers and its layers to each other
+    if bench.device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
+def facts_of_choices(choices: list[Choice]) -> dict[str, Any]:
+    """What was timed and taken, for the file and for people."""
+    return {
+        "choices": [choice._asdict() for choice in choices],
+        "chosen": [f"{c.shapes[0][0]} x{len(c.shapes)} {c.shapes[0][1]}x{c.shapes[0][2]} rank {c.shapes[0][3]}"
+                   f" rows {c.lines}: torch {c.torch_us:.1f} us, kernel {c.kernel_us or 0:.1f} us, {c.tiles}"
+                   f" {c.note}" for c in choices],
+    }  # fmt: skip
+
+
+def fetched_ahead(bench: Bench, storage: str, megabytes: tuple[int, ...]) -> dict[str, Any]:
+    """Decoding at keep 0.5 by the kernels, each group of layers asking for so much of what the next one reads."""
+    memory_of_others(bench)
+    model = build(bench, 0.5, storage)
+    groups = groups_of(model)
+    made = facts_of_choices(choose(groups, (1,), pdl=has_pdl(bench.device)))
+    found = [group[0].few for group in groups]
+    chosen = [few for few in found if isinstance(few, FewRows)]
+    made["groups_by_kernels"], made["groups"] = len(chosen), len(groups)
+    for size in megabytes:
+        read_ahead(chosen, size * 2**20)
+        step = Step(bench, model, 1, 1)
+        made[f"ahead_{size}_mb_tokens_s"] = 1 / bench.clock(step.run)
+        del step
     return made
 
 
@@ -376,6 +416,47 @@ def main(bench: Bench) -> None:
     table(bench)
 
 
+CANDIDATES = ("prefill", "codes", "packed", "prefetch")
+
+
+def candidates(bench: Bench, names: list[str]) -> None:
+    """Forms that are not settled, each beside what it must beat; those asked for most come first."""
+    able = missing() is None and not bench.quick
+    long = 32 if bench.quick else 2048
+    bench.row("ceilings", lambda: ceilings(bench))
+    bench.row("dense", lambda: in_torch(bench, 1.0, "dense"))
+
+    def model(storage: str, *, keep: float = 0.5, kernels: bool = True, **given: Any) -> None:
+        kernels = kernels and able
+        name = f"keep {keep} {storage}{', kernels' if kernels else ''}"
+        bench.row(name, lambda: whole(bench, keep, storage, kernels=kernels, multiple=32, **given))
+
+    if "prefill" in names:
+        model("pivot", rows=(), prefill=long)
+        model("pivot", rows=(), prefill=long, kernels=False)
+    if "codes" in names:
+        model("factor-4", rows=(1, 16), prefill=0)
+        model("factor-8", rows=(1,), prefill=0)
+    if "packed" in names:
+        model("packed-4", rows=(1, 16), prefill=0)
+    if "prefetch" in names and able:
+        bench.row("fetched ahead, factor", lambda: fetched_ahead(bench, "factor", (0, 4, 8, 16, 32, 0)))
+    if "codes" in names:
+        model("pivot-4", rows=(1,), prefill=0)
+    if "packed" in names:
+        model("packed-8", rows=(1,), prefill=0)
+        model("packed-3", rows=(1,), prefill=0)
+    for row in bench.facts["rows"]:
+        for line in row.get("chosen", ()):
+            print(f"{row['row']}: {line}"[:300])
+        rates = [
+            f"{key.removesuffix('_tokens_s')} {value:.0f}/s" for key, value in row.items() if key.startswith("ahead")
+        ]
+        if rates:
+            print(f"{row['row']}: {', '.join(rates)}")
+    table(bench)
+
+
 def in_torch(bench: Bench, keep: float, storage: str) -> dict[str, Any]:
     """A whole model by torch.compile alone."""
     return whole(bench, keep, storage, kernels=False, rows=(1, 16), prefill=32 if bench.quick else 2048)
@@ -422,8 +503,15 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--layers", type=int, help="decoder layers (default: 32)")
     parser.add_argument("--only", nargs="+", help="rows whose names hold one of these (ceilings always)")
+    parser.add_argument(
+        "--candidates", nargs="*", choices=CANDIDATES, help="forms that are not settled (none named: all)"
+    )
     parser.add_argument("--quick", action="store_true")
     parsed = parser.parse_args()
     parsed.command = f"python benchmarks/decode.py --seconds {parsed.seconds:g}{' --quick' if parsed.quick else ''}"
     parsed.command += f" --only {' '.join(map(repr, parsed.only))}" if parsed.only else ""
-    main(Bench(parsed))
+    if parsed.candidates is None:
+        main(Bench(parsed))
+    else:
+        parsed.command += " ".join([" --candidates", *parsed.candidates])
+        candidates(Bench(parsed), parsed.candidates or list(CANDIDATES))
