@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types slow browser docs matrix outside audit clean
+.PHONY: demo test lint types slow browser docs matrix outside kernels audit clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spectrim needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -54,6 +54,17 @@ DATA ?= .carry
 outside: $(STAMP)
 	$(BIN)/python benchmarks/outside.py --data $(DATA) --out results --environment .outside
 
+# Triton's kernels in its interpreter on the CPU, in an environment of its own: releases of Triton run in it only with
+# NumPy below 2.4, and torch for the CPU comes without Triton.
+$(VENV)-kernels/installed: $(STAMP)
+	$(PYTHON) -m venv $(VENV)-kernels
+	$(VENV)-kernels/bin/python -c 'import pathlib, sysconfig as s; pathlib.Path(s.get_path("purelib"), "base.pth").write_text("$(abspath $(VENV))/lib/python%s/site-packages" % s.get_python_version())'
+	$(VENV)-kernels/bin/python -m pip install --quiet --ignore-installed --no-deps 'triton==3.6.0' 'numpy>=2,<2.4'
+	touch $@
+
+kernels: $(VENV)-kernels/installed
+	PYTHONPATH=src TRITON_INTERPRET=1 $(VENV)-kernels/bin/python -m pytest -rs tests/unit/test_kernels.py tests/unit/test_many_rows.py
+
 # Known vulnerabilities in what is installed; fails too where it cannot find out. .ci/run goes on without it.
 audit: $(STAMP)
 	$(PYTHON) -m venv $(VENV)-audit
@@ -62,4 +73,4 @@ audit: $(STAMP)
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)-audit/installed.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit $(VENV)-docs .matrix .outside demo-out site
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-docs $(VENV)-kernels .matrix .outside demo-out site

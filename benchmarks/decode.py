@@ -9,8 +9,8 @@ compiled by torch.compile one by one (the same code for all) over transformers' 
 recorded as one CUDA graph, dense and compressed alike. Ceilings (memory, matmul) are measured first. The floor of
 a decoded token is all weights and the key/value cache read once at the best rate of memory; that of prefill all
 products at the matmul rate. The JSON file is written after every row; rows for which the seconds did not suffice are
-named. `--candidates` times forms that are new or not chosen yet instead: outputs of pivot layers in prefill, kernels of codes,
-weights of the next layers fetched ahead.
+named. `--candidates` times forms that are new or not chosen yet instead: outputs of pivot layers in prefill, kernels
+of codes, weights of the next layers fetched ahead.
 """
 
 import argparse

@@ -5,7 +5,9 @@
 The compressed models are made by the format's own code with one share of numbers kept in every decoder linear and
 random weights: speed does not depend on them. Greedy decoding at batch 1 over transformers' static cache, eagerly and
 with torch.compile. Models take turns, so that what else runs on the machine slows all of them alike; the best of the
-rounds is reported, and their median.
+rounds is reported, and their median. Beside it stand the seconds of a token that go into the decoder's linear layers
+(one after the other, weights from memory as in use) and into the head: with linears that took exactly `keep` of their
+time the whole would be `at most` so many times as fast, whatever their form.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,27 @@ class Decoder:
         return clock() - start
 
 
+def parts(model: Any, clock: Callable[[], float]) -> dict[str, float]:
+    """Least seconds of all linears of the decoder, and of the head, of one token."""
+    layers = [model.get_submodule(layer.name) for layer in find_layers(model).layers]
+    dtype = model.lm_head.weight.dtype
+    inputs = {layer.in_features: torch.randn(1, 1, layer.in_features, dtype=dtype) for layer in layers}
+    hidden = torch.randn(1, 1, model.lm_head.in_features, dtype=dtype)
+
+    def seconds(run: Callable[[], Any]) -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    with torch.no_grad():
+        return {
+            "linears_s": min(
+                seconds(lambda: [layer(inputs[layer.in_features]) for layer in layers]) for _ in range(12)
+            ),
+            "head_s": min(seconds(lambda: model.lm_head(hidden)) for _ in range(12)),
+        }
+
+
 def main(arguments: argparse.Namespace) -> None:
     """All models at each number of threads, eagerly and compiled."""
     dtype = getattr(torch, arguments.dtype)
@@ -99,16 +123,22 @@ def main(arguments: argparse.Namespace) -> None:
                 for decoder in decoders.values():
                     decoder.took.append(sum(decoder.token() for _ in range(arguments.tokens)) / arguments.tokens)
             base = min(decoders["dense"].took)
+            clock = time.process_time if arguments.processor_time else time.perf_counter
+            shares = {name: parts(model, clock) for name, model in models.items()}
             for name, decoder in decoders.items():
                 best, middle = min(decoder.took), statistics.median(decoder.took)
                 row = {"model": name, "threads": threads, "compiled": compiled, "tokens_s": 1 / best,
                        "median_tokens_s": 1 / middle, "times_dense": base / best,
                        "median_times_dense": statistics.median(decoders["dense"].took) / middle,
-                       "bytes": sum(t.nbytes for t in models[name].state_dict().values())}  # fmt: skip
+                       "bytes": sum(t.nbytes for t in models[name].state_dict().values()), **shares[name]}  # fmt: skip
+                kept = 1.0 if name == "dense" else float(name.split()[1])
+                row["at_most"] = base / (base - (1 - kept) * shares["dense"]["linears_s"])
                 facts["rows"].append(row)
                 print(f"{name:14} threads {threads} {'compiled' if compiled else 'eager':8} {row['tokens_s']:8.1f}/s "
                       f"{row['times_dense']:5.2f}x   median {row['median_tokens_s']:8.1f}/s "
-                      f"{row['median_times_dense']:5.2f}x", flush=True)  # fmt: skip
+                      f"{row['median_times_dense']:5.2f}x   linears {1e3 * row['linears_s']:.2f} head "
+                      f"{1e3 * row['head_s']:.2f} of {1e3 * best:.2f} ms, at most {row['at_most']:.2f}x",
+                      flush=True)  # fmt: skip
             facts["load_after"] = os.getloadavg()[0]
             if arguments.out is not None:
                 arguments.out.write_text(json.dumps(facts, indent=1) + "\n")

@@ -49,6 +49,19 @@ def test_no_kernels_for_many_rows(monkeypatch):
         speed_up(small_llama(), rows=(1, 17))
 
 
+def test_prefill_is_chosen_for_all_layers_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(few_rows, "missing", lambda: None)
+    monkeypatch.setattr(few_rows, "device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(few_rows, "has_pdl", lambda _: False)
+    monkeypatch.setattr(few_rows, "choose", lambda groups, rows, pdl: [f"{len(groups)} groups"])
+    monkeypatch.setattr(few_rows, "choose_many", lambda layers, rows: [f"{len(list(layers))} layers, {rows} rows"])
+    model = small_llama()
+    assert speed_up(model) == ["8 groups"]
+    assert speed_up(model, prefill=64) == ["8 groups", "12 layers, 64 rows"]
+    with pytest.raises(UsageError, match="prefill 63; at least 64"):
+        speed_up(model, prefill=63)
+
+
 def test_eval_says_where_the_small_model_is_slower():
     assert speed_note(10.0, 10.0) is None
     assert "at 0.50 of the dense model's speed (5.0 and 10.0 tokens/s" in str(speed_note(5.0, 10.0))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spectrim.linalg.factor import Factors
 from spectrim.linalg.pivot import pack_mask
 from spectrim.linalg.quantise import BITS, dequantise, pack, round_to_nearest
 from spectrim.nn.codecs import StoredLinear
@@ -26,7 +27,6 @@ from spectrim.nn.kernels.launch import (
     shared_group,
     words_fit,
 )
-from spectrim.linalg.factor import Factors
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
@@ -348,6 +348,8 @@ def test_the_search_takes_the_best_pair_of_tiles():
         overlapping = -0.1 if tiles[0].pdl else 0.0
         return cost[first] + (5 - cost[second]) + overlapping
 
+    alone, _ = choice._search(lambda tiles: cost[tiles[0]], (slow, wide, tall), pdl=False, one=True)
+    assert alone == (wide, wide)  # one product: no pairs of different tiles
     best, least = choice._search(clock, (slow, wide, tall), pdl=True)
     assert best == (wide._replace(pdl=1), slow._replace(pdl=1))
     assert least == pytest.approx(2.9)

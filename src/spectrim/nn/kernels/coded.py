@@ -1,6 +1,6 @@
 """Triton: rows times up to three weights in codes of 2, 3, 4 or 8 bits (linalg/quantise.py), decoded in registers.
 
-    y_n = sum_v s_nv ( sum_k (2^b + code_nk) x_k  -  (2^b + zero_nv) sum_k x_k )      v: groups of inputs, k: one's inputs
+    y_n = sum_v s_nv ( sum_k (2^b + code_nk) x_k  -  (2^b + zero_nv) sum_k x_k )    v: groups of inputs, k: one's
 
 Codes are read as words of 32 bits, in loads of up to 16 bytes. A code becomes a number without a conversion: put at the
 top of the fraction of the float 2^b, it is 2^b + code, exactly, and the 2^b goes with the zero, once for a group. That
@@ -20,9 +20,9 @@ from spectrim.nn.kernels.plain import keep
 
 @triton.jit
 def _words(rows, start, unit: tl.constexpr, left, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """Words (N, U) that hold 32 / BITS codes each, or 8 of 3 bits: of each row from the int32 `start` on, `left` of them.
+    """Words (N, U) of 32 / BITS codes each, or of 8 of 3 bits: each row's from the int32 `start` on, `left` of them.
 
-    EVEN: there are all or none.
+    EVEN: all are there, or none.
     """
     N: tl.constexpr = rows.shape[0]
     if BITS == 3:  # 32 codes fill three words, of which four of 24 bits are made

@@ -4,8 +4,8 @@
     mid_g = A_g x        y_g[place] = [mid_g, C_g mid_g]  (+ b_g)          pivot
                          y_g = W_g x + b_g                                 a whole weight in codes
 
-`products`, `coded_products` and `coded_product` are operators of torch, so torch.compile and CUDA graphs take each as one node.
-`products_in_torch` says in plain torch what they compute.
+`products`, `coded_products` and `coded_product` are operators of torch, so torch.compile and CUDA graphs take each as
+one node. `products_in_torch` says in plain torch what they compute.
 """
 
 import os
@@ -85,8 +85,8 @@ def products(
     """y_g (M, O_g) of x (M, I), M <= 16, contiguous; at most three layers.
 
     first (R_g, I) and second (N_g, R_g) contiguous and of the dtype of x. places: () for factor layers, else the output
-    (O_g,) int32 of each of [pivots, rest]; biases (O_g,) each, or (). Tiles as `Tile`. ahead: up to three flat tensors of the dtype of x
-    that the cache should hold afterwards (one row of x only), or ().
+    (O_g,) int32 of each of [pivots, rest]; biases (O_g,) each, or (). Tiles as `Tile`. ahead: up to three flat tensors
+    of the dtype of x that the cache should hold afterwards (one row of x only), or ().
     """
     mid, y = _results(x, [len(w) for w in first], [len(w) for w in second], places)
     then = Side(second, [w.shape[1] for w in second], ahead=ahead)
@@ -145,7 +145,7 @@ def coded_product(
     group: int,
     tile: Sequence[int],
 ) -> list[Tensor]:
-    """y_g (M, N_g) = x W_g^T + b_g of x (M, I), W_g (N_g, I) in codes as in `coded_products`: one product, one launch."""
+    """y_g (M, N_g) = x W_g^T + b_g of x (M, I), W_g (N_g, I) in codes as in `coded_products`: one launch."""
     y = [x.new_empty(len(x), len(w)) for w in codes]
     side = Side(codes, [x.shape[1]] * len(codes), scales, zeros, bits, group)
     _launch([x] * len(y), side, Ends([], y, [], biases, True), Tile(*tile), ahead=False)
@@ -256,7 +256,7 @@ def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Til
 
 
 def as_words(codes: Tensor) -> Tensor:
-    """Codes (N, bytes) uint8 as the int32 that the kernels read, without a copy; `words_fit` says whether they can be."""
+    """Codes (N, bytes) uint8 as the int32 that the kernels read, not copied; `words_fit` says whether they can be."""
     return codes.view(torch.int32)
 
 

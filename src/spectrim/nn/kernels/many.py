@@ -78,7 +78,7 @@ def _(pivots, others, order, bias, tile):
 
 @torch.library.custom_op("spectrim::scattered", mutates_args=())
 def scattered(pivots: Tensor, second: Tensor, places: Tensor, bias: Sequence[Tensor], tile: Sequence[int]) -> Tensor:
-    """y (T, O): pivots (T, R) and pivots second^T, second (O - R, R), contiguous, at their `places` (O,) int32; + bias."""
+    """y (T, O): pivots (T, R) and pivots second^T, second (O - R, R), at their `places` (O,) int32, + bias."""
     from spectrim.nn.kernels import place
 
     cut = Tile(*tile)
@@ -139,7 +139,8 @@ def _measured(shapes: tuple[Any, ...], members: list[StoredLinear], rows: int) -
     with torch.no_grad():
         expected = timed[0](x).float()
         torch_s = seconds_in_graph(lambda: [layer(x) for layer in timed]) / len(timed)
-        candidates: list[tuple[Form, Tile]] = [("merge", tile) for tile in MERGE_TILES]
+        candidates: list[tuple[Form, Tile]] = []
+        candidates += [("merge", tile) for tile in MERGE_TILES]
         if x.dtype != torch.float32:  # no quick products there
             candidates += [("scatter", tile) for tile in SCATTER_TILES]
         for form, tile in candidates:

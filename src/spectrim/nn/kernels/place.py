@@ -22,24 +22,24 @@ def _biased(value, bias, columns, inside, BIAS: tl.constexpr):
 
 
 @triton.jit
-def merge(pivots, others, order, bias, y, T, R, O, BIAS: tl.constexpr, ROWS: tl.constexpr,
+def merge(pivots, others, order, bias, y, T, R, outputs, BIAS: tl.constexpr, ROWS: tl.constexpr,
           COLUMNS: tl.constexpr):  # fmt: skip
     """`order` (O,) int32: where each output stands in [pivots, others]."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     line, within = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS)
-    inside = columns < O
+    inside = columns < outputs
     at = tl.load(order + columns, mask=inside, other=0)
     # What depends on the column is worked out once for all lines; within a block 32 bits are enough.
-    base = tl.where(at < R, pivots + line * R, others + line * (O - R))
-    stride, offset = tl.where(at < R, R, O - R), tl.where(at < R, at, at - R)
+    base = tl.where(at < R, pivots + line * R, others + line * (outputs - R))
+    stride, offset = tl.where(at < R, R, outputs - R), tl.where(at < R, at, at - R)
     source = base[None, :] + (within[:, None] * stride[None, :] + offset[None, :])
     mask = (within < T - line)[:, None] & inside[None, :]
     value = _biased(tl.load(source, mask=mask, other=0.0), bias, columns, inside, BIAS)
-    tl.store(y + line * O + (within[:, None] * O + columns[None, :]), value, mask=mask)
+    tl.store(y + line * outputs + (within[:, None] * outputs + columns[None, :]), value, mask=mask)
 
 
 @triton.jit
-def spread(pivots, places, bias, y, T, R, O, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def spread(pivots, places, bias, y, T, R, outputs, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """`places` (R,) int32: the output that each pivot is."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     lines = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -48,13 +48,13 @@ def spread(pivots, places, bias, y, T, R, O, BIAS: tl.constexpr, ROWS: tl.conste
     wide = lines.to(tl.int64)[:, None]
     mask = (lines < T)[:, None] & inside[None, :]
     value = _biased(tl.load(pivots + wide * R + columns[None, :], mask=mask, other=0.0), bias, to, inside, BIAS)
-    tl.store(y + wide * O + to[None, :], value, mask=mask)
+    tl.store(y + wide * outputs + to[None, :], value, mask=mask)
 
 
 @triton.jit
-def scatter(x, w, places, bias, y, T, N, K, O, BIAS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+def scatter(x, w, places, bias, y, T, N, K, outputs, BIAS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
             COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """x (T, K), w (N, K), `places` (N,) int32 among the O columns of y. Programs go through y in strips of 8 blocks."""
+    """x (T, K), w (N, K), `places` (N,) int32 among the columns of y. Programs go through y in strips of 8 blocks."""
     down, across = tl.cdiv(T, ROWS), tl.cdiv(N, COLUMNS)
     strip = tl.program_id(0) // (8 * across)
     tall = tl.minimum(down - strip * 8, 8)
@@ -75,4 +75,4 @@ def scatter(x, w, places, bias, y, T, N, K, O, BIAS: tl.constexpr, EVEN: tl.cons
     real = columns < N
     to = tl.load(places + columns, mask=real, other=0)
     value = _biased(total.to(y.dtype.element_ty), bias, to, real, BIAS)
-    tl.store(y + lines.to(tl.int64)[:, None] * O + to[None, :], value, mask=(lines < T)[:, None] & real[None, :])
+    tl.store(y + lines.to(tl.int64)[:, None] * outputs + to[None, :], value, mask=(lines < T)[:, None] & real[None, :])

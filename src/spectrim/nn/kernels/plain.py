@@ -40,7 +40,7 @@ def keep(value, lines, rows, M, n, raw, y, place, bias, stride, RAW: tl.constexp
 
 @triton.jit
 def fetch(weight, count, LINES: tl.constexpr):
-    """Ask for `count` numbers of a weight that a later launch reads, LINES of 128 bytes a program: into the L2 cache."""
+    """Ask for `count` numbers of a weight that a later launch reads, LINES of 128 bytes a program, into the cache."""
     SIZE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
     at = (tl.program_id(0) * LINES + tl.arange(0, LINES)) * SIZE
     wanted = weight + tl.minimum(at, count - 1)
