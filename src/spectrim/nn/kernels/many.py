@@ -139,11 +139,7 @@ def _measured(shapes: tuple[Any, ...], members: list[StoredLinear], rows: int) -
     with torch.no_grad():
         expected = timed[0](x).float()
         torch_s = seconds_in_graph(lambda: [layer(x) for layer in timed]) / len(timed)
-        candidates: list[tuple[Form, Tile]] = []
-        candidates += [("merge", tile) for tile in MERGE_TILES]
-        if x.dtype != torch.float32:  # no quick products there
-            candidates += [("scatter", tile) for tile in SCATTER_TILES]
-        for form, tile in candidates:
+        for form, tile in _candidates(x.dtype):
             forms = [form_of(layer, form, tile, rows) for layer in timed]
             try:
                 if differs(forms[0].product(timed[0], x), expected):
@@ -161,6 +157,13 @@ def _measured(shapes: tuple[Any, ...], members: list[StoredLinear], rows: int) -
         layer.many = form_of(layer, *best, least=rows // 2)
     note = "; ".join([f"outputs by {best[0]}", *(f"{f} at best {_least(found, f):.1f} us" for f in ("merge", "scatter")), *notes])  # noqa: E501  # fmt: skip
     return Choice(shapes, rows, len(members), torch_s * 1e6, found[best] * 1e6, (best[1], best[1]), note)
+
+
+def _candidates(dtype: torch.dtype) -> list[tuple[Form, Tile]]:
+    tiles: dict[Form, Sequence[Tile]] = {"merge": MERGE_TILES}
+    if dtype != torch.float32:  # no quick products of our own there
+        tiles["scatter"] = SCATTER_TILES
+    return [(form, tile) for form, some in tiles.items() for tile in some]
 
 
 def _least(found: dict[tuple[Form, Tile], float], form: str) -> float:
