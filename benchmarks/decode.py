@@ -9,8 +9,8 @@ compiled by torch.compile one by one (the same code for all) over transformers' 
 recorded as one CUDA graph, dense and compressed alike. Ceilings (memory, matmul) are measured first. The floor of
 a decoded token is all weights and the key/value cache read once at the best rate of memory; that of prefill all
 products at the matmul rate. The JSON file is written after every row; rows for which the seconds did not suffice are
-named. `--candidates` times forms that are new or not chosen yet instead: outputs of pivot layers in prefill, kernels
-of codes, weights of the next layers fetched ahead.
+named. `--candidates` times other forms instead: outputs of pivot layers in prefill, kernels of low-rank and of whole
+weights in codes.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from spectrim.linalg.pivot import pack_mask
 from spectrim.models.walk import find_layers
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.kernels.choice import Choice, choose, seconds_in_graph
-from spectrim.nn.kernels.few import FewRows, read_ahead
 from spectrim.nn.kernels.launch import has_pdl, missing
 from spectrim.nn.kernels.many import choose_many
 from spectrim.nn.linears import LowRankLinear, PivotLinear
@@ -326,23 +325,6 @@ def facts_of_choices(choices: list[Choice]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fetched_ahead(bench: Bench, storage: str, megabytes: tuple[int, ...]) -> dict[str, Any]:
-    """Decoding at keep 0.5 by the kernels, each group of layers asking for so much of what the next one reads."""
-    memory_of_others(bench)
-    model = build(bench, 0.5, storage)
-    groups = groups_of(model)
-    made = facts_of_choices(choose(groups, (1,), pdl=has_pdl(bench.device)))
-    found = [group[0].few for group in groups]
-    chosen = [few for few in found if isinstance(few, FewRows)]
-    made["groups_by_kernels"], made["groups"] = len(chosen), len(groups)
-    for size in megabytes:
-        read_ahead(chosen, size * 2**20)
-        step = Step(bench, model, 1, 1)
-        made[f"ahead_{size}_mb_tokens_s"] = 1 / bench.clock(step.run)
-        del step
-    return made
-
-
 def micro(bench: Bench, outputs: int, inputs: int, keep: float, storage: str, lines: int) -> dict[str, Any]:
     """One layer shape: dense, its products by torch, the same compiled; microseconds a layer, weights from memory."""
     copies = 2 if bench.quick else max(4, int(4e8 / (2 * outputs * inputs * keep)))
@@ -416,7 +398,7 @@ def main(bench: Bench) -> None:
     table(bench)
 
 
-CANDIDATES = ("prefill", "codes", "packed", "prefetch")
+CANDIDATES = ("prefill", "codes", "packed")
 
 
 def candidates(bench: Bench, names: list[str]) -> None:
@@ -439,8 +421,6 @@ def candidates(bench: Bench, names: list[str]) -> None:
         model("factor-8", rows=(1,), prefill=0)
     if "packed" in names:
         model("packed-4", rows=(1, 16), prefill=0)
-    if "prefetch" in names and able:
-        bench.row("fetched ahead, factor", lambda: fetched_ahead(bench, "factor", (0, 4, 8, 16, 32, 0)))
     if "codes" in names:
         model("pivot-4", rows=(1,), prefill=0)
     if "packed" in names:
@@ -449,11 +429,6 @@ def candidates(bench: Bench, names: list[str]) -> None:
     for row in bench.facts["rows"]:
         for line in row.get("chosen", ()):
             print(f"{row['row']}: {line}"[:300])
-        rates = [
-            f"{key.removesuffix('_tokens_s')} {value:.0f}/s" for key, value in row.items() if key.startswith("ahead")
-        ]
-        if rates:
-            print(f"{row['row']}: {', '.join(rates)}")
     table(bench)
 
 

@@ -15,12 +15,11 @@ from spectrim.linalg.quantise import BITS, dequantise, pack, round_to_nearest
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.kernels import choice, launch
 from spectrim.nn.kernels.choice import Choice, choose, shapes_of
-from spectrim.nn.kernels.few import attach, group_of, read_ahead, unsuited
+from spectrim.nn.kernels.few import attach, group_of, unsuited
 from spectrim.nn.kernels.launch import (
     Tile,
     coded_product,
     coded_products,
-    fetched_lines,
     missing,
     products,
     products_in_torch,
@@ -77,7 +76,7 @@ def test_products_are_those_of_float64_within_rounding(dtype, lines, placed, bia
     places = [torch.randperm(out, generator=shuffled).int().to(DEVICE) for out in OUTPUTS] if placed else []
     biases = [normal(20 + i, out, dtype=dtype) for i, out in enumerate(OUTPUTS)] if biased else []
     tile = ONE if lines == 1 else SOME
-    found = products(x, first, second, places, biases, tile, tile, [])
+    found = products(x, first, second, places, biases, tile, tile)
     wide = [[t.double() for t in tensors] for tensors in (first, second, biases)]
     expected = products_in_torch(x.double(), wide[0], wide[1], places, wide[2])
     for got, y, right, left in zip(found, expected, wide[0], wide[1], strict=True):
@@ -250,26 +249,6 @@ def test_packed_layers_give_what_they_gave_and_add_their_correction(lines):
         for layer, y in zip(layers, before, strict=True):
             assert layer.few.takes(x)
             torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
-
-
-def test_a_group_asks_for_what_the_one_behind_it_reads_first():
-    first, other = group_of(siblings("factor"), {}), group_of(siblings("pivot")[:1], {})
-    codes = group_of([PackedLinear.holding(uniform(1, 40, 64), None, None, dtype=torch.float32)], {})
-    read_ahead([first, other, codes], 4 * INPUTS * RANKS[0] + 40)
-    pivots, rest = other.layers[0].pivot.weight, other.layers[0].rest.weight
-    assert [part.data_ptr() for part in first.ahead] == [pivots.data_ptr(), rest.data_ptr()]
-    assert [part.numel() for part in first.ahead] == [pivots.numel(), 10]
-    assert other.ahead == codes.ahead == []
-    read_ahead([first, other], 10**9)
-    assert [part.numel() for part in other.ahead] == [layer.V.weight.numel() for layer in first.layers]
-    read_ahead([first, other], 0)
-    assert first.ahead == other.ahead == []
-
-
-@pytest.mark.parametrize(("size", "blocks", "lines"), [(128, 1, 1), (129, 1, 2), (128 * 700, 7, 128), (16, 500, 1)])
-def test_all_programs_together_ask_for_all_lines(size, blocks, lines):
-    assert fetched_lines(size, blocks) == lines
-    assert lines * blocks * 128 >= size
 
 
 def test_codes_are_read_as_words_where_rows_start_at_one():

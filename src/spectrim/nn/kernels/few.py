@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from spectrim.nn.codecs import StoredLinear
-from spectrim.nn.kernels.launch import (
-    MOST_LAYERS,
-    Tile,
-    coded_product,
-    coded_products,
-    products,
-    shared_group,
-    words_fit,
-)
+from spectrim.nn.kernels.launch import Tile, coded_product, coded_products, products, shared_group, words_fit
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
@@ -46,7 +38,6 @@ class FewRows:
     dtype: torch.dtype
     device: torch.device
     places: list[Tensor] = field(default_factory=list)
-    ahead: list[Tensor] = field(default_factory=list)  # what the group behind this one reads first, flat
     seen: Tensor | None = None
     version: int | None = None  # of `seen` when the results were made
     made: list[Tensor] = field(default_factory=list)
@@ -89,8 +80,7 @@ class FewRows:
             )  # fmt: skip
         pairs: list[Any] = [plain_parts(layer) for layer in self.layers]
         weights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        ahead = self.ahead if len(lines) == 1 else []
-        return products(lines, *weights, self.places, biases, list(first), list(second), ahead)
+        return products(lines, *weights, self.places, biases, list(first), list(second))
 
     def _whole(self, lines: Tensor, tile: Tile, biases: list[Any]) -> list[Tensor]:
         stores = [store for layer in self.layers for store in coded_parts(layer)]
@@ -182,24 +172,6 @@ def group_of(layers: Sequence[StoredLinear], tiles: dict[int, Tiles]) -> FewRows
     # `order` says where each output comes from, `places` where each result goes.
     places = [layer.order.argsort().int() for layer in placed]
     return FewRows(tuple(layers), tiles, like.dtype, like.device, places)
-
-
-def read_ahead(groups: Sequence[FewRows], most: int) -> None:
-    """Let each group of plain weights ask for the first `most` bytes of what the group behind it reads; 0 for nothing.
-
-    `groups` in the order in which they run. First weights come before second ones, three tensors at most.
-    """
-    for group, behind in zip(groups, [*groups[1:], *groups[:1]], strict=True):
-        group.ahead = []
-        if not isinstance(group.layers[0], PLAIN) or not isinstance(behind.layers[0], PLAIN):
-            continue
-        pairs = [plain_parts(layer) for layer in behind.layers]
-        left = most
-        for weight in [*(first for first, _ in pairs), *(second for _, second in pairs)][:MOST_LAYERS]:
-            count = min(weight.numel(), left // weight.element_size())
-            if count and weight.dtype == group.dtype:
-                group.ahead.append(weight.detach().flatten()[:count])
-                left -= count * weight.element_size()
 
 
 def attach(group: FewRows) -> None:

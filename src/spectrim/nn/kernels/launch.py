@@ -42,7 +42,6 @@ class Side(NamedTuple):
     zeros: Sequence[Tensor] = ()
     bits: int = 0
     group: int = 0
-    ahead: Sequence[Tensor] = ()  # to be in the cache afterwards
 
 
 class Ends(NamedTuple):
@@ -80,23 +79,20 @@ def products(
     biases: Sequence[Tensor],
     first_tile: Sequence[int],
     second_tile: Sequence[int],
-    ahead: Sequence[Tensor],
 ) -> list[Tensor]:
     """y_g (M, O_g) of x (M, I), M <= 16, contiguous; at most three layers.
 
     first (R_g, I) and second (N_g, R_g) contiguous and of the dtype of x. places: () for factor layers, else the output
-    (O_g,) int32 of each of [pivots, rest]; biases (O_g,) each, or (). Tiles as `Tile`. ahead: up to three flat tensors
-    of the dtype of x that the cache should hold afterwards (one row of x only), or ().
+    (O_g,) int32 of each of [pivots, rest]; biases (O_g,) each, or (). Tiles as `Tile`.
     """
     mid, y = _results(x, [len(w) for w in first], [len(w) for w in second], places)
-    then = Side(second, [w.shape[1] for w in second], ahead=ahead)
-    _both(x, Side(first, [w.shape[1] for w in first]), then, mid, y, places,
+    _both(x, Side(first, [w.shape[1] for w in first]), Side(second, [w.shape[1] for w in second]), mid, y, places,
           biases, Tile(*first_tile), Tile(*second_tile))  # fmt: skip
     return y
 
 
 @products.register_fake
-def _(x, first, second, places, biases, first_tile, second_tile, ahead):
+def _(x, first, second, places, biases, first_tile, second_tile):
     return _results(x, [], [len(w) for w in second], places)[1]
 
 
@@ -225,18 +221,7 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
 
     kernel: Any = plain.matvec if lines == 1 else plain.few_rows
     even = all(width % tile.columns == 0 for width in side.widths)
-    if lines == 1:
-        wanted = _three(side.ahead, side.weights[0])
-        given += [*wanted, *[t.numel() for t in wanted]]
-        counts = _three([fetched_lines(t.numel() * t.element_size(), blocks) for t in side.ahead], 0)
-        flags |= {f"F{i}": count for i, count in enumerate(counts)}
     kernel[(blocks,)](*given, EVEN=even, PDL=(2 if ahead else 1) if tile.pdl else 0, BLOCK_K=tile.columns, **flags)
-
-
-def fetched_lines(size: int, blocks: int) -> int:
-    """Lines of 128 bytes that each program asks for, so that all of them cover `size` bytes: a power of two."""
-    lines = -(-size // (128 * blocks))
-    return 1 << (lines - 1).bit_length()
 
 
 def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool) -> None:

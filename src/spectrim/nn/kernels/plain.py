@@ -39,25 +39,11 @@ def keep(value, lines, rows, M, n, raw, y, place, bias, stride, RAW: tl.constexp
 
 
 @triton.jit
-def fetch(weight, count, LINES: tl.constexpr):
-    """Ask for `count` numbers of a weight that a later launch reads, LINES of 128 bytes a program, into the cache."""
-    SIZE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-    at = (tl.program_id(0) * LINES + tl.arange(0, LINES)) * SIZE
-    wanted = weight + tl.minimum(at, count - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [wanted], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def matvec(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1, b2, n0, n1, n2, k0, k1, k2,
-           s0, s1, s2, M, a0, a1, a2, e0, e1, e2, RAW: tl.constexpr, OUT: tl.constexpr, PLACED: tl.constexpr,
-           BIAS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-           STAGES: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr):  # fmt: skip
-    """One row: each program BLOCK_N outputs of one weight, all of its inputs.
-
-    It then asks for its part of `a` (e numbers each), which the next group of layers will read: F lines, 0 for none.
-    """
+           s0, s1, s2, M, RAW: tl.constexpr, OUT: tl.constexpr, PLACED: tl.constexpr, BIAS: tl.constexpr,
+           EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+           STAGES: tl.constexpr):  # fmt: skip
+    """One row: each program BLOCK_N outputs of one weight, all of its inputs."""
     block = tl.program_id(0)
     x, w, raw, y, place, bias, n, k, stride = x0, w0, r0, y0, p0, b0, n0, k0, s0
     first, second = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
@@ -92,12 +78,6 @@ def matvec(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1, b
             inside = columns < k - start
             tile = tl.load(weights + start, mask=inside[None, :], other=0.0)
             total += tile.to(tl.float32) * tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if F0:
-        fetch(a0, e0, F0)
-    if F1:
-        fetch(a1, e1, F1)
-    if F2:
-        fetch(a2, e2, F2)
     value = tl.sum(total, 1)[None, :]
     keep(value, tl.arange(0, 1), rows, M, n, raw, y, place, bias, stride, RAW, OUT, PLACED, BIAS)
 
