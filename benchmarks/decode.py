@@ -320,7 +320,8 @@ def facts_of_choices(choices: list[Choice]) -> dict[str, Any]:
     return {
         "choices": [choice._asdict() for choice in choices],
         "chosen": [f"{c.shapes[0][0]} x{len(c.shapes)} {c.shapes[0][1]}x{c.shapes[0][2]} rank {c.shapes[0][3]}"
-                   f" rows {c.lines}: torch {c.torch_us:.1f} us, kernel {c.kernel_us or 0:.1f} us, {c.tiles}"
+                   f" rows {c.lines}: torch {c.torch_us:.1f} us, kernel {c.kernel_us or 0:.1f} us,"
+                   f" dense {c.dense_us or 0:.1f} us{' SLOWER' if c.slower_than_dense else ''}, {c.tiles}"
                    f" {c.note}" for c in choices],
     }  # fmt: skip
 
@@ -402,7 +403,7 @@ CANDIDATES = ("prefill", "codes", "packed")
 
 
 def candidates(bench: Bench, names: list[str]) -> None:
-    """Forms that are not settled, each beside what it must beat; those asked for most come first."""
+    """Other forms of layers, each beside what it must beat; those asked for most come first."""
     able = missing() is None and not bench.quick
     long = 32 if bench.quick else 2048
     bench.row("ceilings", lambda: ceilings(bench))
@@ -479,7 +480,10 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, help="decoder layers (default: 32)")
     parser.add_argument("--only", nargs="+", help="rows whose names hold one of these (ceilings always)")
     parser.add_argument(
-        "--candidates", nargs="*", choices=CANDIDATES, help="forms that are not settled (none named: all)"
+        "--candidates",
+        nargs="*",
+        choices=CANDIDATES,
+        help="prefill of pivots, and codes, instead (none named: all)",
     )
     parser.add_argument("--quick", action="store_true")
     parsed = parser.parse_args()

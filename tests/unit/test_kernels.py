@@ -301,6 +301,8 @@ def test_the_kernels_are_attached_where_the_clock_says_so(kernel_wins, monkeypat
     assert seen[0] == "torch"
     assert "kernels" in seen
     assert found.kernel is kernel_wins
+    assert found.dense_us == pytest.approx(10.0)
+    assert not found.slower_than_dense
     assert all((layer.few is not None) is kernel_wins for layer in layers)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectrim.linalg.pivot import pack_mask
 from spectrim.linalg.quantise import round_to_nearest
-from spectrim.nn.kernels import many
+from spectrim.nn.kernels import choice, many
 from spectrim.nn.kernels.choice import shapes_of
 from spectrim.nn.kernels.launch import Tile, missing
 from spectrim.nn.kernels.many import ManyRows, choose_many, form_of
@@ -103,14 +103,19 @@ def in_torch(monkeypatch):
 
 
 def clock(monkeypatch, seconds: dict[str, float]) -> None:
-    """Each form takes so long; `seconds` by form, "torch" for the layer itself."""
+    """Each form takes so long; `seconds` by form, "torch" for the layer itself, "dense" for its whole weight."""
 
     def timed(run, **_):
         run()
         at = run.__defaults__
         return seconds["torch" if at is None else at[0][0][0].form]
 
+    def of_dense(run, **_):
+        run()
+        return seconds.get("dense", 2.0)
+
     monkeypatch.setattr(many, "seconds_in_graph", timed)
+    monkeypatch.setattr(choice, "seconds_in_graph", of_dense)
 
 
 @pytest.mark.parametrize(("merge", "chosen"), [(0.5, "merge"), (0.97, "merge"), (0.99, None), (2.0, None)])
@@ -139,6 +144,38 @@ def test_in_16_bits_the_second_product_may_write_to_its_places(monkeypatch, in_t
         made = layer(x)
         layer.many = None
         torch.testing.assert_close(made, layer(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("merge", "dense", "slower"), [(0.5, 0.6, False), (0.5, 0.4, True), (2.0, 0.9, True)])
+def test_a_choice_says_what_dense_weights_would_take(merge, dense, slower, monkeypatch, in_torch):
+    clock(monkeypatch, {"torch": 1.0, "merge": merge, "dense": dense})
+    (found,) = choose_many([pivot()], ROWS)
+    assert found.dense_us == pytest.approx(dense * 1e6)
+    assert found.slower_than_dense is slower
+    assert not found._replace(dense_us=None).slower_than_dense  # not known
+
+
+def test_dense_weights_have_the_shapes_of_the_layers_and_no_more_memory_than_told(monkeypatch):
+    seen = []
+
+    def timed(run, **_):
+        seen.append([tuple(y.shape) for y in run()])
+        return 3e-6
+
+    monkeypatch.setattr(choice, "seconds_in_graph", timed)
+    groups = [[pivot(), LowRankLinear(INPUTS, 7, 4, bias=False)]] * 3
+    x = rows().flatten(0, 1)
+    assert choice.dense_us(groups, x) == pytest.approx(1.0)
+    assert seen == [[(ROWS, OUTPUTS), (ROWS, 7)] * 3]
+    monkeypatch.setattr(choice, "COLD", 4 * INPUTS * (OUTPUTS + 7) + 1)
+    assert choice.dense_us(groups, x) == pytest.approx(1.5)
+    assert len(seen[1]) == 4
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", full)
+    assert choice.dense_us(groups, x) is None
 
 
 def test_a_form_that_gives_wrong_numbers_is_not_taken(monkeypatch):

@@ -1,7 +1,6 @@
 """Faster: kernels for products with few rows, and for outputs of pivot layers, where a clock on the device says so."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -19,6 +18,8 @@ LEAST_PREFILL = 64
 def speed_up(model: PreTrainedModel, rows: Sequence[int] = (1,), prefill: int | None = None) -> list[Choice]:
     """Time the kernels against torch's products for batches of `rows` and use them where they win; what was measured.
 
+    Where even the best form of a kind of layer takes longer than dense weights would, its choice says so
+    (`slower_than_dense`): codes with 16 rows are such.
     `prefill`, a number of tokens, also times ways to put the outputs of pivot layers in their places for so many rows;
     what wins is used from half as many rows on. Nothing else changes: other numbers of rows, training, saving and
     exporting are as before. The timing is of these layers on this device; it takes seconds, and kernels that were built
@@ -54,16 +55,3 @@ def groups_of(model: PreTrainedModel) -> list[list[StoredLinear]]:
         for name, m in stored.items()
     )
     return [[stored[name] for name in names] for names in shared_inputs(model, layers)] if layers else []
-
-
-def facts_of(choice: Choice) -> dict[str, Any]:
-    """A choice, JSON-ready."""
-    codec, outputs, inputs, rank = choice.shapes[0][:4]
-    return {
-        "layers": f"{choice.groups} x {len(choice.shapes)} {codec} {outputs}x{inputs}, rank {rank}",
-        "rows": choice.lines,
-        "torch_us": choice.torch_us,
-        "kernel_us": choice.kernel_us,
-        "kernel": choice.kernel,
-        "note": choice.note,
-    }

@@ -1,14 +1,15 @@
 """Which layers decode by the kernels: those for which a clock on this device says so.
 
 Layers of the same shapes are timed together, one after the other in one CUDA graph, so that weights come from memory
-and not from the cache as they do in use. The torch products are a candidate like the tiles.
+and not from the cache as they do in use. The torch products are a candidate like the tiles. Dense weights of the same
+shapes are timed beside them: a layer may be at its best and still slower than what it replaced.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.kernels.few import CODED, WHOLE, FewRows, Tiles, attach, group_of, unsuited
@@ -27,6 +28,8 @@ TIMED_GROUPS = 12
 """Groups of the same shapes in one timing, at most: more tell nothing new."""
 MARGIN = 0.98
 """The kernels must take less than this share of the time of torch."""
+COLD = 2**28
+"""Bytes of dense weights in one timing, to which at most a group is added: several times the cache of an H200."""
 
 
 class Choice(NamedTuple):
@@ -39,10 +42,17 @@ class Choice(NamedTuple):
     kernel_us: float | None  # None: there is none, or none ran
     tiles: Tiles | None  # None: torch is kept
     note: str = ""
+    dense_us: float | None = None  # None: there was no memory for dense weights
 
     @property
     def kernel(self) -> bool:
         return self.tiles is not None
+
+    @property
+    def slower_than_dense(self) -> bool:
+        """Whether what is used takes longer than the weights it replaced."""
+        used = self.torch_us if self.tiles is None or self.kernel_us is None else self.kernel_us
+        return self.dense_us is not None and used > self.dense_us
 
 
 def shapes_of(layers: Sequence[StoredLinear]) -> tuple[Any, ...]:
@@ -74,6 +84,20 @@ def seconds_in_graph(run: Callable[[], Any], *, replays: int = 5, rounds: int = 
         end.synchronize()
         took.append(begin.elapsed_time(end) / 1e3 / replays)
     return sorted(took)[rounds // 2]
+
+
+def dense_us(groups: Sequence[Sequence[StoredLinear]], x: Tensor) -> float | None:
+    """Microseconds of x (M, I) times dense weights (O, I) of one group's shapes; None where they find no memory.
+
+    As many groups as are given, or as hold `COLD` bytes.
+    """
+    size = sum(layer.out_features * layer.in_features for layer in groups[0]) * x.element_size()
+    copies = min(len(groups), -(-COLD // size))
+    try:
+        weights = [x.new_zeros(la.out_features, la.in_features) for some in groups[:copies] for la in some]
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return seconds_in_graph(lambda: [nn.functional.linear(x, weight) for weight in weights]) / copies * 1e6
 
 
 def choose(groups: Iterable[Sequence[StoredLinear]], lines: Sequence[int], *, pdl: bool) -> list[Choice]:
@@ -120,10 +144,11 @@ def _measured(shapes: tuple[Any, ...], members: list[FewRows], count: int, *, pd
 
         notes: list[str] = []
         best, least = _search(clock, _tiles_for(layer, count), pdl=pdl, one=isinstance(layer, WHOLE))
+        dense = dense_us([group.layers for group in timed], x)
     won = least < MARGIN * torch_s
     return Choice(
         shapes, count, len(members), torch_s * 1e6, least * 1e6 if least < float("inf") else None,
-        best if won else None, "; ".join(dict.fromkeys(notes)),
+        best if won else None, "; ".join(dict.fromkeys(notes)), dense,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.nn.codecs import StoredLinear
-from spectrim.nn.kernels.choice import MARGIN, TIMED_GROUPS, Choice, differs, seconds_in_graph, shapes_of
+from spectrim.nn.kernels.choice import MARGIN, TIMED_GROUPS, Choice, dense_us, differs, seconds_in_graph, shapes_of
 from spectrim.nn.kernels.launch import Tile
 from spectrim.nn.linears import PivotLinear
 from spectrim.nn.quantised import QuantisedPivotLinear
@@ -149,14 +149,15 @@ def _measured(shapes: tuple[Any, ...], members: list[StoredLinear], rows: int) -
                 found[form, tile] = seconds_in_graph(lambda run=run: [f.product(la, x) for f, la in run]) / len(timed)
             except Exception as error:  # a tile that this device or this Triton cannot take
                 notes.append(f"{form} {tile}: {type(error).__name__}: {str(error)[:200]}")
+        dense = dense_us([[layer] for layer in timed], x)
     best = min(found, key=lambda key: found[key], default=None)
     if best is None or found[best] >= MARGIN * torch_s:
         least = None if best is None else found[best] * 1e6
-        return Choice(shapes, rows, len(members), torch_s * 1e6, least, None, "; ".join(notes))
+        return Choice(shapes, rows, len(members), torch_s * 1e6, least, None, "; ".join(notes), dense)
     for layer in members:
         layer.many = form_of(layer, *best, least=rows // 2)
     note = "; ".join([f"outputs by {best[0]}", *(f"{f} at best {_least(found, f):.1f} us" for f in ("merge", "scatter")), *notes])  # noqa: E501  # fmt: skip
-    return Choice(shapes, rows, len(members), torch_s * 1e6, found[best] * 1e6, (best[1], best[1]), note)
+    return Choice(shapes, rows, len(members), torch_s * 1e6, found[best] * 1e6, (best[1], best[1]), note, dense)
 
 
 def _candidates(dtype: torch.dtype) -> list[tuple[Form, Tile]]:
