@@ -321,7 +321,8 @@ def facts_of_choices(choices: list[Choice]) -> dict[str, Any]:
         "choices": [choice._asdict() for choice in choices],
         "chosen": [f"{c.shapes[0][0]} x{len(c.shapes)} {c.shapes[0][1]}x{c.shapes[0][2]} rank {c.shapes[0][3]}"
                    f" rows {c.lines}: torch {c.torch_us:.1f} us, kernel {c.kernel_us or 0:.1f} us,"
-                   f" dense {c.dense_us or 0:.1f} us{' SLOWER' if c.slower_than_dense else ''}, {c.tiles}"
+                   f" dense {'no memory' if c.dense_us is None else f'{c.dense_us:.1f} us'}"
+                   f"{' SLOWER' if c.slower_than_dense else ''}, {c.tiles}"
                    f" {c.note}" for c in choices],
     }  # fmt: skip
 
