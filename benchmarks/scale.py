@@ -1,6 +1,6 @@
 """Speed and memory of compressing at scale, on random weights: time and memory are measured, never quality.
 
-    python benchmarks/scale.py --what drivers fast soco-steps growth --out results/scale --seconds 540
+    python benchmarks/scale.py --what drivers fast soco-steps growth profile --out results/scale --seconds 540
 
 Rows go to OUT/scale.json, one after the other; a row that fails says why and the next one runs.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import scale_drivers
+import scale_profile
 import torch
 from scale_models import MATRIX_RATE, QUICK, Shape, build, forward_operations, gram_operations, walk_of
 from torch import Tensor
@@ -31,7 +32,7 @@ from spectrim.registry import make_method
 from spectrim.report.plot import line_chart
 
 Row = dict[str, Any]
-WHAT = ("drivers", "fast", "soco-steps", "growth")
+WHAT = ("drivers", "fast", "soco-steps", "growth", "profile")
 ALLOWED = {"fast": {"seconds": 240, "gpu_gb": 60}}
 
 
@@ -44,9 +45,9 @@ class Rows:
         before = json.loads(self.path.read_text()) if self.path.exists() else {"rows": {}}
         self.found: Row = {"facts": facts, "rows": before["rows"]}
 
-    def add(self, name: str, work: Callable[[], Row]) -> Row | None:
-        """Measure one row; None where it was not measured."""
-        if time.perf_counter() > self.end:
+    def add(self, name: str, work: Callable[[], Row], *, always: bool = False) -> Row | None:
+        """Measure one row; None where it was not measured. `always`: however late it is."""
+        if time.perf_counter() > self.end and not always:
             self._keep(name, {"skipped": "no time left"})
             return None
         started = time.perf_counter()
@@ -60,6 +61,7 @@ class Rows:
         row["wall_s"] = time.perf_counter() - started
         if torch.cuda.is_available():
             row["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            row["gpu_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         row["host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         self._keep(name, row)
         return None if "error" in row else row
@@ -125,7 +127,7 @@ def fast(shape: Shape, device: torch.device, count: int, length: int, told: Path
     measured = outcome.seconds.get("calibrate", 0.0)
     return {
         "seconds": took,
-        "stages": {k: round(v, 2) for k, v in outcome.seconds.items()},
+        "stages": {k: round(v, 3) for k, v in outcome.seconds.items()},
         "calibrate_floor_s": {"forward": forward, "recompute and backward": way_back, "statistics": grams},
         "calibrate_of_floor": (forward + way_back + grams) / measured if measured else None,
         "keep": outcome.plan.keep,
@@ -175,22 +177,25 @@ def soco_steps(shape: Shape, device: torch.device, batch: int, length: int, step
     }  # fmt: skip
 
 
+LEAST = 0.02
+"""Seconds below which a stage is mostly overhead: no exponent is fitted to it."""
 GROWTH = {
     "width": [Shape(w, w * 11 // 4 // 32 * 32, 2, 8000) for w in (512, 1024, 2048, 4096, 8192)],
-    "depth": [Shape(1024, 2816, d, 8000) for d in (2, 4, 8, 16, 32)],
     "tokens": [16, 32, 64, 128, 256],
+    "depth": [Shape(1024, 2816, d, 8000) for d in (2, 4, 8, 16, 32)],
 }
 
 
 def growth(rows: Rows, device: torch.device, quick: bool) -> None:
-    """Seconds of each stage and memory against width, depth and tokens; exponents fitted to the last three points."""
+    """Seconds of each stage and memory against width, tokens and depth; exponents fitted to the last three points."""
     sizes: dict[str, list[Any]] = dict(GROWTH)
     base = Shape(1024, 2816, 4, 8000)
     if quick:
         sizes = {"width": [Shape(w, 2 * w, 2, 256) for w in (64, 128, 256)],
-                 "depth": [Shape(64, 128, d, 256) for d in (2, 4, 8)], "tokens": [4, 8, 16]}  # fmt: skip
+                 "tokens": [4, 8, 16], "depth": [Shape(64, 128, d, 256) for d in (2, 4, 8)]}  # fmt: skip
         base = Shape(64, 128, 2, 256)
     count, length = (4, 32) if quick else (64, 1024)
+    rows.add("growth, warm up", lambda: fast(base, device, count, length))  # libraries load on the first use
     for axis, points in sizes.items():
         series: dict[str, list[tuple[float, float]]] = {}
         for point in points:
@@ -203,16 +208,17 @@ def growth(rows: Rows, device: torch.device, quick: bool) -> None:
                 if seconds:
                     series.setdefault(stage, []).append((float(at), float(seconds)))
         if series:
-            rows.add(f"growth of {axis}", lambda a=axis, s=series: fitted(rows, a, s))
+            rows.add(f"growth of {axis}", lambda a=axis, s=series: fitted(rows, a, s), always=True)
 
 
 def fitted(rows: Rows, axis: str, series: dict[str, list[tuple[float, float]]]) -> Row:
     """The exponent of each stage at the largest sizes, and a chart of logarithms."""
-    exponents = {stage: round(slope(points[-3:]), 2) for stage, points in series.items() if len(points) > 1}
+    long_enough = {stage: points for stage, points in series.items() if min(value for _, value in points[-3:]) > LEAST}
+    exponents = {stage: round(slope(points[-3:]), 2) for stage, points in long_enough.items() if len(points) > 1}
     logs = {
         f"{stage} {exponents.get(stage, '')}": [(math.log2(at), math.log2(value)) for at, value in points]
         for stage, points in series.items()
-        if points[-1][1] > 0.02
+        if points[-1][1] > LEAST
     }
     chart = line_chart(logs, title=f"Growth with {axis}", x=f"log2 {axis}", y="log2 seconds (GB)")
     (rows.path.parent / f"growth-{axis}.svg").write_text(chart)
@@ -236,35 +242,64 @@ def main() -> None:
     parser.add_argument("--warm-up", action="store_true", help="a small model first, so that libraries are loaded")
     parser.add_argument("--depth", type=int, help="blocks of the model of `fast`, instead of all")
     parser.add_argument("--steps", type=int, default=8, help="of soco-steps")
-    parser.add_argument("--only", default="", help="of the drivers, those whose names hold this")
+    parser.add_argument("--only", default="", help="of the drivers and the profile, rows whose names hold this")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the script on a CPU")
     given = parser.parse_args()
     device = torch.device(given.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows = Rows(given.out, {"device": name, "torch": torch.__version__, "quick": given.quick}, given.seconds)
-    shape, count, length = (QUICK, 8, 64) if given.quick else (Shape(), 256, 2048)
-    if given.quick or given.depth is not None:  # the way that large models take
+    if given.quick or given.depth is not None or {"profile", "growth"} & {*given.what}:  # the way of large models
         for module in (way, recompute):
             module.fits_whole = lambda *_: False
-    if "fast" in given.what:
-        if given.warm_up:  # libraries load and kernels compile on the first use
-            rows.add("warm up", lambda: fast(Shape(1024, 2816, 2, 1000), device, 8, 512))
-        part = shape if given.depth is None else shape._replace(depth=given.depth)
-        told = given.out / "fast-stages.json"
-        row = rows.add(f"fast, {part.depth} blocks", lambda: fast(part, device, count, length, told))
-        if row is not None:
-            print({key: (row.get(key), "at most", most) for key, most in ALLOWED["fast"].items()})
-    if "soco-steps" in given.what:
-        batch, steps = (2, given.steps) if given.quick else (8, given.steps)
-        rows.add("soco-steps", lambda: soco_steps(shape, device, batch, length, steps, given.out / "steps.json"))
-    if "growth" in given.what:
-        for module in (way, recompute):  # one way for all sizes
-            module.fits_whole = lambda *_: False
-        growth(rows, device, given.quick)
-    if "drivers" in given.what:
-        for label, work in scale_drivers.rows(device, given.quick):
-            if given.only in label:
-                rows.add(label, work)
+    for what in [w for w in ("profile", "fast", "soco-steps", "growth", "drivers") if w in given.what]:
+        PARTS[what](rows, given, device)
+
+
+def _whole(given: argparse.Namespace) -> tuple[Shape, int, int]:
+    """The model, and how many windows of what length."""
+    shape, count, length = (QUICK, 8, 64) if given.quick else (Shape(), 256, 2048)
+    return (shape if given.depth is None else shape._replace(depth=given.depth)), count, length
+
+
+def _fast(rows: Rows, given: argparse.Namespace, device: torch.device) -> None:
+    shape, count, length = _whole(given)
+    if given.warm_up:  # libraries load and kernels compile on the first use
+        rows.add("warm up", lambda: fast(Shape(1024, 2816, 2, 1000), device, 8, 512))
+    told = given.out / "fast-stages.json"
+    row = rows.add(f"fast, {shape.depth} blocks", lambda: fast(shape, device, count, length, told))
+    if row is not None:
+        print({key: (row.get(key), "at most", most) for key, most in ALLOWED["fast"].items()})
+
+
+def _profile(rows: Rows, given: argparse.Namespace, device: torch.device) -> None:
+    shape, count, length = _whole(given)
+    small = shape._replace(width=shape.width // 4, inner=shape.inner // 4, depth=2)
+    rows.add("warm up", lambda: fast(small, device, max(2, count // 16), length))
+    for label, work in scale_profile.rows(lambda: fast(shape, device, count, length), device, given.quick):
+        if given.only in label:
+            rows.add(label, work)
+    print(scale_profile.table(rows.found["rows"]))
+
+
+def _soco_steps(rows: Rows, given: argparse.Namespace, device: torch.device) -> None:
+    shape, _, length = _whole(given)
+    batch, told = 2 if given.quick else 8, given.out / "steps.json"
+    rows.add("soco-steps", lambda: soco_steps(shape, device, batch, length, given.steps, told))
+
+
+def _drivers(rows: Rows, given: argparse.Namespace, device: torch.device) -> None:
+    for label, work in scale_drivers.rows(device, given.quick):
+        if given.only in label:
+            rows.add(label, work)
+
+
+PARTS: dict[str, Callable[[Rows, argparse.Namespace, torch.device], None]] = {
+    "profile": _profile,
+    "fast": _fast,
+    "soco-steps": _soco_steps,
+    "growth": lambda rows, given, device: growth(rows, device, given.quick),
+    "drivers": _drivers,
+}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ class Stat(Enum):
 
 INPUT_STATS = frozenset({Stat.GRAM, Stat.MEAN, Stat.MEAN_ABS})
 """Those of what a layer reads: measured once for layers that read the same."""
+SYMMETRIC_STATS = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
+"""Matrices of which the part on and above the diagonal says all."""
 SAMPLED_STATS = frozenset({Stat.OUTPUT_GRAD, Stat.FISHER})
 GRADIENT_STATS = SAMPLED_STATS | {Stat.SLOPE}
 """Those that need backward passes, from labels sampled from the model or from the text's own."""

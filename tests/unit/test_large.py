@@ -219,9 +219,9 @@ def test_a_packed_symmetric_matrix_comes_back(n: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("rows", "width"), [(7, 5), (40, 12), (33, 13)])
-@pytest.mark.parametrize("crossed", [False, True])
+@pytest.mark.parametrize(("crossed", "upper"), [(False, False), (False, True), (True, False)])
 def test_products_in_strips_are_the_product(
-    rows: int, width: int, crossed: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, width: int, crossed: bool, upper: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way of a GPU, with its one product replaced by an exact one."""
     monkeypatch.setattr(curvature, "TENSOR_CHUNK", 16)
@@ -230,7 +230,12 @@ def test_products_in_strips_are_the_product(
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(rows, width, generator=generator).bfloat16() for _ in range(2))
     total = torch.ones(width, width, dtype=torch.float64)
-    curvature._add_gram_of_bf16(total, x, y if crossed else x, symmetric=not crossed)
+    for part in (slice(0, 5), slice(5, None)):
+        second = (y if crossed else x)[part]
+        curvature._add_gram_of_bf16(total, x[part], second, symmetric=not crossed, upper=upper)
+    if upper:
+        assert not torch.equal(total, total.mT)
+        curvature.mirror(total)
     assert off_by(total, 1 + x.double().mT @ (y if crossed else x).double()) < 1e-6
 
 

@@ -12,8 +12,10 @@ from spectrim.linalg.factor import (
     Spectrum,
     balance,
     decompose,
+    decompose_between,
     descending_eigh,
     drift_target,
+    energies_between,
     randomised_factors,
     refit_left,
     refit_right,
@@ -396,3 +398,37 @@ def test_refit_right_equals_least_squares_on_samples_and_keeps_what_cannot_be_be
     assert torch.allclose(refit_right(weight, left, found, cross, gram), found, atol=1e-8)
     silent = refit_right(weight, left, right, cross * 0, gram * 0)
     assert torch.equal(silent, right)
+
+
+# ---------- decompose_between
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_decomposition_with_one_root_is_that_with_two(shape):
+    """The way that forms both roots is the oracle."""
+    weight, b, a = normal(1, *shape), covariance(2, shape[0]), covariance(3, shape[1])
+    found, wanted = decompose_between(weight, b, a), decompose(weight, root_of(b), root_of(a))
+    torch.testing.assert_close(found.energy, wanted.energy, rtol=1e-8, atol=1e-10 * float(wanted.energy[0]))
+    assert torch.equal(energies_between(weight, b, a), found.energy)
+    for rank in range(min(shape) + 1):
+        cut, other = product(truncate(found, rank)), product(truncate(wanted, rank))
+        torch.testing.assert_close(cut, other, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7)])
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_covariance_of_zeros_counts_as_the_identity(shape, side):
+    weight, outputs, inputs = normal(1, *shape), covariance(2, shape[0]), covariance(3, shape[1])
+    zeros, eyes = [torch.zeros_like(outputs), inputs], [torch.eye(shape[0], dtype=weight.dtype), inputs]
+    if side == "input":
+        zeros, eyes = [outputs, torch.zeros_like(inputs)], [outputs, torch.eye(shape[1], dtype=weight.dtype)]
+    found, wanted = decompose_between(weight, *zeros), decompose_between(weight, *eyes)
+    torch.testing.assert_close(found.energy, wanted.energy)
+    torch.testing.assert_close(product(truncate(found, 2)), product(truncate(wanted, 2)))
+
+
+def test_a_singular_larger_side_gives_the_weight_back():
+    weight, rows = normal(1, 5, 9), normal(2, 3, 9)
+    spectrum = decompose_between(weight, covariance(3, 5), rows.mT @ rows)
+    assert float(spectrum.energy[3:].max()) <= 1e-12 * float(spectrum.energy[0])
+    torch.testing.assert_close(product(spectrum), weight, rtol=1e-7, atol=1e-8)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spectrim.linalg import pivot
 from spectrim.linalg.allocate import pivot_cost
 from spectrim.linalg.factor import Factors, decompose, truncate
 from spectrim.linalg.pivot import Pivots, from_pivots, pack_mask, to_pivots, unpack_mask
@@ -150,3 +151,20 @@ def test_pack_and_unpack_mask_round_trip_in_the_fewest_bytes(bits):
 def test_mask_bits_go_lowest_first():
     assert pack_mask(torch.tensor([True, False, False, True] + [False] * 4 + [True])).tolist() == [9, 1]
     assert unpack_mask(torch.tensor([9, 255], dtype=torch.uint8), 9).nonzero().flatten().tolist() == [0, 3, 8]
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_many_columns_on_a_gpu_are_stored_as_exactly(dependent, monkeypatch):
+    """Their basis comes from a Cholesky factor; from reflections, as elsewhere, where columns depend on each other."""
+    left, right = normal(1, 40, 12) * torch.logspace(0, -2, 12, dtype=torch.float64), normal(2, 12, 30)
+    if dependent:
+        left[:, 5] = left[:, 4]
+    basis = pivot._orthonormal(left)
+    projected = torch.linalg.qr(left).Q
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-7)
+    if not dependent:
+        torch.testing.assert_close(basis @ basis.mT, projected @ projected.mT, rtol=0, atol=1e-7)
+    monkeypatch.setattr(pivot, "_many_on_a_gpu", lambda _: True)
+    stored = to_pivots(Factors(left, right))
+    torch.testing.assert_close(from_pivots(stored), left @ right, rtol=1e-9, atol=1e-10)
+    assert float(stored.coefficients.abs().max()) <= BOUND

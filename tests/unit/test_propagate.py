@@ -290,8 +290,27 @@ class Expert(nn.Module):
         return out.view_as(x)
 
 
+@pytest.fixture
+def with_room(monkeypatch):
+    """As on a GPU that holds the inputs of all groups of a block."""
+    monkeypatch.setattr("spectrim.engines.propagate._has_room", lambda *_: True)
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa-bias", "gpt2", "opt", "phi3"])
+def test_inputs_of_a_block_from_one_pass_are_those_of_a_pass_for_each_group(architecture, request):
+    dense = tiny(architecture)
+    wanted, _, spectra, _ = propagated(dense, batch_size=7)
+    request.getfixturevalue("with_room")
+    found, _, others, _ = propagated(dense, batch_size=7)
+    assert torch.equal(logits_of(found, IDS), logits_of(wanted, IDS))
+    assert all(torch.equal(others[name].left, own.left) for name, own in spectra.items())
+
+
 @pytest.mark.fault(56)
-def test_routed_layers_keep_their_spectra_and_are_named():
+@pytest.mark.parametrize("room", [False, True])
+def test_routed_layers_keep_their_spectra_and_are_named(room, request):
+    if room:
+        request.getfixturevalue("with_room")
     dense = tiny("llama")
     dense.model.layers[0].mlp = Expert()
     name = "model.layers.0.mlp.up"
@@ -308,7 +327,10 @@ def test_routed_layers_keep_their_spectra_and_are_named():
 
 
 @pytest.mark.fault(56)
-def test_a_layer_that_never_runs_is_named_too():
+@pytest.mark.parametrize("room", [False, True])
+def test_a_layer_that_never_runs_is_named_too(room, request):
+    if room:
+        request.getfixturevalue("with_room")
     dense = tiny("llama")
     method = method_of()
     walk = find_layers(dense)

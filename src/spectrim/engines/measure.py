@@ -186,7 +186,7 @@ def add_input(sums: Sums, x: Tensor, needs: frozenset[Stat]) -> None:
     sums.tokens += len(rows)
     width = rows.shape[1]
     if Stat.GRAM in needs:
-        add_gram(sums.total(Stat.GRAM, (width, width), x.device), rows)
+        add_gram(sums.total(Stat.GRAM, (width, width), x.device), rows, upper=True)
     if Stat.MEAN in needs:
         sums.total(Stat.MEAN, (width,), x.device).add_(rows.double().sum(0))
     if Stat.MEAN_ABS in needs:
@@ -203,7 +203,7 @@ def add_gradient(sums: Sums, gradient: Tensor, x: Tensor, needs: frozenset[Stat]
     if Stat.OUTPUT_GRAD in needs:
         width = rows.shape[1]
         clipped = clip_rows(rows, ratio=GRADIENT_CLIP)
-        add_gram(sums.total(Stat.OUTPUT_GRAD, (width, width), x.device), clipped)
+        add_gram(sums.total(Stat.OUTPUT_GRAD, (width, width), x.device), clipped, upper=True)
     if Stat.SLOPE in needs:
         flat = x.reshape(-1, x.shape[-1])
         add_gram(sums.total(Stat.SLOPE, (rows.shape[1], flat.shape[1]), x.device), rows, flat)

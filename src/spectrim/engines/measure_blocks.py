@@ -133,6 +133,7 @@ class _Run:
             if block % self.stride == 0:
                 kept[block] = [h for h, batch in zip(hidden, batches, strict=True) if batch.gives_gradient]
             sums = {layer.name: Sums() for layer in layers if self.leader[layer.name] == layer.name}
+            self.shelf.expect(sums, wanted, again=self.again)
 
             def on_input(name: str, x: Tensor, sums: dict[str, Sums] = sums) -> None:
                 if name in sums:
@@ -187,6 +188,7 @@ class _Run:
         layers = self.layers[block]
         sums = {layer.name: Sums() for layer in layers}
         wanted = self.needs & GRADIENT_STATS
+        self.shelf.expect(sums, wanted, again=self.again)
 
         def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
             add_gradient(sums[name], gradient, x, wanted, windows)

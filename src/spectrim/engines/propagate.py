@@ -29,8 +29,9 @@ from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.parts import Parts, energies_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan, plan_to_facts
 from spectrim.engines.spread import handed_some, holders_of, own_windows
-from spectrim.engines.stream import Stream, input_moments, start
+from spectrim.engines.stream import Stream, input_moments, inputs_of, start
 from spectrim.linalg.factor import Spectrum, drift_target, token_share
+from spectrim.memory import has_room
 from spectrim.method import LayerMethod
 from spectrim.models.walk import Layer, Walk, device_of, shared_inputs, weight_of
 from spectrim.processes import present
@@ -78,8 +79,11 @@ def propagate(
         full, small = begin(dense, walk, mine, batch_size), begin(student, walk, mine, batch_size)
         for block in range(len(walk.block_names)):
             here = [group for group in groups if layers[group[0]].block == block]
+            leaders = [layers[group[0]] for group in here]
+            known = inputs_of(full, block, [la.name for la in leaders]) if _has_room(full, leaders) else {}
             for group in here:
-                moments = None if block < finished else _moments(full, small, block, group[0], len(mine) / len(ids))
+                given = (full, small, block, group[0], known.pop(group[0], None))
+                moments = None if block < finished else _moments(*given, len(mine) / len(ids))
                 if block >= finished:
                     unpaired += group if moments is None else []
                     own = [layers[name] for name in group if name in stats]
@@ -97,9 +101,21 @@ def propagate(
     return [_warning(unpaired)] if unpaired else []
 
 
-def _moments(full: Stream, small: Stream, block: int, name: str, share: float) -> tuple[Tensor, Tensor] | None:
+def _has_room(full: Stream, leaders: Sequence[Layer]) -> bool:
+    """Whether the inputs of all groups of a block, which the dense model has in one pass, are held on a GPU at once.
+
+    Without room that model runs up to each group in turn, as it does on a CPU, whose memory is not ours to fill.
+    """
+    numbers = sum(hidden.shape[:-1].numel() for hidden in full.hidden) * sum(la.inputs for la in leaders)
+    first = full.hidden[0] if full.hidden else None
+    return first is not None and first.is_cuda and has_room(first.device, numbers * first.element_size())
+
+
+def _moments(
+    full: Stream, small: Stream, block: int, name: str, known: list[Tensor] | None, share: float
+) -> tuple[Tensor, Tensor] | None:
     """`input_moments` over the windows of all ranks, of which this one has a `share`; the same bits everywhere."""
-    own, group = input_moments(full, small, block, name), present()
+    own, group = input_moments(full, small, block, name, known), present()
     if group.alone:
         return own
     if not all(group.objects(own is not None)):

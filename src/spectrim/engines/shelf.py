@@ -7,41 +7,83 @@ What layers share is kept once. Where a tensor lies is chosen by the memory at h
     spectra of a 7B model      K (O + I) numbers of every layer, 41 GB in float32; 22 GB once cut to keep 0.8
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
+from spectrim.engines.ferry import Coming, Ferry, ferry_of
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import has_room
-from spectrim.stats import Stat, Stats
+from spectrim.stats import SYMMETRIC_STATS, Stat, Stats
 
 Owned = tuple[str, Stat]
 """Whose measurement, and of what."""
 
 
 class Shelf:
-    """Tensors by key, in float32, on the device while it has room (never, if they are to be `on_host`), else there."""
+    """Tensors by key, in float32, on the device while it has room (never, if they are to be `on_host`), else there.
+
+    A GPU's tensors go to the host and come back while it computes (ferry.py): those there are complete once `settled`.
+    """
 
     def __init__(self, device: torch.device, *, on_host: bool = False) -> None:
         self.device, self.on_host = device, on_host
         self.kept: dict[object, Tensor] = {}
+        self.ferry: Ferry | None = None
+        self.leaving: dict[object, Future[None]] = {}
+        self.coming: dict[object, Coming] = {}
 
     def put(self, key: object, tensor: Tensor) -> None:
         """Keep it, in the place of what had this key: where that lies, if its shape is the same."""
         narrow, old = tensor.detach().float(), self.kept.get(key)
-        if old is not None and old.shape == narrow.shape:
+        if old is not None and old.shape != narrow.shape:
+            self.drop(key)
+            old = None
+        if old is None:
+            here = not self.on_host and has_room(self.device, narrow.nbytes)
+            old = self.kept[key] = torch.empty(narrow.shape, device=self.device if here else "cpu")
+            if not here and self.device.type == "cuda":
+                self.ferry = ferry_of(self.device)
+        # A copy in every case: a view would keep the tensor it looks at alive.
+        if self.ferry is None or old.device.type != "cpu":
             old.copy_(narrow)
             return
-        here = not self.on_host and has_room(self.device, narrow.nbytes)
-        # A copy in every case: a view would keep the tensor it looks at alive. Pinned memory is copied at full speed.
-        pinned = not here and self.device.type == "cuda"
-        place = self.device if here else "cpu"
-        self.kept[key] = torch.empty(narrow.shape, device=place, pin_memory=pinned).copy_(narrow)
+        self.settled(key)
+        own = narrow.data_ptr() != tensor.data_ptr()  # else the caller may write to it
+        self.leaving[key] = self.ferry.away(narrow.contiguous() if own else narrow.clone(), old)
+
+    def settled(self, key: object) -> Tensor:
+        """What is kept, where it lies, once nothing is on its way to or from there: it may be written to."""
+        leaving, coming = self.leaving.pop(key, None), self.coming.pop(key, None)
+        if leaving is not None:
+            leaving.result()
+        if coming is not None:
+            coming.done.result()
+        return self.kept[key]
+
+    def ahead(self, key: object) -> None:
+        """Begin to bring a tensor of the host to the device, where it is soon needed."""
+        if self.ferry is not None and key not in self.coming and self.kept[key].device.type == "cpu":
+            self.coming[key] = self.ferry.ahead(self.settled(key))
+
+    def fetch(self, key: object) -> Tensor:
+        """On the device, as it is kept; not to be written to."""
+        self.ahead(key)
+        coming = self.coming.pop(key, None)
+        if coming is None or self.ferry is None:
+            return self.kept[key].to(self.device)
+        return self.ferry.take(coming)
 
     def get(self, key: object) -> Tensor:
         """On the device, in float64."""
-        return self.kept[key].to(self.device).double()
+        return self.fetch(key).double()
+
+    def drop(self, key: object) -> None:
+        """Keep it no longer."""
+        for where in (self.leaving, self.coming, self.kept):
+            where.pop(key, None)
 
 
 STRIP = 1024
@@ -67,9 +109,6 @@ def unpack_symmetric(packed: Tensor, n: int) -> Tensor:
     return matrix
 
 
-SYMMETRIC = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
-
-
 class StatsShelf(Mapping[str, Stats]):
     """Statistics of every layer; layers that read the same share what was measured of it."""
 
@@ -91,14 +130,20 @@ class StatsShelf(Mapping[str, Stats]):
         self.sides[key] = len(value)
         if stat in (Stat.GRAM, Stat.MEAN_ABS):
             self.sizes[key] = mean.diagonal().clone() if stat == Stat.GRAM else mean
-        self.shelf.put(key, pack_symmetric(mean.float()) if stat in SYMMETRIC else mean)
+        self.shelf.put(key, pack_symmetric(mean.float()) if stat in SYMMETRIC_STATS else mean)
         self.rounds[key] = again
         self.recent = {}
 
     def _get(self, key: Owned) -> Tensor:
         """In float64 on the device."""
-        packed = self.shelf.kept[key].to(self.shelf.device)
-        return (unpack_symmetric(packed, self.sides[key]) if key[1] in SYMMETRIC else packed).double()
+        packed = self.shelf.fetch(key)
+        return (unpack_symmetric(packed, self.sides[key]) if key[1] in SYMMETRIC_STATS else packed).double()
+
+    def expect(self, owners: Iterable[str], stats: Iterable[Stat], *, again: int) -> None:
+        """Round `again` is about to add to these: what is there of them begins to come to the device."""
+        for key in ((owner, stat) for owner in owners for stat in stats):
+            if self.rounds.get(key, again) < again:
+                self.shelf.ahead(key)
 
     def describe(self, name: str, tokens: int, owners: Mapping[Stat, str], *, again: int) -> None:
         """Which measurements make up the statistics of a layer, and over how many tokens in round `again`."""
@@ -121,8 +166,17 @@ class StatsShelf(Mapping[str, Stats]):
             held = self.recent.get(key)  # q, k and v come one after the other
             wanted[key] = self._get(key) if held is None else held
         self.recent = wanted
+        for key in self._keys_after(name):
+            if key not in wanted:
+                self.shelf.ahead(key)
         found = {stat.value: value for (_, stat), value in wanted.items()}
         return Stats(tokens=sum(self.tokens[name].values()), **found)
+
+    def _keys_after(self, name: str) -> list[Owned]:
+        """What the next layer needs: layers are asked for in running order."""
+        names = [*self.owners]
+        following = names.index(name) + 1
+        return [] if following == len(names) else [(owner, s) for s, owner in self.owners[names[following]].items()]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.owners)
@@ -156,7 +210,7 @@ class SpectraShelf(MutableMapping[str, Spectrum]):
 
     def as_kept(self, name: str) -> Spectrum:
         """In float32, without a copy where it lies on the device; energies of the components that are there."""
-        left, right = (self.shelf.kept[name, part].to(self.shelf.device) for part in ("left", "right"))
+        left, right = (self.shelf.fetch((name, part)) for part in ("left", "right"))
         return Spectrum(left, right, self.energies[name][: left.shape[1]])
 
     def count(self, name: str) -> int:
@@ -166,7 +220,7 @@ class SpectraShelf(MutableMapping[str, Spectrum]):
     def __delitem__(self, name: str) -> None:
         del self.energies[name]
         for part in ("left", "right"):
-            del self.shelf.kept[name, part]
+            self.shelf.drop((name, part))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.energies)
@@ -195,7 +249,7 @@ def components_of(spectra: Mapping[str, Spectrum], name: str) -> Spectrum:
 def scale(spectra: MutableMapping[str, Spectrum], name: str, scores: Tensor) -> None:
     """Scores (float64, of the components that are there) folded into the left factor and the energies, in place."""
     if isinstance(spectra, SpectraShelf):
-        left = spectra.shelf.kept[name, "left"]
+        left = spectra.shelf.settled((name, "left"))
         left *= scores.to(left)
         energy = spectra.energies[name].clone()
         energy[: len(scores)] *= scores.square()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from spectrim.engines.loop import Buffers
 from spectrim.engines.pack import fill
-from spectrim.linalg.curvature import add_gram
+from spectrim.linalg.curvature import add_gram, mirror
 from spectrim.models.walk import Walk, device_of
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.packed import PackedLinear
@@ -105,22 +105,49 @@ def shared(new: Any, known: Any) -> Any:
     return new
 
 
-def input_moments(dense: Stream, small: Stream, block: int, name: str) -> tuple[Tensor, Tensor] | None:
+def inputs_of(stream: Stream, block: int, names: list[str]) -> dict[str, list[Tensor]]:
+    """Inputs of the layers `names` by batch, from one pass through their block, which the stream then has behind it.
+
+    Of a layer that does not read once in a pass there is no full list.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name].append(inputs[0])
+
+        return hook
+
+    handles = [stream.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        stream.advance(block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def input_moments(
+    dense: Stream, small: Stream, block: int, name: str, known: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
     """E[x x'^T] and E[x' x'^T] at the input of layer `name`, x in `dense` and x' in `small`, at their present block.
 
+    `known` is x by batch, from `inputs_of`; without it `dense` runs up to the layer too.
     None where tokens cannot be paired: those of an expert, which each model chooses in its own way.
     """
+    if known is not None and len(known) != len(dense.hidden):
+        return None
     seen: dict[str, Tensor] = {}
-    handles = [
-        stream.model.get_submodule(name).register_forward_pre_hook(_store(seen, key))
-        for key, stream in (("dense", dense), ("small", small))
-    ]
+    running = [("small", small)] if known is not None else [("dense", dense), ("small", small)]
+    handles = [stream.model.get_submodule(name).register_forward_pre_hook(_store(seen, key)) for key, stream in running]
     cross = gram = None
     tokens = 0
     try:
         for batch, hidden in enumerate(dense.hidden):
             seen.clear()
-            for stream in (dense, small):
+            if known is not None:
+                seen["dense"] = known[batch]
+            for _, stream in running:
                 with suppress(_Seen):
                     stream.run(block, batch)
             rows = {key: x.reshape(-1, x.shape[-1]) for key, x in seen.items()}
@@ -131,13 +158,14 @@ def input_moments(dense: Stream, small: Stream, block: int, name: str) -> tuple[
                 cross = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
                 gram = torch.zeros_like(cross)
             add_gram(cross, x, y)
-            add_gram(gram, y)
+            add_gram(gram, y, upper=True)
             tokens += len(x)
     finally:
         for handle in handles:
             handle.remove()
     assert cross is not None, "no calibration window"
     assert gram is not None
+    mirror(gram)
     return cross / tokens, gram / tokens
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.parts import Run, load_own, size_of
-from spectrim.stats import Stat
+from spectrim.linalg.curvature import mirror
+from spectrim.stats import SYMMETRIC_STATS, Stat
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -17,7 +18,10 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass
 class Sums:
-    """Running sums of one shared input, or of one layer's outputs."""
+    """Running sums of one shared input, or of one layer's outputs.
+
+    Below the diagonal symmetric ones are only right after `to_means`.
+    """
 
     tokens: int = 0
     gradient_tokens: int = 0
@@ -38,6 +42,8 @@ class Sums:
             Stat.FISHER: self.sequences,
         }
         for stat, total in self.totals.items():
+            if stat in SYMMETRIC_STATS:
+                mirror(total)
             total /= counts.get(stat, self.tokens)
 
 

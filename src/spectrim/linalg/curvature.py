@@ -24,15 +24,19 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def add_gram(total: Tensor, rows: Tensor, other: Tensor | None = None) -> None:
+def add_gram(total: Tensor, rows: Tensor, other: Tensor | None = None, *, upper: bool = False) -> None:
     """`total += rows^T other` in place. rows (N, n), other (N, m) or the same, total (n, m) in float64.
+
+    With `upper`, what is below the diagonal may be left as it was, until `mirror` puts it there: adding it to each sum
+    in turn takes a GPU as long as the product.
 
     Rows in bf16 on a GPU are multiplied on its tensor cores: products of bf16 numbers are exact in float32, in which
     they are added, as they are in the other way; it is eight times as fast.
     """
     with full_precision(total.device):
         if rows.is_cuda and rows.dtype == torch.bfloat16 and min(total.shape) >= TENSOR_SIDE:
-            _add_gram_of_bf16(total, rows, rows if other is None else other.to(rows.dtype), symmetric=other is None)
+            second = rows if other is None else other.to(rows.dtype)
+            _add_gram_of_bf16(total, rows, second, symmetric=other is None, upper=upper)
             return
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK].float()
@@ -40,7 +44,16 @@ def add_gram(total: Tensor, rows: Tensor, other: Tensor | None = None) -> None:
             total += part.mT @ second
 
 
-def _add_gram_of_bf16(total: Tensor, rows: Tensor, other: Tensor, *, symmetric: bool) -> None:
+def mirror(total: Tensor) -> None:
+    """What is above the diagonal of a matrix (n, n) put below it too, in place."""
+    for low in range(0, len(total), STRIP):
+        high = low + STRIP
+        diagonal = total[low:high, low:high]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
+        total[high:, low:high] = total[low:high, high:].mT
+
+
+def _add_gram_of_bf16(total: Tensor, rows: Tensor, other: Tensor, *, symmetric: bool, upper: bool = False) -> None:
     """A symmetric product is formed in strips above the diagonal: little more than half of the work for many strips."""
     for start in range(0, len(rows), TENSOR_CHUNK):
         part, second = rows[start : start + TENSOR_CHUNK], other[start : start + TENSOR_CHUNK]
@@ -52,7 +65,8 @@ def _add_gram_of_bf16(total: Tensor, rows: Tensor, other: Tensor, *, symmetric: 
             high = low + step
             strip = _product_in_float32(part[:, low:high].mT, second[:, low:])
             total[low:high, low:] += strip
-            total[high:, low:high] += strip[:, step:].mT
+            if not upper:
+                total[high:, low:high] += strip[:, step:].mT
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -177,6 +191,7 @@ def clip_rows(rows: Tensor, *, ratio: float) -> Tensor:
 
     A few tokens carry gradients a hundred times the rest; unclipped they decide the whole covariance.
     """
-    norms = rows.float().norm(dim=1, keepdim=True)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide).float()  # no copy of the rows in float32
     limit = ratio * norms.square().mean().sqrt()
     return rows * (limit / norms.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0).to(rows.dtype)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectrim.linalg.metric import Root, Triangle, safe_cholesky
+from spectrim.linalg.metric import Root, Triangle, safe_cholesky, triangle_of
 from spectrim.linalg.running import running_sum
 from spectrim.linalg.solver import eigh, svd
 
@@ -75,17 +75,38 @@ def decompose(weight: Tensor, left: Half | None = None, right: Half | None = Non
     return Spectrum(left_OK, right_KI, energy)
 
 
+def decompose_between(weight: Tensor, output: Tensor, inputs: Tensor) -> Spectrum:
+    """`decompose` in the roots of two covariances, `output` (O, O) and `inputs` (I, I), float64.
+
+    For O <= I only L is a root: with T = L^T W is M M^T = T R R^T T^T = T A T^T. A root of the larger side, which is
+    most of the work beside the eigenproblem, is never formed. O > I is the same of W^T.
+    """
+    if weight.shape[0] > weight.shape[1]:
+        turned = decompose_between(weight.mT, inputs, output)
+        return Spectrum(turned.right.mT, turned.left.mT, turned.energy)
+    left = triangle_of(output)
+    measured = left.root.mT @ weight
+    energy, basis = descending_eigh(_gram_in(measured, inputs))
+    return Spectrum(left.dual_times(basis), basis.mT @ measured, energy)
+
+
+def energies_between(weight: Tensor, output: Tensor, inputs: Tensor) -> Tensor:
+    """The energies (K,) of `decompose_between` alone."""
+    if weight.shape[0] > weight.shape[1]:
+        return energies_between(weight.mT, inputs, output)
+    # With vectors or without, a GPU takes as long; with them the answer can be checked.
+    return descending_eigh(_gram_in(triangle_of(output).root.mT @ weight, inputs))[0]
+
+
+def _gram_in(measured: Tensor, covariance: Tensor) -> Tensor:
+    """`T A T^T` (K, K) of T (K, I); a covariance of zeros says nothing about directions and counts as the identity."""
+    return measured @ (measured if not bool(covariance.any()) else measured @ covariance).mT
+
+
 def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, clamped at 0) and eigenvectors of a symmetric non-negative matrix."""
     values, vectors = eigh((gram + gram.mT) / 2)
     return values.flip(0).clamp(min=0), vectors.flip(1)
-
-
-def squared_singular_values(measured: Tensor) -> Tensor:
-    """Of a matrix (O, I), descending: the eigenvalues (K,) of its Gram matrix on the smaller side."""
-    gram = measured @ measured.mT if measured.shape[0] <= measured.shape[1] else measured.mT @ measured
-    # With vectors or without, a GPU takes as long; with them the answer can be checked.
-    return descending_eigh(gram)[0]
 
 
 def truncate(spectrum: Spectrum, rank: int) -> Factors:

@@ -50,9 +50,9 @@ def shrink(covariance: Tensor, ratio: float) -> Tensor:
 
     Few tokens give noisy eigenvectors; shrinkage is the standard cure (Ledoit and Wolf 2004). Relative by design.
     """
-    mean = covariance.diagonal().mean()
-    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    return (1 - ratio) * covariance + ratio * mean * eye
+    shrunk = (1 - ratio) * covariance
+    shrunk.diagonal().add_(ratio * covariance.diagonal().mean())
+    return shrunk
 
 
 def root_of(covariance: Tensor, *, floor: float = RELATIVE_FLOOR) -> Root:

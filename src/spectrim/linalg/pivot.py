@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.factor import Factors
+from spectrim.linalg.metric import safe_cholesky
 
 MANY = 1024
 """Columns from which a rotation that is drawn on the host takes a GPU longer than all the rest."""
@@ -76,12 +77,27 @@ def _generic_basis(left: Tensor) -> Tensor:
     triangles of -1) it leaves coefficients that grow like 2^R, on random ones it does not. Many columns on a GPU are
     mixed by random numbers drawn there: not a rotation, but of a condition (about R) that float64 does not notice.
     """
-    rank, orthonormal = left.shape[1], torch.linalg.qr(left).Q
-    if left.is_cuda and rank >= MANY:
+    rank = left.shape[1]
+    if _many_on_a_gpu(left):
         generator = torch.Generator(device=left.device).manual_seed(0)
-        return orthonormal @ torch.randn(rank, rank, generator=generator, dtype=left.dtype, device=left.device)
+        mix = torch.randn(rank, rank, generator=generator, dtype=left.dtype, device=left.device)
+        return _orthonormal(left) @ mix
     seeded = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return orthonormal @ torch.linalg.qr(seeded.to(left)).Q
+    return torch.linalg.qr(left).Q @ torch.linalg.qr(seeded.to(left)).Q
+
+
+def _many_on_a_gpu(left: Tensor) -> bool:
+    return left.is_cuda and left.shape[1] >= MANY
+
+
+def _orthonormal(left: Tensor) -> Tensor:
+    """Columns (O, R) of the same span, orthonormal to 1e-7: left R^-1 with R^T R = left^T left, products and a
+    triangular system alone. Where columns nearly depend on each other, by Householder reflections.
+    """
+    lower = safe_cholesky(left.mT @ left)
+    if lower is None:
+        return torch.linalg.qr(left).Q
+    return torch.linalg.solve_triangular(lower.mT, left, upper=True, left=False)
 
 
 def _start(basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from spectrim.linalg.factor import Spectrum, decompose, squared_singular_values
-from spectrim.linalg.metric import shrink, triangle_of
+from spectrim.linalg.factor import Spectrum, decompose_between, energies_between
+from spectrim.linalg.metric import shrink
 from spectrim.method import Allocation, LayerMethod, MethodInfo, require_choice, require_range
 from spectrim.replacement import Storage
 from spectrim.stats import Coupling, Stat, Stats
@@ -84,13 +84,14 @@ class TwoSided(TwoSidedMetric):
 
 def two_sided_energies(weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float) -> Tensor:
     """Squared singular values (K,) of L^T W R for one weight (O, I), float64; no root is inverted for them."""
-    left = triangle_of(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage)).root
-    right = triangle_of(shrink(stats.get(Stat.GRAM), input_shrinkage)).root
-    return squared_singular_values(left.mT @ weight @ right)
+    return energies_between(weight, *_shrunk(stats, input_shrinkage, output_shrinkage))
 
 
 def two_sided_spectrum(weight: Tensor, stats: Stats, input_shrinkage: float, output_shrinkage: float) -> Spectrum:
     """Steps 1 to 3 for one weight (O, I), float64."""
-    left = triangle_of(shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage))
-    right = triangle_of(shrink(stats.get(Stat.GRAM), input_shrinkage))
-    return decompose(weight, left, right)
+    return decompose_between(weight, *_shrunk(stats, input_shrinkage, output_shrinkage))
+
+
+def _shrunk(stats: Stats, input_shrinkage: float, output_shrinkage: float) -> tuple[Tensor, Tensor]:
+    """B (O, O) and A (I, I)."""
+    return shrink(stats.get(Stat.OUTPUT_GRAD), output_shrinkage), shrink(stats.get(Stat.GRAM), input_shrinkage)
