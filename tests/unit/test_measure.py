@@ -175,7 +175,9 @@ def test_a_compressed_model_measures_as_the_dense_one_it_stands_for(known_labels
 def test_shared_inputs_are_measured_once(monkeypatch):
     calls = []
     real = engine.add_gram
-    monkeypatch.setattr(engine, "add_gram", lambda total, rows: (calls.append(len(rows)), real(total, rows)))
+    monkeypatch.setattr(
+        engine, "add_gram", lambda total, rows, **told: (calls.append(len(rows)), real(total, rows, **told))
+    )
     model = tiny("llama")
     stats = measure(model, find_layers(model), IDS, INPUTS, batch_size=3)
     assert calls == [30] * 16  # two batches, two blocks, four inputs: q k v, o, gate up, down
