@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from spectrim.linalg import curvature
 from spectrim.linalg.curvature import (
+    ALIGNED,
     HALF_TRUST,
     Coupled,
     add_coupled,
     add_gram,
     add_squares,
     clip_rows,
+    strip_rows,
     toward,
     window_share,
 )
@@ -26,6 +28,18 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 def zeros(*shape: int) -> Tensor:
     return torch.zeros(*shape, dtype=torch.float64)
+
+
+# ---------- strips of a symmetric product
+
+
+@pytest.mark.parametrize(
+    ("width", "rows"),
+    [(1024, 1024), (1100, 1120), (2048, 1024), (4096, 1024), (5120, 1280), (8192, 1376), (11008, 1376)],
+)
+def test_strips_are_few_and_begin_at_aligned_rows(width, rows):
+    assert strip_rows(width) == rows
+    assert rows * 2 % ALIGNED == 0  # bytes of bf16
 
 
 # ---------- add_gram

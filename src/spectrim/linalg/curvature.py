@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096
-TENSOR_CHUNK, TENSOR_SIDE, STRIP = 65_536, 1024, 1376
-"""Tokens in one product on tensor cores, the least width that is worth it, and the rows of a strip of a symmetric one
-(measured: 4 strips of 4096 and 8 of 11008 are the fastest; benchmarks/scale_drivers.py)."""
+TENSOR_CHUNK, TENSOR_SIDE = 65_536, 1024
+"""Tokens in one product on tensor cores, and the least width that is worth it."""
+STRIP, STRIPS, ALIGNED = 1376, 4, 64
+"""Rows of a strip of a symmetric product, and into how many it is cut where each has TENSOR_SIDE rows (measured: 4 of
+4096 and 8 of 11008 are the fastest; benchmarks/scale_drivers.py). Strips begin at multiples of ALIGNED bytes: three of
+4096 inputs, 1,366 rows each, took three times as long as four."""
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -60,13 +63,20 @@ def _add_gram_of_bf16(total: Tensor, rows: Tensor, other: Tensor, *, symmetric: 
         if not symmetric:
             total += _product_in_float32(part.mT, second)
             continue
-        step = -(-len(total) // -(-len(total) // STRIP))
+        step = strip_rows(len(total))
         for low in range(0, len(total), step):
             high = low + step
             strip = _product_in_float32(part[:, low:high].mT, second[:, low:])
             total[low:high, low:] += strip
             if not upper:
                 total[high:, low:high] += strip[:, step:].mT
+
+
+def strip_rows(width: int) -> int:
+    """Rows of one strip of a symmetric product (width, width) of bf16 rows."""
+    count = max(-(-width // STRIP), min(STRIPS, width // TENSOR_SIDE), 1)
+    unit = ALIGNED // 2  # bf16
+    return -(-width // (count * unit)) * unit
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
