@@ -1,5 +1,7 @@
 """Pivot storage: exact, as small as it can be, with bounded coefficients, for well and badly behaved factors."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import given
@@ -168,3 +170,21 @@ def test_many_columns_on_a_gpu_are_stored_as_exactly(dependent, monkeypatch):
     stored = to_pivots(Factors(left, right))
     torch.testing.assert_close(from_pivots(stored), left @ right, rtol=1e-9, atol=1e-10)
     assert float(stored.coefficients.abs().max()) <= BOUND
+
+
+def test_the_solver_of_large_matrices_is_asked_for_and_put_back(monkeypatch):
+    """On a GPU built for CUDA; what is preferred is a setting of the whole process."""
+    preferred = ["default"]
+
+    def library(new=None):
+        preferred.extend([] if new is None else [new])
+        return preferred[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_linalg_library", library)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pivot._cusolver(wanted=False):
+        assert preferred == ["default"]
+    with suppress(ValueError), pivot._cusolver(wanted=True):
+        assert preferred == ["default", "cusolver"]
+        raise ValueError("put back after an error too")
+    assert preferred == ["default", "cusolver", "default"]

@@ -11,6 +11,8 @@ in bf16: LU with partial pivoting to start, then swaps of one row as long as an 
 Goreinov et al. 2010; each swap multiplies the volume by that entry, so it ends).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -104,7 +106,8 @@ def _start(basis: Tensor) -> tuple[Tensor, Tensor]:
     """LU with partial pivoting of `basis` (O, R): the row order (O,) whose first R rows are the starting pivots, and
     the coefficients (O - R, R) of the others. Those are L2 U = C (L1 U) with L = [L1; L2]: U drops out.
     """
-    packed, swaps = torch.linalg.lu_factor(basis)
+    with _cusolver(wanted=_many_on_a_gpu(basis)):
+        packed, swaps = torch.linalg.lu_factor(basis)
     index = list(range(basis.shape[0]))  # thousands of swaps: on the host
     for row, other in enumerate((swaps - 1).tolist()):
         index[row], index[other] = index[other], index[row]
@@ -113,6 +116,22 @@ def _start(basis: Tensor) -> tuple[Tensor, Tensor]:
         packed[:rank], packed[rank:], upper=False, left=False, unitriangular=True
     )
     return torch.tensor(index, device=basis.device), coefficients
+
+
+@contextmanager
+def _cusolver(*, wanted: bool) -> Iterator[None]:
+    """For more rows than columns torch takes MAGMA's solver of many small matrices, which launches some fifty kernels a
+    column and says on stderr that it is not meant for large ones; cuSOLVER's is the one it takes for square ones.
+    """
+    if not wanted or torch.version.cuda is None:
+        yield
+        return
+    before = torch.backends.cuda.preferred_linalg_library()
+    torch.backends.cuda.preferred_linalg_library("cusolver")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_linalg_library(before)
 
 
 def _swap_until_bounded(
