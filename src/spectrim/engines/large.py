@@ -23,6 +23,7 @@ from spectrim.engines.clock import timed
 from spectrim.engines.layerwise import decompose_all, energies_of_layer, place_cut
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure_blocks import measure_blocks
+from spectrim.engines.norms import fused_norms
 from spectrim.engines.propagate import propagate
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.relay import entered
@@ -43,6 +44,11 @@ class LargeRun(Run):
     def trains(self) -> bool:
         """Whether all components are learned on: in 16 bits on the device, with the accurate ones on the host."""
         return self.method.windows_trained > 0
+
+    def closed_form(self, ids: Tensor) -> tuple[MutableMapping[str, Spectrum], Plan]:
+        """As of Run; norms run as one kernel each, in the model and in the students that are made of it meanwhile."""
+        with fused_norms(self.dense):
+            return super().closed_form(ids)
 
     def statistics(
         self, model: PreTrainedModel, ids: Tensor, again: int, after: str = "", stage: int | str | None = None
