@@ -65,6 +65,26 @@ def test_statistics_are_those_of_all_layers_at_once(architecture: str, batch_siz
             assert off_by(shelf[name].measured()[key], value) < 1e-5, (name, key)
 
 
+@pytest.mark.parametrize(("room", "passes"), [(set(), 5 + 3 + 5), ({1, 4}, 5 + 1 + 5), ({1, 2, 3, 4}, 5 + 0 + 5)])
+def test_blocks_whose_states_are_kept_are_not_passed_again(
+    room: set[int], passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 5 blocks the states before 0 and 3 are kept in any case."""
+    model, needs = tiny("llama", num_hidden_layers=5), frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
+    walk, run = find_layers(model), Relay.run
+    wanted = measure(model, walk, IDS[:3], needs, gradient_windows=3, seed=5)
+    asked, passed = [1, 2, 4], []  # blocks whose states need not be kept, in running order
+    monkeypatch.setattr(measure_blocks, "_room_for", lambda _: asked.pop(0) in room)
+    monkeypatch.setattr(Relay, "run", lambda self, *given: (passed.append(given[0]), run(self, *given))[1])
+    monkeypatch.setattr(Relay, "check", lambda _: None)
+    shelf = StatsShelf(torch.device("cpu"))
+    measure_blocks.measure_blocks(model, walk, IDS[:3], needs, shelf, batch_size=3, gradient_windows=3, seed=5)
+    assert len(passed) == passes
+    for name, own in wanted.items():
+        for key, value in own.measured().items():
+            assert off_by(shelf[name].measured()[key], value) < 1e-5, (name, key)
+
+
 def test_a_share_is_taken_once_however_often_a_measurement_starts_again() -> None:
     model, needs = tiny("llama"), frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
     walk, other = find_layers(model), token_ids(6, 10, seed=3)
@@ -226,6 +246,7 @@ def test_products_in_strips_are_the_product(
     """The way of a GPU, with its one product replaced by an exact one."""
     monkeypatch.setattr(curvature, "TENSOR_CHUNK", 16)
     monkeypatch.setattr(curvature, "STRIP", 4)
+    monkeypatch.setattr(curvature, "ALIGNED", 4)
     monkeypatch.setattr(curvature, "_product_in_float32", lambda a, b: a.float() @ b.float())
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(rows, width, generator=generator).bfloat16() for _ in range(2))

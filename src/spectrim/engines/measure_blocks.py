@@ -1,13 +1,15 @@
 """The statistics of measure.py for models too large to measure all layers at once: block by block, there and back.
 
     forward    all windows pass a block before the next one is looked at: sums over inputs, of this block alone.
-               Every ceil(sqrt(blocks))-th block, the states of the windows that give gradients are kept.
+               Every ceil(sqrt(blocks))-th block, the states of the windows that give gradients are kept; on a GPU those
+               of the other blocks too, while it has room.
     backward   the last states give the loss and its gradient; the blocks between two kept states are passed once more,
                and then, last block first, once more with gradients: sums over output gradients, of this block alone.
 
 Held at a time: the statistics of one block, hidden states of all windows, 2 sqrt(blocks) states of those that give
-gradients. For those windows three forward passes and one backward pass, instead of one each. Finished statistics go to
-a shelf (shelf.py); the labels are the ones that measure.py would draw.
+gradients, or what there is room for. For those windows two forward passes, three of blocks whose states were not kept,
+and one backward pass, instead of one each. Finished statistics go to a shelf (shelf.py); the labels are the ones that
+measure.py would draw.
 """
 
 import math
@@ -34,11 +36,17 @@ from spectrim.engines.spread import bring_together, is_own, layers_of, own_spans
 from spectrim.engines.stream import Call
 from spectrim.engines.sums import Sums
 from spectrim.errors import InputError
+from spectrim.memory import has_room
 from spectrim.models.walk import Layer, Walk, device_of, shared_inputs
+from spectrim.processes import present
 from spectrim.stats import GRADIENT_STATS, INPUT_STATS, Stat
 
 ONE_WAY = 4
 """How many times as many windows are in a batch that gives no gradients."""
+
+SPARE = 4
+"""Times as much as the states before one block that stays free where they need not be kept: passing a block takes that,
+and more."""
 
 
 class Batch(NamedTuple):
@@ -101,6 +109,13 @@ def measure_blocks(
             run.backward([batches[i] for i in given], last, kept, generator)
 
 
+def _room_for(states: list[Tensor]) -> bool:
+    """Whether states stay on a GPU that need not; several processes, each with a memory of its own, go the same way."""
+    if not states or not states[0].is_cuda or not present().alone:
+        return False
+    return has_room(states[0].device, (1 + SPARE) * sum(state.nbytes for state in states))
+
+
 class _Run:
     """One measurement."""
 
@@ -126,12 +141,14 @@ class _Run:
         self.stages = len(self.layers) * (2 if needs & GRADIENT_STATS else 1)
 
     def forward(self, batches: list[Batch], hidden: list[Tensor]) -> dict[int, list[Tensor]]:
-        """`hidden` is moved behind the last block, in place; states before every `stride`-th block come back."""
+        """`hidden` is moved behind the last block, in place; kept states come back, by the block behind them."""
         kept: dict[int, list[Tensor]] = {}
         wanted = self.needs & INPUT_STATS
         for block, layers in enumerate(self.layers):
-            if block % self.stride == 0:
-                kept[block] = [h for h, batch in zip(hidden, batches, strict=True) if batch.gives_gradient]
+            states = [h for h, batch in zip(hidden, batches, strict=True) if batch.gives_gradient]
+            if block % self.stride == 0 or _room_for(states):
+                kept[block] = states
+            del states  # each batch's goes when the block has passed it
             sums = {layer.name: Sums() for layer in layers if self.leader[layer.name] == layer.name}
             self.shelf.expect(sums, wanted, again=self.again)
 
@@ -160,14 +177,16 @@ class _Run:
         """Output gradients of all blocks, last first, from the states behind the last one."""
         gradients = [self._gradient_of_loss(b, h, generator) for b, h in zip(batches, last, strict=True)]
         last.clear()
+        stop = len(self.layers)
         for start in sorted(kept, reverse=True):
             inputs = [kept.pop(start)]
-            for block in range(start, min(start + self.stride, len(self.layers)) - 1):
+            for block in range(start, stop - 1):
                 inputs.append(
                     [self.relay.run(block, h, b.calls[block]) for h, b in zip(inputs[-1], batches, strict=True)]
                 )
             while inputs:
                 self._one_back(start + len(inputs) - 1, batches, inputs.pop(), gradients)
+            stop = start
 
     def _gradient_of_loss(self, batch: Batch, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """At the hidden states behind the last block; one window at a time, since logits are large."""

@@ -10,6 +10,7 @@ Runs that train masks, or serve all sizes, are not counted: `large_peak_of` is t
 import math
 from typing import NamedTuple
 
+from spectrim.engines.measure_blocks import SPARE
 from spectrim.engines.plan_costs import Sizes, distinct_inputs
 from spectrim.engines.plan_memory import (
     LOGITS_SAMPLED,
@@ -56,7 +57,7 @@ def large_peak_of(
     room = 0 if method.windows_trained else min(narrow, max(0, int(SHELF_SHARE * gpu) - dense))
     held = _Held(number, dense, int(number * sizes.weights * sizes.keep), room)
     stages = {
-        "calibrate": dense + held.student + _calibration(method, sizes, held),
+        "calibrate": dense + held.student + _calibration(method, sizes, held, int(SHELF_SHARE * gpu)),
         "decompose": dense + room + _matrices(sizes),
         "propagate": dense + held.student + room + _matrices(sizes) + 2 * _states(sizes, sizes.gradient_windows, held),
         "learn": dense + _learning(method, sizes, held),
@@ -76,8 +77,8 @@ def _batch(sizes: Sizes, windows: int) -> int:
     return min(windows, max(1, GPU_BATCH * SHORT // max(SHORT, sizes.length)))
 
 
-def _calibration(method: LayerMethod, sizes: Sizes, held: _Held) -> int:
-    """The larger of both ways through the blocks."""
+def _calibration(method: LayerMethod, sizes: Sizes, held: _Held, share: int) -> int:
+    """The larger of both ways through the blocks; states before blocks are kept while all is within `share` bytes."""
     walk = sizes.walk
     if not method.needs:
         return 0
@@ -85,14 +86,17 @@ def _calibration(method: LayerMethod, sizes: Sizes, held: _Held) -> int:
     apart = math.ceil(math.sqrt(len(walk.block_names)))
     one = activations(sizes, _batch(sizes, sizes.windows)) // len(walk.block_names)
     inputs = 8 * max(sum(n**2 for n in block) for block in distinct_inputs(walk))
-    there = inputs + _states(sizes, sizes.windows + apart * steep, held) + one
+    one_state = _states(sizes, steep, held)
+    every = len(walk.block_names) * one_state
+    kept = min(every, max(apart * one_state, share - held.dense - held.student - SPARE * one_state))
+    there = inputs + _states(sizes, sizes.windows, held) + kept + one
     if not steep:
         return there
     outputs = dict.fromkeys(range(len(walk.block_names)), 0)
     full = bool(method.needs & {Stat.FISHER, Stat.SLOPE})
     for layer in walk.layers:
         outputs[layer.block] += 8 * (layer.outputs**2 + (layer.weight_numbers if full else 0))
-    states = _states(sizes, (2 * apart + 1) * steep, held)
+    states = min(kept + apart * one_state, every) + one_state
     return max(there, max(outputs.values()) + states + one + vocabulary(sizes, 1, LOGITS_SAMPLED))
 
 
