@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import scale_drivers
+import scale_low_memory
 import scale_profile
 import torch
 from scale_models import MATRIX_RATE, QUICK, Shape, build, forward_operations, gram_operations, walk_of
@@ -33,6 +34,8 @@ from spectrim.report.plot import line_chart
 
 Row = dict[str, Any]
 WHAT = ("drivers", "fast", "soco-steps", "growth", "profile")
+ON_ASKING = ("low-memory-files", "low-memory")
+"""Needs disk for a model in files; see scale_low_memory.py."""
 ALLOWED = {"fast": {"seconds": 240, "gpu_gb": 60}}
 
 
@@ -232,15 +235,40 @@ def slope(points: list[tuple[float, float]]) -> float:
     return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
 
 
+def on_disk(given: argparse.Namespace, rows: Rows, device: torch.device) -> None:
+    """Models in files: `low-memory-files` writes one, `low-memory` compresses it and writes it if need be."""
+    shape, count, length, shard = (Shape(), 256, 2048, "2GB")
+    if given.quick:
+        shape, count, length, shard = (scale_low_memory.QUICK_SHAPE, 8, 64, "1MB")
+    shape = shape if given.depth is None else shape._replace(depth=given.depth)
+    work = given.work or given.out / "low-memory"
+    work.mkdir(parents=True, exist_ok=True)
+    model = given.files or work / "model"
+    if "low-memory-files" in given.what:
+        make = scale_low_memory.write_model
+        rows.add(f"low-memory-files, {shape.depth} blocks", lambda: make(model, shape, device, shard))
+    if "low-memory" in given.what:
+        stages = Stages(given.out / "low-memory-stages.json")
+        measure = scale_low_memory.low_memory
+        row = rows.add(
+            f"low-memory, {shape.depth} blocks",
+            lambda: measure(work, model, shape, device, count, length, shard, stages),
+        )
+        if row is not None:
+            print({key: (row.get(key), "at most", most) for key, most in scale_low_memory.ALLOWED.items()})
+
+
 def main() -> None:
     """Measure what was asked for, one row after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", default=[*WHAT], choices=WHAT)
+    parser.add_argument("--what", nargs="+", default=[*WHAT], choices=[*WHAT, *ON_ASKING])
     parser.add_argument("--out", type=Path, default=Path("results/scale"))
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no row after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--warm-up", action="store_true", help="a small model first, so that libraries are loaded")
-    parser.add_argument("--depth", type=int, help="blocks of the model of `fast`, instead of all")
+    parser.add_argument("--depth", type=int, help="blocks of the model of `fast` and `low-memory`, instead of all")
+    parser.add_argument("--work", type=Path, help="where `low-memory` writes; default OUT/low-memory")
+    parser.add_argument("--files", type=Path, help="where its model is, or is to be; default WORK/model")
     parser.add_argument("--steps", type=int, default=8, help="of soco-steps")
     parser.add_argument("--only", default="", help="of the drivers and the profile, rows whose names hold this")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the script on a CPU")
@@ -248,6 +276,7 @@ def main() -> None:
     device = torch.device(given.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows = Rows(given.out, {"device": name, "torch": torch.__version__, "quick": given.quick}, given.seconds)
+    on_disk(given, rows, device)
     if given.quick or given.depth is not None or {"profile", "growth"} & {*given.what}:  # the way of large models
         for module in (way, recompute):
             module.fits_whole = lambda *_: False

@@ -95,6 +95,10 @@ ShardWeights = Annotated[
         show_default=False,
     ),
 ]
+LowMemory = Annotated[
+    bool,
+    typer.Option("--low-memory", help="one block of the model at a time, from its files: at most 24 GB of a GPU"),
+]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="only algorithms that give the same bits every time; slower on a GPU")
 ]

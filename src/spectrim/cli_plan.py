@@ -53,6 +53,8 @@ def show_plan(facts: Mapping[str, Any]) -> None:
     for where, peak in (facts["peak_memory_bytes"] or {}).items():
         stdout.print(f"{'peak memory, ' + where:18} about {peak / 2**30:.2f} GiB")
     stdout.print(f"{'disk':18} {facts['disk_bytes'] / 2**20:.1f} MiB")
+    if facts["scratch_bytes"]:
+        stdout.print(f"{'scratch files':18} {facts['scratch_bytes'] / 2**20:.1f} MiB in OUT.resume, while it runs")
     stages = sorted(facts["seconds_by_stage"].items(), key=lambda pair: -pair[1])
     most = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages[:4])
     if facts["seconds"] is None:

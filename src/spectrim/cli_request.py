@@ -29,6 +29,7 @@ from spectrim.cli_options import (
     GradientWindows,
     KeepBytes,
     KeepOrNone,
+    LowMemory,
     MethodOrNone,
     ModelArg,
     Preset,
@@ -86,6 +87,7 @@ def shared_flags(
     tokenizer: Tokenizer = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    low_memory: LowMemory = False,
 ) -> None:
     """A signature: what a run may be asked for by `compress` and by `plan`. It is never called."""
 

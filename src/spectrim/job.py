@@ -22,6 +22,7 @@ from spectrim.byte_budget import settled
 from spectrim.data import Windows
 from spectrim.engines.clock import timed
 from spectrim.engines.layerwise import refuse_large_sides
+from spectrim.engines.low_memory_way import low_memory_method
 from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
@@ -87,7 +88,7 @@ class Compressed:
         with staged(out, overwrite=overwrite) as stage:
             _fill(stage, self)
             write_documents(stage, self.report)
-            _seal(stage, self)
+            seal(stage, self)
         return out
 
 
@@ -103,6 +104,10 @@ def run(
 
     Its state is saved in `OUT.resume` as `options` say; it goes on from the one it finds there. See resume.py.
     """
+    if request.low_memory:
+        from spectrim.low_memory_job import run_low_memory
+
+        return run_low_memory(request, out, overwrite=overwrite, options=options, progress=progress)
     started = time.perf_counter()
     method = request.check()
     source = resolve(request.model)
@@ -127,13 +132,15 @@ def run(
             compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
             compressed.report["command"] = list(options.command)
             write_documents(stage, compressed.report)
-            _seal(stage, compressed)
+            seal(stage, compressed)
     compressed.report["folder"] = str(out)
     return compressed
 
 
 def foresee(request: Request, method: Method, source: Source) -> None:
     """Refuse, from headers alone, what would otherwise fail after the weights are loaded."""
+    if request.low_memory:
+        method, _ = low_memory_method(request, method)
     require_dense(source)
     pick_device(request.device)
     pick_dtype(request.dtype, source.dtype)
@@ -180,6 +187,8 @@ def _compress_source(
             "any_size: this makes one size; for a folder that holds all sizes use `spectrim compress --any-size`, or "
             "spectrim.any_size_job.run_any_size(request, out)"
         )
+    if request.low_memory:
+        raise UsageError("low_memory writes a folder as it goes; use `spectrim.job.run(request, out)` or the command")
     device = pick_device(request.device)
     dtype = pick_dtype(request.dtype, source.dtype)
     said = require_same(request, source)
@@ -269,17 +278,17 @@ def _fill(stage: Path, compressed: Compressed) -> None:
     """Model and tokenizer; what they hold is counted for the report."""
     write_folder(stage, compressed.model, compressed.source, compressed.extra)
     written = open_checkpoint(stage)
-    compressed.report["stored"] = {**compressed.report["stored"], **_count(written, compressed)}
+    compressed.report["stored"] = {**compressed.report["stored"], **count_written(written, compressed)}
 
 
-def _seal(stage: Path, compressed: Compressed) -> None:
+def seal(stage: Path, compressed: Compressed) -> None:
     """Checksums of everything; nothing is written after this."""
     facts = {"method": compressed.outcome.method.to_config(), "source": compressed.report["source"]["name"]}
     gate = {"quality_gate": compressed.report["quality_gate"]}
     write_manifest(stage, facts={"tool": "spectrim", **facts, **gate})
 
 
-def _count(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
+def count_written(checkpoint: Any, compressed: Compressed) -> dict[str, Any]:
     """Numbers and bytes of the decoder linears and of the whole model, counted from the written headers."""
     names = {layer.name for layer in compressed.outcome.walk.layers}
     linear = [info for name, info in checkpoint.tensors.items() if _is_inside(name, names)]

@@ -122,3 +122,8 @@ def holds_wide(device: torch.device, numbers: int) -> bool:
     """Whether a model of so many numbers is held in float32."""
     total = total_memory(device)
     return total is None or 4 * numbers <= WIDE_SHARE * total
+
+
+def held_dtype(device: torch.device, stored: torch.dtype, numbers: int) -> torch.dtype:
+    """The dtype in which a dense model is worked on: float32, or bfloat16 as it is `stored` where that is too large."""
+    return stored if stored == torch.bfloat16 and not holds_wide(device, numbers) else torch.float32

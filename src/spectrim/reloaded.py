@@ -22,11 +22,19 @@ def reload_difference(folder: Path, model: PreTrainedModel, *, allow_nonfinite: 
 
     Logits that are not finite are an error; where they are allowed they must be the same ones on both sides.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(16)[None] * 7919 % vocabulary
+    ids = few_tokens(model)
     with torch.no_grad():
         here = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-    there = logits_elsewhere(folder, ids, model.device)
+    return difference_of(folder, here, logits_elsewhere(folder, ids, model.device), allow_nonfinite=allow_nonfinite)
+
+
+def few_tokens(model: PreTrainedModel) -> Tensor:
+    """The tokens (1, S) that are compared."""
+    return torch.arange(16)[None] * 7919 % model.config.get_text_config().vocab_size
+
+
+def difference_of(folder: Path, here: Tensor, there: Tensor, *, allow_nonfinite: bool = False) -> float:
+    """Largest difference, relative, between logits (1, S, V) in memory and those of the written folder."""
     bad = ~torch.isfinite(there)
     if there.shape != here.shape or (bool(bad.any()) and not (allow_nonfinite and torch.equal(bad, ~here.isfinite()))):
         raise NumericalError(f"{folder}: the reloaded model gives logits of shape {tuple(there.shape)} or not finite")
@@ -40,11 +48,12 @@ def reload_difference(folder: Path, model: PreTrainedModel, *, allow_nonfinite: 
     return difference
 
 
-def logits_elsewhere(folder: Path, ids: Tensor, device: torch.device) -> Tensor:
-    """Logits (1, S, V) in float32 of `folder`, loaded by a process that is started for it."""
+def logits_elsewhere(folder: Path, ids: Tensor, device: torch.device, *, streamed: bool = False) -> Tensor:
+    """Logits (1, S, V) in float32 of `folder`, loaded by a process that is started for it; block by block if asked."""
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"ids": ids}, Path(scratch) / "in.safetensors")
         command = [sys.executable, "-m", "spectrim.integrations.reload", str(folder), scratch, str(device)]
+        command += ["streamed"] if streamed else []
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_of_one())
         if done.returncode != 0:
             raise InputError(

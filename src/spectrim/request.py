@@ -65,6 +65,8 @@ class Request:
     """For the whole model, all tensors counted; `keep` then follows from it (byte_budget.py)."""
     keep_bytes: float | None = None
     """The same as a share of the dense model in 16 bits."""
+    low_memory: bool = False
+    """Block by block from the model's files, with neither model in memory as a whole (low_memory_job.py)."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time (reproducible.py)."""
     shard_weights: bool | None = None

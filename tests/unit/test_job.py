@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from command_line import TINY, call, change_weights, hashes, small_model, small_text
-from spectrim import any_size_job, job, reloaded
+from spectrim import any_size_job, job, memory, reloaded
 from spectrim.cli_options import load_lines
 from spectrim.data import evaluation_windows, load_texts, load_tokenizer
 from spectrim.engines.learned import skeleton
@@ -22,7 +22,6 @@ from spectrim.errors import InputError, NumericalError, SpectrimError, UsageErro
 from spectrim.evaluate.language import evaluate
 from spectrim.integrations.folder import round_to
 from spectrim.job import Request, run
-from spectrim.models import load
 from spectrim.options import recovery_of
 from spectrim.registry import make_method
 from spectrim.resume import ResumeOptions
@@ -230,7 +229,7 @@ def test_more_digits_than_the_model_was_held_in_are_told(
     model = small_model(tmp_path / "model")
     nn.Module.to(AutoModelForCausalLM.from_pretrained(model), torch.bfloat16).save_pretrained(model)
     assert run(request(model, dtype="float32"), tmp_path / "wide").report["warnings"] == []
-    monkeypatch.setattr(load, "holds_wide", lambda *_: False)
+    monkeypatch.setattr(memory, "holds_wide", lambda *_: False)
     warnings = run(request(model, dtype=dtype), tmp_path / "out").report["warnings"]
     assert [f"--dtype {dtype}: the model was held in bfloat16" in text for text in warnings] == [True] * told
 

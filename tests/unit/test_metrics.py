@@ -58,7 +58,7 @@ def test_the_interval_of_a_share_stays_between_0_and_1() -> None:
 
 def test_the_intervals_of_quality_and_repetition_stay_where_the_figures_can_be(monkeypatch) -> None:
     sums = torch.tensor([[3.0, 9.0], [-3.0, 3.0], [0.0, 2.0], [0.0, 3.0]], dtype=torch.float64)
-    found = language._quality(sums, 4)  # two windows: an interval of 12.7 standard errors to each side
+    found = language.quality_from(sums, 4)  # two windows: an interval of 12.7 standard errors to each side
     assert found.perplexity_interval is not None
     assert found.perplexity_interval.low == 1.0
     assert found.excess_interval == pytest.approx((-12.7062, 12.7062), rel=1e-5)

@@ -15,6 +15,7 @@ stages are not saved: they are larger than the time they take is worth.
 """
 
 from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ from spectrim.engines.relay import entered
 from spectrim.engines.run import Run
 from spectrim.engines.shelf import SpectraShelf, StatsShelf, energies_in
 from spectrim.engines.spread import energies_of_all, handed_some, holders_of, is_own, layers_of, means_of_all, owners_of
+from spectrim.engines.stream import Stream
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import release
 from spectrim.method import SEARCHED
@@ -54,7 +56,7 @@ class LargeRun(Run):
         self, model: PreTrainedModel, ids: Tensor, again: int, after: str = "", stage: int | str | None = None
     ) -> Mapping[str, Stats]:
         """Of the dense model, into a new shelf."""
-        shelf = StatsShelf(device_of(model))
+        shelf = self.room_for_statistics()
         self.measure_into(shelf, model, ids, share=1.0, again=again)
         return shelf
 
@@ -66,6 +68,7 @@ class LargeRun(Run):
             return
         given = (model, self.walk, ids, self.method.needs, shelf)
         told = {"seed": self.seed + again, "share": share, "again": again, "progress": self.progress}
+        told |= self.aids(model)
         with timed(self.clock, "calibrate"):
             self.batch.run(
                 "calibrate",
@@ -116,6 +119,18 @@ class LargeRun(Run):
     def hand_round(self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]) -> None:
         """Nothing: no process could keep all of them."""
 
+    def room_for_statistics(self) -> StatsShelf:
+        """On the host."""
+        return StatsShelf(device_of(self.dense))
+
+    def aids(self, _model: PreTrainedModel) -> dict[str, Any]:
+        """Further arguments of a measurement of this model."""
+        return {}
+
+    def begin(self, model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> Stream:
+        """A model's hidden states before its first block."""
+        return entered(model, walk, ids, batch_size)
+
     def room_for_spectra(self) -> SpectraShelf:
         """On the host where all components are learned on."""
         return SpectraShelf(device_of(self.dense), on_host=self.trains)
@@ -153,6 +168,6 @@ class LargeRun(Run):
         spectra.keep = keep
         given = (self.by_layer, self.dense, self.walk, spectra, plan, stats, self.round_windows(ids))
         with timed(self.clock, "propagate"):
-            told = {"progress": self.progress, "begin": entered}
+            told = {"progress": self.progress, "begin": self.begin}
             self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
         release()

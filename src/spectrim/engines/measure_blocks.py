@@ -13,7 +13,7 @@ measure.py would draw.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableSequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from spectrim.engines.measure import (
     frozen,
     hooks_on,
 )
-from spectrim.engines.relay import Relay
+from spectrim.engines.relay import Hold, Relay
 from spectrim.engines.shelf import StatsShelf
 from spectrim.engines.spread import bring_together, is_own, layers_of, own_spans, owners_of
 from spectrim.engines.stream import Call
@@ -78,19 +78,26 @@ def measure_blocks(
     share: float = 1.0,
     again: int = 0,
     progress: Progress | None = None,
+    hold: Hold = list,
+    relay: Relay | None = None,
+    groups: list[list[str]] | None = None,
 ) -> None:
     """Statistics of every target layer over `ids` (windows, length) into the shelf, as `share` of the mean there.
 
-    `again` numbers the measurement; what it had finished before memory ran out is not counted twice. Raises InputError
-    where no token came to a layer: blocks whose layers are chosen token by token need measure.py.
+    `again` numbers the measurement; what it had finished before memory ran out is not counted twice. `hold` keeps
+    hidden states; a `relay` that was checked and the `groups` of layers that share an input spare four passes of eight
+    tokens. Raises InputError where no token came to a layer: blocks whose layers are chosen token by token need
+    measure.py.
     """
     device = device_of(model)
     with frozen(model), autocast(device):
-        relay = Relay(model, walk)
-        relay.check()
-        run = _Run(relay, walk, needs, shelf, share, again, progress, shared_inputs(model, walk.layers))
+        if relay is None:
+            relay = Relay(model, walk)
+            relay.check()
+        groups = shared_inputs(model, walk.layers) if groups is None else groups
+        run = _Run(relay, walk, needs, shelf, share, again, progress, groups, hold)
         border = min(gradient_windows, len(ids)) if needs & GRADIENT_STATS else 0
-        batches, hidden = [], []
+        batches, hidden = [], hold(())
         # Those that only go forward save nothing for a way back: more of them at a time.
         only_forward = [span for span in own_spans(len(ids), border, ONE_WAY * batch_size) if span[0] >= border]
         for start, stop in [*own_spans(border, border, batch_size), *only_forward]:
@@ -104,7 +111,7 @@ def measure_blocks(
             if Stat.SLOPE not in needs:  # labels are drawn window by window, see _gradient_of_loss
                 skip_labels_of_others(model, ids[:border], 1, generator)
             given = [i for i, batch in enumerate(batches) if batch.gives_gradient]
-            last = [hidden[i] for i in given]
+            last = hold(hidden[i] for i in given)
             del hidden, first
             run.backward([batches[i] for i in given], last, kept, generator)
 
@@ -129,7 +136,9 @@ class _Run:
         again: int,
         progress: Progress | None,
         groups: list[list[str]],
+        hold: Hold,
     ) -> None:
+        self.hold = hold
         self.relay, self.needs, self.shelf, self.share, self.again = relay, needs, shelf, share, again
         self.leader = {name: group[0] for group in groups for name in group}
         self.walk, self.owners = walk, owners_of(walk, needs)
@@ -140,15 +149,15 @@ class _Run:
         self.progress, self.done = progress, 0
         self.stages = len(self.layers) * (2 if needs & GRADIENT_STATS else 1)
 
-    def forward(self, batches: list[Batch], hidden: list[Tensor]) -> dict[int, list[Tensor]]:
+    def forward(self, batches: list[Batch], hidden: MutableSequence[Tensor]) -> dict[int, MutableSequence[Tensor]]:
         """`hidden` is moved behind the last block, in place; kept states come back, by the block behind them."""
-        kept: dict[int, list[Tensor]] = {}
+        kept: dict[int, MutableSequence[Tensor]] = {}
         wanted = self.needs & INPUT_STATS
+        given = [i for i, batch in enumerate(batches) if batch.gives_gradient]
         for block, layers in enumerate(self.layers):
-            states = [h for h, batch in zip(hidden, batches, strict=True) if batch.gives_gradient]
-            if block % self.stride == 0 or _room_for(states):
-                kept[block] = states
-            del states  # each batch's goes when the block has passed it
+            # What is held elsewhere (spill.py) has a room of its own.
+            if block % self.stride == 0 or (self.hold is list and _room_for([hidden[i] for i in given])):
+                kept[block] = self.hold(hidden[i] for i in given)
             sums = {layer.name: Sums() for layer in layers if self.leader[layer.name] == layer.name}
             self.shelf.expect(sums, wanted, again=self.again)
 
@@ -172,18 +181,21 @@ class _Run:
         return kept
 
     def backward(
-        self, batches: list[Batch], last: list[Tensor], kept: dict[int, list[Tensor]], generator: torch.Generator
+        self,
+        batches: list[Batch],
+        last: MutableSequence[Tensor],
+        kept: dict[int, MutableSequence[Tensor]],
+        generator: torch.Generator,
     ) -> None:
         """Output gradients of all blocks, last first, from the states behind the last one."""
-        gradients = [self._gradient_of_loss(b, h, generator) for b, h in zip(batches, last, strict=True)]
+        gradients = self.hold(self._gradient_of_loss(b, h, generator) for b, h in zip(batches, last, strict=True))
         last.clear()
         stop = len(self.layers)
         for start in sorted(kept, reverse=True):
             inputs = [kept.pop(start)]
             for block in range(start, stop - 1):
-                inputs.append(
-                    [self.relay.run(block, h, b.calls[block]) for h, b in zip(inputs[-1], batches, strict=True)]
-                )
+                passed = zip(inputs[-1], batches, strict=True)
+                inputs.append(self.hold(self.relay.run(block, h, b.calls[block]) for h, b in passed))
             while inputs:
                 self._one_back(start + len(inputs) - 1, batches, inputs.pop(), gradients)
             stop = start
@@ -202,7 +214,9 @@ class _Run:
             (found[window : window + 1],) = torch.autograd.grad(loss, here)
         return found
 
-    def _one_back(self, block: int, batches: list[Batch], inputs: list[Tensor], gradients: list[Tensor]) -> None:
+    def _one_back(
+        self, block: int, batches: list[Batch], inputs: MutableSequence[Tensor], gradients: MutableSequence[Tensor]
+    ) -> None:
         """Sums of one block; `gradients` at its output become those at its input, in place."""
         layers = self.layers[block]
         sums = {layer.name: Sums() for layer in layers}

@@ -11,6 +11,7 @@ steps of training give (docs/soco.md).
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -130,7 +131,18 @@ class _Keeper:
         return save
 
 
-def directions(scored: Mapping[str, ScoredLinear], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+class Scores(Protocol):
+    """What a step looks at of one layer; all (K,)."""
+
+    @property
+    def energy(self) -> Tensor: ...
+    @property
+    def scores(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor: ...
+
+
+def directions(scored: Mapping[str, Scores], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The damped Newton step (K,) of every layer, 0 for what is pruned."""
     steps = {}
     for name, layer in scored.items():
@@ -173,12 +185,28 @@ def score_gradients(
         gradient = layer.scores.grad
         found[name] = torch.zeros_like(layer.scores) if gradient is None else gradient  # an expert never routed to
         layer.scores.requires_grad_(False).grad = None
-        if not bool(torch.isfinite(found[name]).all()):
-            raise NumericalError(
-                f"{name}: the gradient of its scores is not finite; leave the step out (--set newton=0), or check the "
-                "calibration text"
-            )
+        check_gradient(name, found[name])
     return found
+
+
+def check_gradient(name: str, gradient: Tensor) -> None:
+    """NumericalError unless the gradient of a layer's scores is finite."""
+    if not bool(torch.isfinite(gradient).all()):
+        raise NumericalError(
+            f"{name}: the gradient of its scores is not finite; leave the step out (--set newton=0), or check the "
+            "calibration text"
+        )
+
+
+def best_of(loss_at: Callable[[float], float]) -> float:
+    """The length with the least loss among 0 and LENGTHS; looks no further once it rises."""
+    best, least = 0.0, loss_at(0.0)
+    for length in LENGTHS:
+        found = loss_at(length)
+        if not found < least:
+            break
+        best, least = length, found
+    return best
 
 
 @torch.no_grad()
@@ -191,30 +219,24 @@ def best_length(
     ids: Tensor,
     batch_size: int,
 ) -> float:
-    """The length with the least loss on `ids`, among 0 and LENGTHS; looks no further once it rises."""
+    """The length with the least loss on `ids`."""
     device = device_of(dense)
 
-    def loss() -> float:
+    def loss_at(length: float) -> float:
+        move(scored, moves, length)
         total = 0.0
         for start, stop in even_spans(len(ids), batch_size):
             batch = ids[start : max(stop, start + 1)].to(device)  # as in score_gradients
             with autocast(device):
                 total += float(step_loss(method, student, dense, batch)) * (stop - start) / len(ids)
+        move(scored, moves, -length)
         return sum_of_facts([total])[0]
 
-    best, least = 0.0, loss()
-    for length in LENGTHS:
-        move(scored, moves, length)
-        found = loss()
-        move(scored, moves, -length)
-        if not found < least:
-            break
-        best, least = length, found
-    return best
+    return best_of(loss_at)
 
 
 @torch.no_grad()
-def move(scored: Mapping[str, ScoredLinear], moves: Mapping[str, Tensor], length: float) -> None:
+def move(scored: Mapping[str, Scores], moves: Mapping[str, Tensor], length: float) -> None:
     """scores += length * moves."""
     for name, layer in scored.items():
         layer.scores.data.add_(moves[name], alpha=length)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from spectrim.engines.low_memory_way import LowMemory, limit_of, low_memory_method, low_memory_of
 from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import default_gradient_windows
 from spectrim.engines.passes import Passes, clock_passes, facts_of
@@ -28,7 +29,7 @@ from spectrim.engines.run import calibration_batch
 from spectrim.engines.way import Way, way_of
 from spectrim.linalg.bits import Account, bias_account, uniform_account
 from spectrim.machine import Rates, measure_rates, start_seconds
-from spectrim.memory import fits_whole, total_memory
+from spectrim.memory import fits_whole, held_dtype, total_memory
 from spectrim.method import LayerMethod, MaskedMethod, Method
 from spectrim.model_method import ModelMethod
 from spectrim.models.load import Source, context_length, meta_model
@@ -46,6 +47,9 @@ UNCOUNTED = "peak memory is not known: block by block, runs for all sizes or wit
 
 
 UNCLOCKED = "time follows from rates alone: no passes of this model were clocked"
+
+
+UNREAD = "seconds are those of the work alone: what --low-memory reads from disk and writes there comes on top"
 
 
 class Stored(NamedTuple):
@@ -75,7 +79,7 @@ def estimate(
     """
     model = meta_model(source.config)
     walk = find_layers(model)
-    way = way_of(device, walk, method, request.options)
+    way = _way(request, device, walk, method)
     method = way.method
     layers, known = planned_layers(source, method, request, walk)
     stored = stored_by(method, request, walk, layers, dtype, known)
@@ -83,7 +87,12 @@ def estimate(
     bytes_after = rest * dtype.itemsize + stored.nbytes
     total = sum(p.numel() for p in model.parameters())
     sizes = sizes_of(source, method, request, walk, bytes_after, device, whole=way.whole)
-    peak, stages = _memory(way, sizes, total, device, source.dtype.itemsize)
+    scratch = 0
+    if request.low_memory:
+        gpu, host, scratch, _ = low_memory_bytes(method, source, sizes, total, device)
+        peak, stages = Peak(host, gpu), {}
+    else:
+        peak, stages = _memory(way, sizes, total, device, source.dtype.itemsize)
     start = start_seconds(device)  # before anything is clocked
     rates = measure_rates(device, common_side(walk)) if rates is None else rates
     passes = clocked(source, sizes, total, device) if clock else UNCLOCKED
@@ -107,8 +116,14 @@ def estimate(
         },
         "model_bytes": {"before": source.checkpoint.nbytes, "after": bytes_after},
         "disk_bytes": bytes_after + companions + DOCUMENTS[0] + DOCUMENTS[1] * len(walk.layers),
-        "way": "at once" if way.whole else "block by block",
-        "notes": [*way.warnings, *([] if peak else [UNCOUNTED]), *([passes] if isinstance(passes, str) else [])],
+        "scratch_bytes": scratch,
+        "way": "low memory" if request.low_memory else "at once" if way.whole else "block by block",
+        "notes": [
+            *way.warnings,
+            *([] if peak else [UNCOUNTED]),
+            *([UNREAD] if request.low_memory else []),
+            *([passes] if isinstance(passes, str) else []),
+        ],
         "peak_memory_bytes": peak and {"host": peak.host, **({"gpu": peak.gpu} if peak.gpu else {})},
         "memory_by_stage": stages,
         "seconds": sum(seconds.values()) if time_known else None,
@@ -117,6 +132,20 @@ def estimate(
         "passes": facts_of(only),
         "device": str(device),
     }
+
+
+def _way(request: Request, device: torch.device, walk: Walk, method: Method) -> Way:
+    """How the run will go."""
+    if request.low_memory:
+        return Way(False, *low_memory_method(request, method))
+    return way_of(device, walk, method, request.options)
+
+
+def low_memory_bytes(method: Method, source: Source, sizes: Sizes, total: int, device: torch.device) -> LowMemory:
+    """What a run with `--low-memory` takes; `total` counts the numbers of the whole model."""
+    assert isinstance(method, LayerMethod)
+    number = held_dtype(device, source.dtype, source.checkpoint.numel).itemsize
+    return low_memory_of(method, sizes, total, number=number, limit=limit_of(device))
 
 
 def _memory(

@@ -9,7 +9,7 @@ Nothing of an architecture is assumed but that blocks are called in order, and w
 states but those; `check` compares with the model itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -23,6 +23,8 @@ from spectrim.models.walk import Walk, device_of
 
 Act = Callable[[int, Tensor, Call], Tensor]
 """From a block's number, its hidden states and the rest of its arguments to what it gives on."""
+Hold = Callable[[Iterable[Tensor]], MutableSequence[Tensor]]
+"""Makes whatever holds hidden states: a list, or something that keeps them elsewhere (spill.py)."""
 TOLERANCE = 1e-2
 """How far logits may be from those of the model, relative to the largest: rounding in bf16 only."""
 
@@ -34,12 +36,14 @@ class _Entered(Exception):
 class Relay:
     """The blocks of one model."""
 
-    def __init__(self, model: PreTrainedModel, walk: Walk) -> None:
+    def __init__(self, model: PreTrainedModel, walk: Walk, gives_tuple: Sequence[bool] | None = None) -> None:
+        """`gives_tuple` says of each block whether it gives a tuple, where that is known of another copy."""
         self.model = model
         self.blocks = [model.get_submodule(name) for name in walk.block_names]
-        self.gives_tuple = [False] * len(self.blocks)
+        self.gives_tuple = [False] * len(self.blocks) if gives_tuple is None else list(gives_tuple)
         self.calls: dict[torch.Size, list[Call]] = {}
-        self._learn_returns()
+        if gives_tuple is None:
+            self._learn_returns()
 
     def enter(self, batch: Tensor) -> tuple[Tensor, list[Call]]:
         """Hidden states before block 0 of tokens (B, S), and the call of every block."""
@@ -133,10 +137,12 @@ class Relay:
 
 
 @torch.no_grad()
-def entered(model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> Stream:
-    """What `stream.start` gives for `ids` (windows, length), without running a block."""
-    relay = Relay(model, walk)
-    stream = Stream(model=model, blocks=relay.blocks, hidden=[], arguments=[], passed=[])
+def entered(
+    model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int, *, relay: Relay | None = None, hold: Hold = list
+) -> Stream:
+    """What `stream.start` gives for `ids` (windows, length), without running a block; nor does a known `relay`."""
+    relay = Relay(model, walk) if relay is None else relay
+    stream = Stream(model=model, blocks=relay.blocks, hidden=hold(()), arguments=[], passed=[])
     for batch in ids.split(batch_size):
         hidden, calls = relay.enter(batch.to(device_of(model)))
         stream.hidden.append(hidden)

@@ -155,16 +155,22 @@ class Run:
             self.hand_round(spectra, plan, stats)
         if self.one_size and self.keep < 1 and isinstance(self.method, LearnedMethod) and self.method.newton_steps:
             with timed(self.clock, "newton"):
-                given = (self.method, self.dense, self.walk, spectra, plan, self.round_windows(ids))
-                told = {"steps": self.method.newton_steps, "progress": self.progress, "checkpoint": self.unfinished}
-                told["sharded"] = self.sharded
-                self.batch.run("newton", lambda size: newton_scores(*given, batch_size=size, **told))
+                self.newton(self.method, spectra, plan, self.round_windows(ids))
         return spectra, plan
 
     def hand_round(self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats]) -> None:
         """The spectra of all layers to all ranks, of those that nothing is learned on only what is kept."""
         cut = self.one_size and not self.changes and not (self.method.windows_trained and self.keep < 1)
         hand_round(self.dense, self.walk, spectra, self.means, stats, plan if cut else None)
+
+    def newton(
+        self, method: LearnedMethod, spectra: MutableMapping[str, Spectrum], plan: Plan, windows: Tensor
+    ) -> None:
+        """Scores of what is kept, folded into the spectra."""
+        given = (method, self.dense, self.walk, spectra, plan, windows)
+        told = {"steps": method.newton_steps, "progress": self.progress, "checkpoint": self.unfinished}
+        told["sharded"] = self.sharded
+        self.batch.run("newton", lambda size: newton_scores(*given, batch_size=size, **told))
 
     def blended(
         self, first: Mapping[str, Stats], spectra: MutableMapping[str, Spectrum], plan: Plan, ids: Tensor, again: int

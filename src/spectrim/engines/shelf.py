@@ -7,7 +7,7 @@ What layers share is kept once. Where a tensor lies is chosen by the memory at h
     spectra of a 7B model      K (O + I) numbers of every layer, 41 GB in float32; 22 GB once cut to keep 0.8
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future
 
 import torch
@@ -30,7 +30,7 @@ class Shelf:
 
     def __init__(self, device: torch.device, *, on_host: bool = False) -> None:
         self.device, self.on_host = device, on_host
-        self.kept: dict[object, Tensor] = {}
+        self.kept: MutableMapping[object, Tensor] = {}
         self.ferry: Ferry | None = None
         self.leaving: dict[object, Future[None]] = {}
         self.coming: dict[object, Coming] = {}
@@ -85,6 +85,10 @@ class Shelf:
         for where in (self.leaving, self.coming, self.kept):
             where.pop(key, None)
 
+    def shape_of(self, key: object) -> tuple[int, ...]:
+        """Of what has this key."""
+        return tuple(self.kept[key].shape)
+
 
 STRIP = 1024
 """Rows in one strip of a packed symmetric matrix."""
@@ -109,11 +113,16 @@ def unpack_symmetric(packed: Tensor, n: int) -> Tensor:
     return matrix
 
 
+def packed_numbers(n: int) -> int:
+    """How many numbers `pack_symmetric` keeps of a matrix (n, n)."""
+    return sum(min(STRIP, n - low) * (n - low) for low in range(0, n, STRIP))
+
+
 class StatsShelf(Mapping[str, Stats]):
     """Statistics of every layer; layers that read the same share what was measured of it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.shelf = Shelf(device, on_host=True)
+    def __init__(self, device: torch.device, shelf: Shelf | None = None) -> None:
+        self.shelf = Shelf(device, on_host=True) if shelf is None else shelf
         self.tokens: dict[str, dict[int, int]] = {}
         self.owners: dict[str, dict[Stat, str]] = {}
         self.rounds: dict[Owned, int] = {}
@@ -149,6 +158,17 @@ class StatsShelf(Mapping[str, Stats]):
         """Which measurements make up the statistics of a layer, and over how many tokens in round `again`."""
         self.tokens.setdefault(name, {})[again] = tokens
         self.owners[name] = dict(owners)
+
+    def forget(self, names: Collection[str]) -> None:
+        """Remove what was measured of these layers; they stay in the list of layers, but are not `in` it any more."""
+        self.recent = {}
+        for key in [key for key in self.shelf.kept if isinstance(key, tuple) and key[0] in names]:
+            self.shelf.drop(key)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether its statistics are there."""
+        owners = self.owners.get(str(name))
+        return owners is not None and all((owner, stat) in self.shelf.kept for stat, owner in owners.items())
 
     def input_sizes(self) -> dict[str, Stats]:
         """Of every layer only what says which inputs never fire, from where it lies."""
@@ -192,9 +212,14 @@ class SpectraShelf(MutableMapping[str, Spectrum]):
     """
 
     def __init__(
-        self, device: torch.device, keep: Callable[[str], int | None] = lambda _: None, *, on_host: bool = False
+        self,
+        device: torch.device,
+        keep: Callable[[str], int | None] = lambda _: None,
+        *,
+        on_host: bool = False,
+        shelf: Shelf | None = None,
     ) -> None:
-        self.shelf = Shelf(device, on_host=on_host)
+        self.shelf = Shelf(device, on_host=on_host) if shelf is None else shelf
         self.energies: dict[str, Tensor] = {}
         self.keep = keep
 
@@ -215,7 +240,7 @@ class SpectraShelf(MutableMapping[str, Spectrum]):
 
     def count(self, name: str) -> int:
         """How many components of a layer are there."""
-        return self.shelf.kept[name, "left"].shape[1]
+        return self.shelf.shape_of((name, "left"))[1]
 
     def __delitem__(self, name: str) -> None:
         del self.energies[name]
@@ -251,6 +276,7 @@ def scale(spectra: MutableMapping[str, Spectrum], name: str, scores: Tensor) -> 
     if isinstance(spectra, SpectraShelf):
         left = spectra.shelf.settled((name, "left"))
         left *= scores.to(left)
+        spectra.shelf.kept[name, "left"] = left  # where it lies in a file, it was read from there
         energy = spectra.energies[name].clone()
         energy[: len(scores)] *= scores.square()
         spectra.energies[name] = energy

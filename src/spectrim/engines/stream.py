@@ -4,7 +4,7 @@ A stream holds the hidden states of all windows before the present block only: w
 block is called with beside them (positions, masks) is kept too, once where it is the same for all batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class Stream:
 
     model: PreTrainedModel
     blocks: list[nn.Module]
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     arguments: list[list[Call]]  # [batch][block]
     passed: list[int]  # blocks that each batch is through
 

@@ -40,12 +40,14 @@ class Quality:
     excess_interval: Interval | None = None
 
 
+WINDOWS = 16
+"""Windows of up to 512 tokens in a batch."""
 BOUNDS: tuple[dict[str, float], ...] = ({"least": 0.0}, {}, {"least": 0.0}, {"least": 0.0, "most": 1.0})
 """What the means of loss, excess, KL and agreement cannot leave."""
 
 
 def evaluate(
-    model: PreTrainedModel, ids: Tensor, *, dense: PreTrainedModel | None = None, batch_size: int = 16
+    model: PreTrainedModel, ids: Tensor, *, dense: PreTrainedModel | None = None, batch_size: int = WINDOWS
 ) -> Quality:
     """Quality over `ids` (windows, length); `dense` is the model before compression. Batches shrink as memory does.
 
@@ -57,27 +59,37 @@ def evaluate(
     own = Batch(size).run("evaluate", lambda size: _sums(model, ids[share], dense, size))
     sums = torch.zeros(len(own), len(ids), dtype=torch.float64)
     sums[:, share] = own
-    return _quality(present().sum_everywhere(sums), ids.shape[1])
+    return quality_from(present().sum_everywhere(sums), ids.shape[1])
 
 
 @torch.no_grad()
 def _sums(model: PreTrainedModel, ids: Tensor, dense: PreTrainedModel | None, batch_size: int) -> Tensor:
-    """What `_quality` is made from, over any number of windows (none, where there are fewer than processes)."""
+    """What `quality_from` is made from, over any number of windows (none, where there are fewer than processes)."""
     device = device_of(model)
     parts = [torch.zeros(1 if dense is None else 4, 0, dtype=torch.float64)]
     with frozen(model), autocast(device):
         for batch in ids.split(batch_size) if len(ids) else ():
             batch = batch.to(device)
             log_p = next_token_log_probabilities(model, batch)
-            own = [-_of_text(log_p, batch)]
+            log_q = None
             if dense is not None:
                 with frozen(dense):
                     log_q = next_token_log_probabilities(dense, batch)
-                own.append(own[0] + _of_text(log_q, batch))
-                own.append((log_q.exp() * (log_q - log_p)).double().sum((1, 2)))
-                own.append((log_q.argmax(-1) == log_p.argmax(-1)).double().sum(1))
-            parts.append(torch.stack(own).cpu())
+            parts.append(sums_of_batch(batch, log_p, log_q))
     return torch.cat(parts, 1)
+
+
+def sums_of_batch(batch: Tensor, log_p: Tensor, log_q: Tensor | None = None) -> Tensor:
+    """What `quality_from` is made from (1 or 4, B), float64 on the CPU, of windows (B, S).
+
+    `log_p` (B, S-1, V) are the model's log probabilities of each next token, `log_q` those of the dense model.
+    """
+    own = [-_of_text(log_p, batch)]
+    if log_q is not None:
+        own.append(own[0] + _of_text(log_q, batch))
+        own.append((log_q.exp() * (log_q - log_p)).double().sum((1, 2)))
+        own.append((log_q.argmax(-1) == log_p.argmax(-1)).double().sum(1))
+    return torch.stack(own).cpu()
 
 
 def _of_text(log_p: Tensor, batch: Tensor) -> Tensor:
@@ -85,7 +97,7 @@ def _of_text(log_p: Tensor, batch: Tensor) -> Tensor:
     return log_p.gather(-1, batch[:, 1:, None]).double().sum((1, 2))
 
 
-def _quality(sums: Tensor, window: int) -> Quality:
+def quality_from(sums: Tensor, window: int) -> Quality:
     """From sums over each window (1 or 4, windows): loss; loss above the dense model's, KL, tokens put first alike."""
     count = sums.shape[1] * (window - 1)
     totals = [float(total) / count for total in sums.sum(1)]

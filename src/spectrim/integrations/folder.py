@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectrim import version
@@ -49,18 +49,24 @@ def round_to(model: nn.Module, dtype: torch.dtype, *, allow_nonfinite: bool = Fa
     rounded: dict[nn.Parameter, nn.Parameter] = {}
     for path, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter not in rounded:
-            stored = parameter.to(dtype).to(parameter.dtype)
-            good = torch.isfinite(stored) | (~torch.isfinite(parameter) if allow_nonfinite else False)
-            if not bool(good.all()):
-                raise NumericalError(
-                    f"{path}: its largest value, {float(parameter.abs().max()):.4g}, is Inf or NaN in "
-                    f"{str(dtype).removeprefix('torch.')}, which holds up to {torch.finfo(dtype).max:.4g}; "
-                    "use --dtype bfloat16 or float32"
-                )
+            stored = stored_as(path, parameter, dtype, allow_nonfinite=allow_nonfinite).to(parameter.dtype)
             same = torch.equal(stored, parameter)  # never with a NaN, which is then a copy with a NaN
             rounded[parameter] = parameter if same else nn.Parameter(stored, parameter.requires_grad)
         owner, _, name = path.rpartition(".")
         setattr(model.get_submodule(owner), name, rounded[parameter])
+
+
+def stored_as(path: str, tensor: Tensor, dtype: torch.dtype, *, allow_nonfinite: bool = False) -> Tensor:
+    """A weight in the dtype that is stored; NumericalError where that makes a number Inf, or it was none before."""
+    stored = tensor.to(dtype)
+    good = torch.isfinite(stored) | (~torch.isfinite(tensor) if allow_nonfinite else False)
+    if not bool(good.all()):
+        raise NumericalError(
+            f"{path}: its largest value, {float(tensor.abs().max()):.4g}, is Inf or NaN in "
+            f"{str(dtype).removeprefix('torch.')}, which holds up to {torch.finfo(dtype).max:.4g}; "
+            "use --dtype bfloat16 or float32"
+        )
+    return stored
 
 
 def finer_than_held(dense: PreTrainedModel, dtype: torch.dtype) -> list[str]:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from spectrim.errors import InputError, NumericalError, ResourceError, UsageError, did_you_mean, without_tokens
 from spectrim.integrations.transformers import register
-from spectrim.memory import holds_wide
+from spectrim.memory import held_dtype
 from spectrim.models.extra import give_extra
 from spectrim.models.plain_reads import plain_reads
 from spectrim.models.walk import find_layers, weight_of
@@ -241,8 +241,7 @@ def load_dense(
     """
     require_dense(source)
     check_against_config(source)
-    narrow = source.dtype == torch.bfloat16 and not holds_wide(device, source.checkpoint.numel)
-    model, info = _from_pretrained(source, dtype=source.dtype if narrow else torch.float32)
+    model, info = _from_pretrained(source, dtype=held_dtype(device, source.dtype, source.checkpoint.numel))
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
