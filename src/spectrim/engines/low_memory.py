@@ -84,7 +84,8 @@ class LowMemoryRun(LargeRun):
         return self.relay if model is self.dense else Relay(model, self.walk, self.relay.gives_tuple)
 
     def aids(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What was found out once, and where states go."""
+        """What was found out once, and where states go. No block is there then: all run in the same way (norms.py)."""
+        self.streamed.home.let_go()
         return {"hold": self.hold, "relay": self.relay_of(model), "groups": self.groups}
 
     def begin(self, model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> Stream:
