@@ -32,6 +32,7 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "graphs for ONNX Runtime (spectrim export --to onnx)"),
     "peft": (("peft",), "LoRA on compressed layers"),
     "torchao": (("torchao",), "torchao's quantisation of compressed layers"),
+    "ui": (("gradio",), "a page with a slider for the size (spectrim ui)"),
 }
 """Extras of pyproject.toml (but dev and docs): the modules they bring, and what each is for."""
 HUB_SECONDS = 2.0
