@@ -26,7 +26,8 @@ PALE = """(() => {
   const ground = e => { while (e) { const b = getComputedStyle(e).backgroundColor;
     if (b && b !== 'rgba(0, 0, 0, 0)' && b !== 'transparent') return b; e = e.parentElement; } return 'white'; };
   let worst = [99, ''];
-  for (const e of document.querySelectorAll('main label, main span, main p, main h1, main th, main td, main button, textarea')) {
+  const all = 'main label, main span, main p, main h1, main th, main td, main button, textarea';
+  for (const e of document.querySelectorAll(all)) {
     if (!(e.innerText || e.value || '').trim() || !e.getClientRects().length || e.closest('[aria-hidden]')) continue;
     const a = light(getComputedStyle(e).color), b = light(ground(e));
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);

@@ -2,21 +2,21 @@
 
     tests/matrix/run.sh extras      makes an environment with Gradio and runs this file in it
 
-Skipped where Gradio (extra `ui`) is not installed; what is computed is in tests/unit/test_sizes_page.py, and the page in
-a browser in tests/browser/test_sizes.py.
+Skipped where Gradio (extra `ui`) is not installed. What is computed is in tests/unit/test_sizes_page.py, the page in a
+browser in tests/browser/test_sizes.py.
 """
 
 import json
 import os
 import signal
 import socket
-import subprocess
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from command_line import call
 from sizes_server import all_sizes, page_of_sizes
 
 pytest.importorskip("gradio")
@@ -50,11 +50,8 @@ def test_the_page_answers_and_ends(folder: Path) -> None:
         assert figures["kept of the decoder's linear layers"][0] == "1.0000"
         assert 0.49 < float(figures["kept of the decoder's linear layers"][1]) <= 0.5
         assert float(figures["perplexity of your text"][1]) > float(figures["perplexity of your text"][0]) > 1
-        by_hand = subprocess.run(
-            ["python", "-m", "spectrim", "generate", folder, "--size", "0.5", "--prompt", PROMPT, "--max-new-tokens", "8",
-             "--json"], check=True, capture_output=True, text=True, executable=process.args[0],
-        )  # fmt: skip
-        assert found["chosen"] == json.loads(by_hand.stdout)["text"]
+        asked = ("--size", 0.5, "--prompt", PROMPT, "--max-new-tokens", 8, "--device", "cpu", "--json")
+        assert found["chosen"] == call("generate", folder, *asked).json["text"]
         event, _ = ask(address, 0.5, "", TEXT, 8)  # an empty prompt: an error on the page, and the program goes on
         assert event == "error"
         assert ask(address, 0.7, PROMPT, "", 2)[0] == "complete"

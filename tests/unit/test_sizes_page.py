@@ -9,6 +9,7 @@ import torch
 from command_line import call, small_model, small_text
 from spectrim import any_size_job
 from spectrim.data import load_tokenizer
+from spectrim.engines.measure import autocast
 from spectrim.errors import UsageError
 from spectrim.integrations import gradio as our_gradio
 from spectrim.integrations.sizes import FULL, Sizes, rows_of
@@ -39,21 +40,8 @@ def sizes(folder: Path) -> Sizes:
 
 def test_both_sides_say_what_generate_says(sizes: Sizes, folder: Path) -> None:
     for side, size in zip(sizes.compare(0.6, PROMPT, new_tokens=8), (FULL, 0.6), strict=True):
-        told = call(
-            *(
-                "generate",
-                folder,
-                "--size",
-                size,
-                "--prompt",
-                PROMPT,
-                "--max-new-tokens",
-                8,
-                "--device",
-                "cpu",
-                "--json",
-            )
-        )
+        asked = ("--size", size, "--prompt", PROMPT, "--max-new-tokens", 8, "--device", "cpu", "--json")
+        told = call("generate", folder, *asked)
         assert side.text == told.json["text"]
         assert (side.size, side.quality) == (size, None)
 
@@ -72,10 +60,9 @@ def test_numbers_and_bytes_are_those_of_the_exported_size(sizes: Sizes, folder: 
 def test_figures_of_the_text_by_hand(sizes: Sizes, folder: Path) -> None:
     _, small = sizes.compare(0.5, PROMPT, TEXT, new_tokens=1)
     ids = torch.tensor([load_tokenizer(folder).encode(TEXT, add_special_tokens=False)])
-    log_p, log_q = (
-        load_model(resolve(str(folder)), CPU, size=size)(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-        for size in (0.5, FULL)
-    )
+    with autocast(CPU):  # as every evaluation
+        models = [load_model(resolve(str(folder)), CPU, size=size) for size in (0.5, FULL)]
+        log_p, log_q = (model(input_ids=ids).logits[0, :-1].double().log_softmax(-1) for model in models)
     assert small.quality is not None
     assert small.quality.perplexity == pytest.approx(float((-log_p.gather(-1, ids[0, 1:, None]).mean()).exp()), 1e-5)
     assert small.quality.kl == pytest.approx(float((log_q.exp() * (log_q - log_p)).sum(-1).mean()), 1e-4)
