@@ -3,7 +3,7 @@
 #
 #   tests/matrix/run.sh                      4.57.6 (which is refused), 5.0.0, and the newest below 6
 #   tests/matrix/run.sh 5.12.0               only that one
-#   tests/matrix/run.sh extras               PEFT, torchao, ONNX Runtime and Gradio beside the versions of constraints.txt
+#   tests/matrix/run.sh extras               PEFT, torchao, ONNX Runtime, Gradio, lm_eval beside the versions of constraints.txt
 #   tests/matrix/run.sh executorch           ExecuTorch
 #   tests/matrix/run.sh gguf                 llama.cpp's converter
 #   tests/matrix/run.sh portable             portable folders where spectrim is not installed, transformers 4.57.6 and newest
@@ -75,8 +75,9 @@ for job in "$@"; do
     echo "== $job"
     case $job in
     extras)
-        environment extras --constraint constraints.txt --editable '.[peft,torchao,onnx,ui]'
-        tests extras tests/matrix/test_peft.py tests/matrix/test_torchao.py tests/matrix/test_onnx.py tests/matrix/test_ui.py
+        environment extras --constraint constraints.txt --editable '.[peft,torchao,onnx,ui,eval]'
+        tests extras tests/matrix/test_peft.py tests/matrix/test_torchao.py tests/matrix/test_onnx.py tests/matrix/test_ui.py \
+            tests/matrix/test_lm_eval.py
         ;;
     executorch)
         environment executorch --constraint constraints.txt --editable '.[executorch]'

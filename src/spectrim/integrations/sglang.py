@@ -1,7 +1,7 @@
 """The SGLang plugin: as the one for vLLM, by entry point group `sglang.srt.plugins`.
 
-Tested with the loader and the layers of SGLang 0.5.23 on a CPU, not in a server; it has no decorator for formats, only a
-table. On one device: how its layers name their share of several is not tested. Imported by SGLang.
+Tested with the loader and the layers of SGLang 0.5.23 on a CPU, not in a server; it has no decorator for formats, only
+a table. On one device: how its layers name their share of several is not tested. Imported by SGLang.
 """
 
 from typing import Any
