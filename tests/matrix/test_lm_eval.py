@@ -75,9 +75,6 @@ def test_the_harness_scores_a_compressed_folder(tmp_path):
         *("-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"),
         *("--tasks", "local_choice", "--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out"),
     )
-    plain = run(*asked)
-    assert plain.returncode != 0  # without spectrim the load stops, rather than giving figures of random numbers
-    assert "mismatch" in plain.stderr
     done = run("-m", "spectrim.run", *asked)
     assert done.returncode == 0, done.stderr[-2000:]
     (written,) = (tmp_path / "out").rglob("results_*.json")
