@@ -12,10 +12,10 @@ from spectrim.cli_any_size import compress_any_size
 from spectrim.cli_doctor import doctor
 from spectrim.cli_eval import eval_
 from spectrim.cli_export import export
+from spectrim.cli_generate import generate
 from spectrim.cli_left import clean, resume, status, verify
 from spectrim.cli_options import (
     Deterministic,
-    Device,
     Json,
     ModelArg,
     QualityGate,
@@ -23,7 +23,6 @@ from spectrim.cli_options import (
     ShardWeights,
     Size,
     TakeLock,
-    Tokenizer,
     Track,
     given_command,
     say_written,
@@ -34,7 +33,7 @@ from spectrim.cli_ranks import started
 from spectrim.cli_recipe import recipe_app
 from spectrim.cli_report import report
 from spectrim.cli_request import asks
-from spectrim.errors import UsageError
+from spectrim.cli_ui import ui
 from spectrim.terminal import emit, print_table, progress_printer, stdout
 from spectrim.track import check_trackers, track_run
 
@@ -157,46 +156,8 @@ def inspect(
     emit(facts, json_, show)
 
 
-@app.command()
-def generate(
-    folder: ModelArg,
-    prompt: Annotated[str, typer.Option(help="text to continue")],
-    size: Size = None,
-    max_new_tokens: Annotated[int, typer.Option(help="how many tokens, at most", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0)] = 0.0,
-    tokenizer: Tokenizer = None,
-    device: Device = "auto",
-    seed: Seed = 0,
-    json_: Json = False,
-) -> None:
-    """Continue a prompt."""
-    import torch
-
-    from spectrim.data import load_tokenizer
-    from spectrim.models.load import check_vocabulary, context_length, load_model, pick_device, resolve
-
-    source, where = resolve(folder), pick_device(device)
-    words = load_tokenizer(tokenizer or source.folder)
-    ids = words(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    if ids.shape[1] == 0:
-        raise UsageError("--prompt is empty; give at least one word")
-    limit = context_length(source.config)
-    if limit is not None and ids.shape[1] + max_new_tokens > limit:
-        raise UsageError(
-            f"a prompt of {ids.shape[1]} tokens and --max-new-tokens {max_new_tokens} pass the {limit} tokens that "
-            "the model reads; shorten one of them"
-        )
-    model = load_model(source, where, size=size)
-    check_vocabulary(model, ids)
-    ids = ids.to(model.device)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling)  # type: ignore[operator]
-    text = str(words.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    emit({"prompt": prompt, "text": text}, json_, lambda: stdout.print(prompt + text, soft_wrap=True))
-
-
-app.command()(export)
+for command in (generate, export, ui):
+    app.command()(command)
 
 
 @app.command()

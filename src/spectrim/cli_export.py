@@ -10,7 +10,7 @@ from spectrim.cli_options import Json, ModelArg
 from spectrim.errors import UsageError
 from spectrim.terminal import emit, stdout
 
-FORMS = ("dense", "size", "portable", "onnx")
+FORMS = ("dense", "size", "portable", "onnx", "executorch")
 
 
 def export(
@@ -20,7 +20,8 @@ def export(
         str | None,
         typer.Option(
             help="dense: multiply the factors back; size: one of all sizes, the default with --keep; portable: with "
-            "the code of its layers, for trust_remote_code=True without spectrim; onnx: for ONNX Runtime"
+            "the code of its layers, for trust_remote_code=True without spectrim; onnx: for ONNX Runtime; executorch: "
+            "for ExecuTorch"
         ),
     ] = None,
     keep: Annotated[float | None, typer.Option(help="the size to take from a folder that holds all sizes")] = None,
@@ -54,6 +55,10 @@ def exporter(to: str) -> Callable[..., dict[str, Any]]:
         from spectrim.integrations.onnx import export_onnx
 
         return export_onnx
+    if to == "executorch":
+        from spectrim.integrations.executorch import export_executorch
+
+        return export_executorch
     from spectrim.integrations.export import export_dense, export_size
 
     return export_size if to == "size" else export_dense

@@ -30,8 +30,10 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "eval": (("lm_eval",), "tasks of lm-evaluation-harness (spectrim eval --lm-eval)"),
     "track": (("tensorboard",), "curves of a run in TensorBoard (--track tensorboard)"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "graphs for ONNX Runtime (spectrim export --to onnx)"),
+    "executorch": (("executorch",), "programs for ExecuTorch (spectrim export --to executorch)"),
     "peft": (("peft",), "LoRA on compressed layers"),
     "torchao": (("torchao",), "torchao's quantisation of compressed layers"),
+    "ui": (("gradio",), "a page with a slider for the size (spectrim ui)"),
 }
 """Extras of pyproject.toml (but dev and docs): the modules they bring, and what each is for."""
 HUB_SECONDS = 2.0

@@ -59,15 +59,15 @@ class Tab:
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
 
-    def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Show a file in a window of that size and colour scheme; returns when it is loaded."""
+    def open(self, page: Path | str, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Show a file, or an address, in a window of that size and colour scheme; returns when it is loaded."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
 
@@ -76,6 +76,14 @@ class Tab:
         told = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
+
+    def wait_for(self, expression: str) -> Any:
+        """The value of a JavaScript expression as soon as it is one that counts as true."""
+        end = time.monotonic() + WAIT_S
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, f"not true after {WAIT_S:.0f} s: {expression}"
+            time.sleep(0.1)
+        return value
 
     def screenshot(self, path: Path) -> None:
         """The whole page, also what lies below the window."""
@@ -98,7 +106,8 @@ def browser(program: str) -> Iterator[Tab]:
         os.dup2(read, 3)
         os.dup2(write, 4)
 
-    with TemporaryDirectory() as profile:
+    # Its children may still write into the profile when it has ended.
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         words = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         words += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--disable-dev-shm-usage"]
         process = subprocess.Popen(

@@ -56,6 +56,13 @@ def made_report(blocks: int = 8, **changes: Any) -> dict[str, Any]:
                          "compressed_perplexity": 33.9123},
         "text": {"calibration": text, "training": None, "evaluation": text},
         "layers": layers,
+        "forms": [
+            {"form": form, "layers": layers, "weights": layers * 2_883_584, "bytes": layers * nbytes, "bits": bits}
+            for form, layers, nbytes, bits in (
+                ("trellis 2.5", 31, 937_168, 2.6), ("trellis 3 + low rank in trellis 4 + entries", 14, 1_297_616, 3.6),
+                ("factor of trellis 3, trellis 3", 9, 540_672, 1.5), ("dense", 2, 5_767_168, 16.0),
+            )
+        ],
         "untouched": [{"name": "lm_head", "numbers": 155_582_464, "why": "tied to the embedding"}],
         "learning": {
             "losses": [2.0 / (1 + step / 40) + 0.05 * (step % 7) for step in range(400)],

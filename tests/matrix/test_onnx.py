@@ -71,9 +71,21 @@ def test_missing_packages_are_named_with_the_extra(tmp_path, monkeypatch):
 
 def test_a_graph_that_disagrees_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(our_onnx, "find_spec", lambda name: object())
-    monkeypatch.setattr(our_onnx, "_write_graph", lambda model, path, name: path.write_bytes(b"graph"))
-    monkeypatch.setattr(our_onnx, "graph_error", lambda model, path: float("nan"))
+    monkeypatch.setattr(our_onnx, "_write_graph", lambda model, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(our_onnx, "graph_logits", lambda path, ids: torch.full((1,), float("nan")))
     answer = call("export", small(tmp_path / "small", "factor"), "--to", "onnx", "--out", tmp_path / "out")
     assert answer.code == 5
     assert "differ by nan" in answer.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_exporter_raises_is_an_error_about_the_model(tmp_path, monkeypatch):
+    def fail(model, path):
+        raise KeyError("aten.something")
+
+    monkeypatch.setattr(our_onnx, "find_spec", lambda name: object())
+    monkeypatch.setattr(our_onnx, "_write_graph", fail)
+    answer = call("export", small(tmp_path / "small", "factor"), "--to", "onnx", "--out", tmp_path / "out")
+    assert answer.code == 3
+    assert "ONNX Runtime's exporter cannot export LlamaForCausalLM (KeyError: 'aten.something')" in answer.message
     assert not (tmp_path / "out").exists()

@@ -70,6 +70,12 @@ def test_the_same_greedy_text_as_transformers(storage, tmp_path):
     assert by_vllm(folder, enforce_eager=True) == by_transformers(folder)
 
 
+def test_with_vllms_compiler(tmp_path):
+    """Without `enforce_eager`: the model is traced as one graph and compiled: minutes, with a C++ compiler."""
+    folder = compress(tmp_path / "small", "two-sided", storage="pivot")
+    assert by_vllm(folder) == by_transformers(folder)
+
+
 def test_two_processes_that_share_every_layer(tmp_path, monkeypatch):
     """Tensor parallelism: outputs of q, k, v, gate and up are cut, inputs of o and down."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")

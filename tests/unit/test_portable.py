@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from command_line import call
 from spectrim import any_size_job
 from spectrim.integrations import portable_model
 from spectrim.integrations.export import export_size
-from spectrim.integrations.onnx import _write_config
+from spectrim.integrations.graph_export import write_config
 from spectrim.integrations.portable import CODE
 from spectrim.models.load import resolve
 from spectrim.nn.linears import LINEARS, LowRankLinear, PivotLinear
@@ -195,12 +196,34 @@ def test_one_size_of_a_folder_that_names_our_code_does_not(tmp_path):
     assert config_of(tmp_path / "out")["auto_map"] == own
 
 
+def test_rotary_positions_where_transformers_4_looks_for_them(monkeypatch):
+    """tests/matrix/run.sh portable loads such folders with transformers 4.57.6 itself."""
+
+    def read(release: str, parameters: Any) -> Any:
+        monkeypatch.setattr(portable_model.transformers, "__version__", release)
+        config = SimpleNamespace(rope_parameters=parameters)
+        portable_model.as_transformers_4_reads_it(config)
+        return config
+
+    plain, scaled = (
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+    )
+    assert vars(read("5.0.0", plain)) == {"rope_parameters": plain}
+    assert vars(read("4.57.6", plain)) == {"rope_parameters": plain, "rope_theta": 5e5, "rope_scaling": None}
+    found = read("4.57.6", scaled)
+    assert (found.rope_theta, found.rope_scaling) == (1e6, {"rope_type": "linear", "factor": 4.0})
+    assert vars(read("4.57.6", None)) == {"rope_parameters": None}
+    with pytest.raises(ValueError, match="differ between layers"):
+        read("4.57.6", {"full_attention": plain, "sliding_attention": scaled})
+
+
 def test_the_configuration_beside_a_graph_names_no_code(folders, tmp_path):
     own, want = folders["pivot"], config_of(folders["pivot"])
-    _write_config(own, tmp_path)
+    write_config(own, tmp_path)
     del want["auto_map"]
     assert config_of(tmp_path) == want
-    _write_config(own.with_name("pivot-small"), tmp_path)
+    write_config(own.with_name("pivot-small"), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == (own.with_name("pivot-small") / "config.json").read_bytes()
 
 

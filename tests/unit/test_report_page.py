@@ -113,6 +113,7 @@ def test_the_figures_are_those_of_the_report(learned: Path) -> None:
     assert all(other == pytest.approx(report["seconds"]["total"] - stages) for other in others)
     for layer in report["layers"]:
         assert f"{layer['numbers']:,}" in page.text
+    assert {value for row in report["forms"] for key, value in row.items() if key != "form"} <= page.numbers()
     assert f"{report['environment']['torch']}" in page.text
 
 
@@ -186,6 +187,8 @@ def test_every_storage_has_a_page(method: str, options: dict[str, Any], keep: fl
     assert len(report["layers"]) == 14
     assert all(layer["name"] in page.text for layer in report["layers"])
     assert "Nothing was evaluated" in page.text
+    assert sum(row["layers"] for row in report["forms"]) == 14
+    assert all(row["form"] in page.text for row in report["forms"])
     assert ("No spectrum is recorded" in page.text) == (report["layers"][0]["spectrum"] is None)
 
 
@@ -213,6 +216,7 @@ def test_reports_of_older_versions_have_pages(name: str) -> None:
     assert_safe_and_whole(page)
     assert "No spectrum is recorded" in page.text
     assert "No command is recorded" in page.text
+    assert "by form" not in page.text
     assert all(layer["name"] in page.text for layer in report_of(GOLDEN / name)["layers"])
 
 

@@ -10,6 +10,7 @@ The format is described in docs/format.md of spectrim; two of its codecs are her
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 try:
@@ -70,10 +71,27 @@ class PortablePivot(nn.Module):
 CODECS = {"factor": PortableFactor, "pivot": PortablePivot}
 
 
+def as_transformers_4_reads_it(config: Any) -> None:
+    """Rotary positions where transformers 4 looks for them; it would take defaults without a word. Nothing under 5."""
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return
+    found = getattr(config, "rope_parameters", None)
+    if not isinstance(found, dict):
+        return  # a model without them
+    if any(isinstance(value, dict) for value in found.values()):
+        raise ValueError(
+            f"rotary positions differ between layers, which transformers {transformers.__version__} ignores"
+        )
+    given = dict(found)
+    config.rope_theta = given.pop("rope_theta", 10_000.0)
+    config.rope_scaling = None if given.get("rope_type", "default") == "default" else given
+
+
 class Portable(nn.Module):
     """Before the architecture's own class: low-rank layers in the places that config.json lists."""
 
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+        as_transformers_4_reads_it(config)
         super().__init__(config, *arguments, **options)
         found = config.quantization_config
         if not isinstance(found, dict) or "spectrim" in AUTO_QUANTIZER_MAPPING:

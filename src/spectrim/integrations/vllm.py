@@ -4,11 +4,10 @@ vLLM calls `register` in each of its processes (entry point group `vllm.general_
 folder's `quant_method`. Imported by nothing but vLLM: it is no dependency.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.model_executor.layers.linear import (  # type: ignore[import-not-found]
     LinearBase,
     LinearMethodBase,
@@ -20,41 +19,15 @@ from vllm.model_executor.layers.quantization import (  # type: ignore[import-not
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # type: ignore[import-not-found]
 
-from spectrim.integrations.serving import ServedLinear, Share, check_served, parts_of
-from spectrim.integrations.transformers import QUANT_METHOD, SpectrimConfig
+from spectrim.integrations.served_format import ServedFormat, ServedMethod
+from spectrim.integrations.serving import Share
+from spectrim.integrations.transformers import QUANT_METHOD
 
 
-class SpectrimVllmConfig(QuantizationConfig):
+class SpectrimVllmConfig(ServedFormat, QuantizationConfig):
     """Which layers of a model are low-rank, by config.json."""
 
-    def __init__(self, modules: Mapping[str, dict[str, Any]]) -> None:
-        super().__init__()
-        self.modules = dict(modules)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "SpectrimVllmConfig":
-        """`quantization_config` of config.json; `InputError` for folders that are not served."""
-        stored = SpectrimConfig(**config)
-        check_served(stored.modules, stored.any_size, "vLLM")
-        return cls(stored.modules)
-
-    def get_name(self) -> str:
-        """As in `quant_method`."""
-        return QUANT_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """What the weights may be in: any float."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Plain matrix products: every device."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None beside config.json."""
-        return []
+    engine = "vLLM"
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """vLLM names the modules of some models otherwise."""
@@ -64,15 +37,12 @@ class SpectrimVllmConfig(QuantizationConfig):
         """A low-rank method for the layers that config.json lists; embeddings and experts are left to vLLM."""
         if not isinstance(layer, LinearBase):
             return None
-        entries = parts_of(self.modules, prefix, self.packed_modules_mapping)
+        entries = self.entries_of(prefix, self.packed_modules_mapping)
         return UnquantizedLinearMethod() if entries is None else LowRankMethod(prefix, entries)
 
 
-class LowRankMethod(LinearMethodBase):
+class LowRankMethod(ServedMethod, LinearMethodBase):
     """One (perhaps fused) layer."""
-
-    def __init__(self, prefix: str, entries: list[Any]) -> None:
-        self.prefix, self.entries = prefix, entries
 
     def create_weights(
         self,
@@ -93,16 +63,7 @@ class LowRankMethod(LinearMethodBase):
             over_inputs=input_size_per_partition != input_size,
             over_outputs=sum(output_partition_sizes) != output_size,
         )
-        self.served = ServedLinear(self.prefix, self.entries, share)
-        self.served.attach(layer, params_dtype)
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """After loading."""
-        self.served.finish(layer)
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (tokens, I) to (tokens, O)."""
-        return self.served.forward(layer, x, bias)
+        self.attach(layer, share, params_dtype)
 
 
 def register() -> None:

@@ -13,6 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from spectrim.report import sections
+from spectrim.report.forms import FORMS_HEADER
 from spectrim.report.layers import heat_map, layer_rows, layers_of, spectra_by_block
 from spectrim.report.reading import Facts
 
@@ -55,6 +56,7 @@ def report_page(report: Mapping[str, Any], where: str = "the report") -> str:
         layers=layers,
         heat=heat_map(layers),
         spectra=spectra_by_block(layers),
+        forms_header=FORMS_HEADER,
         layer_table=layer_rows(layers, every),
         tiles=tiles(facts),
         warnings=facts.texts("warnings"),
@@ -64,8 +66,8 @@ def report_page(report: Mapping[str, Any], where: str = "the report") -> str:
 
 
 PARTS = (
-    sections.quality, sections.size_quality, sections.budget, sections.frontier, sections.training, sections.samples,
-    sections.times, sections.texts, sections.verdict, sections.command,
+    sections.quality, sections.size_quality, sections.budget, sections.forms, sections.frontier, sections.training,
+    sections.samples, sections.times, sections.texts, sections.verdict, sections.command,
 )  # fmt: skip
 
 

@@ -163,6 +163,18 @@ def between(points: Sequence[tuple[float, float]], at: float) -> float:
     return points[0][1]
 
 
+def forms(report: Facts) -> list[tuple[Value | str, ...]]:
+    """What the layers became, one row a form (`report/forms.py`); empty where an older version wrote the report."""
+    return [
+        (
+            row.text("form") or "?",
+            *(plain(row.count(key), ",") for key in ("layers", "weights", "bytes")),
+            plain(row.number("bits"), ".2f"),
+        )
+        for row in report.rows("forms")
+    ]
+
+
 def _pair(what: str, before: float | None, after: float | None) -> dict[str, Any]:
     share = after / before if before and after is not None else None
     return {
