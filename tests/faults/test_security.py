@@ -24,6 +24,7 @@ MAY_REACH_THE_NETWORK = {
     "src/spectrim/models/load.py": {"huggingface_hub"},
     "src/spectrim/integrations/hub_push.py": {"huggingface_hub"},  # asked for by `push` and --push-to alone
     "src/spectrim/report/card.py": {"huggingface_hub"},  # the form of a model card; nothing is asked for
+    "src/spectrim/integrations/streamed_folder.py": {"huggingface_hub"},  # how tensors are split into files; as above
     "src/spectrim/processes.py": {"socket"},  # the name of this machine; processes meet where torchrun says
     "src/spectrim/doctor.py": {"socket", "urllib"},  # whether the hub can be reached, unless --no-hub
     "src/spectrim/data/hub.py": set(),
