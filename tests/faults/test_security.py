@@ -26,6 +26,8 @@ MAY_REACH_THE_NETWORK = {
     "src/spectrim/report/card.py": {"huggingface_hub"},  # the form of a model card; nothing is asked for
     "src/spectrim/integrations/streamed_folder.py": {"huggingface_hub"},  # how tensors are split into files; as above
     "src/spectrim/processes.py": {"socket"},  # the name of this machine; processes meet where torchrun says
+    "src/spectrim/meeting.py": {"socket"},  # this machine's name, and whether the store is there where torchrun says
+    "src/spectrim/peers.py": {"socket"},  # a pair within this process, by which a signal wakes the watch
     "src/spectrim/doctor.py": {"socket", "urllib"},  # whether the hub can be reached, unless --no-hub
     "src/spectrim/data/hub.py": set(),
     "src/spectrim/store/work.py": {"socket"},  # the name of this machine, for the lock
