@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spectrim.errors import UsageError
+from spectrim.store.target import absolute
 
 
 class Shard(NamedTuple):
@@ -33,4 +34,5 @@ def parse_shard(text: str) -> Shard:
 
 def shard_target(out: Path, shard: Shard) -> Path:
     """The name under which a task leaves its sums: `OUT.shard-2-of-8`, the folder is that with `.resume` behind it."""
+    out = absolute(out)
     return out if shard.number is None else out.with_name(f"{out.name}.shard-{shard.number}-of-{shard.of}")

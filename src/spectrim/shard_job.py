@@ -50,11 +50,12 @@ def run_shard(
 ) -> dict[str, Any]:
     """One task: its sums, in a folder beside `out`; what to say of it. Nothing is done where they are there already."""
     method, source, request = _accepted(request)
-    target = shard_target(out, shard)
     needed = whole_bytes(find_layers(meta_model(source.config)), method.needs)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     options = dataclasses.replace(options, fields={"shards": shard.of, "shard": str(shard)}, stays=True)
-    kept = resumable(request, method, source, target, options=options, needs_bytes=0, progress=progress)
+    kept = resumable(
+        request, method, source, shard_target(out, shard), options=options, needs_bytes=0, progress=progress
+    )
     with deterministic(request.deterministic), listening(), kept as resume:
         found = resume.load(SHARE, optional=True)
         if found is None:
@@ -88,7 +89,7 @@ def _accepted(request: Request) -> tuple[Method, Source, Request]:
     method = request.check()
     name = method.info.name
     if not method.needs:
-        raise UsageError(f"method {name} measures nothing that could be shared out; {WITHOUT}")
+        raise UsageError(f"method {name} has no first pass over the windows that could be shared out; {WITHOUT}")
     if isinstance(method, ModelMethod) and not method.reads_dense_stats:
         raise UsageError(f"method {name} measures layers behind those that it has compressed; {WITHOUT}")
     source = resolve(request.model)

@@ -25,6 +25,7 @@ from spectrim.linalg.fallback import Fallback
 from spectrim.resume import without_fallbacks
 from spectrim.shard import Shard, shard_target
 from spectrim.store.state import read_state
+from spectrim.store.target import absolute
 from spectrim.store.work import WorkFolder, locked, refuse_foreign, work_path
 
 SHARE = "share"
@@ -36,7 +37,7 @@ class ShardParts:
     """The sums of all tasks of one array, added up in their order: see `given.Given`."""
 
     def __init__(self, out: Path, of: int, *, take_lock: bool = False, progress: Progress | None = None) -> None:
-        self.out, self.of, self.take_lock, self.progress = out, of, take_lock, progress
+        self.out, self.of, self.take_lock, self.progress = absolute(out), of, take_lock, progress
 
     @property
     def shards(self) -> list[Shard]:
@@ -105,9 +106,7 @@ class ShardParts:
             try:
                 return without_fallbacks(path, Saved(*read_state(path)))
             except InputError as error:
-                raise InputError(
-                    f"{error}; run the same command with --shard {shard} --restart, then this one"
-                ) from error
+                raise InputError(f"{error}; run the same command with --shard {shard}, then this one again") from error
 
     def _others(self) -> str:
         """Shards of another N, which are easily taken for these."""
