@@ -84,6 +84,8 @@ def _accepted(request: Request) -> tuple[Method, Source, Request]:
     refuse_several("--shard")
     if request.any_size:
         raise UsageError(f"--shard is for one size, --any-size measures at several; {WITHOUT}")
+    if request.low_memory:
+        raise UsageError(f"--low-memory measures layer by layer, which --shard does not share out; {WITHOUT}")
     if request.calib == "self":
         raise UsageError(f"--shard: with --calib self every task would write all of it; name a text, or {WITHOUT}")
     method = request.check()

@@ -283,6 +283,7 @@ def test_sums_of_other_windows_are_not_added_up(words: list[str], tmp_path: Path
     ("more", "says"),
     [
         (("--any-size",), "--shard is for one size"),
+        (("--low-memory",), "--low-memory measures layer by layer"),
         (("--calib", "self"), "with --calib self every task would write all of it"),
         (("--method", "svd"), "method svd has no first pass over the windows that could be shared out"),
         (("--gradient-windows", "2"), "2 calibration windows (those that give gradients, where there are fewer"),
