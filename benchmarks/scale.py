@@ -22,8 +22,8 @@ from scale_models import MATRIX_RATE, QUICK, Shape, build, forward_operations, g
 from torch import Tensor
 
 from spectrim.engines import recompute, way
+from spectrim.engines.gradient_windows import default_gradient_windows
 from spectrim.engines.learned import train_scores
-from spectrim.engines.measure import default_gradient_windows
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.ranks import plan_ranks
 from spectrim.engines.shelf import SpectraShelf

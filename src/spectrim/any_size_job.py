@@ -18,6 +18,7 @@ from spectrim.engines.plan import all_sizes, untargeted_numbers
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.evaluate.samples import compare_samples
+from spectrim.fingerprint import text_fields
 from spectrim.integrations.folder import copy_in, round_to, write_nested
 from spectrim.job import foresee_all, peak_memory
 from spectrim.linalg.fallback import Fallback, listening, summary
@@ -29,7 +30,7 @@ from spectrim.report.any_size import build_any_size_report
 from spectrim.report.documents import write_documents
 from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
-from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
+from spectrim.resume import Resume, ResumeOptions, resumable
 from spectrim.several_job import refuse_several
 from spectrim.store import TensorInfo, open_checkpoint, preflight, staged, write_manifest
 from spectrim.unsolved import unsolved_saved

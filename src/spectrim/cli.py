@@ -33,7 +33,9 @@ from spectrim.cli_ranks import started
 from spectrim.cli_recipe import recipe_app
 from spectrim.cli_report import report
 from spectrim.cli_request import asks
+from spectrim.cli_shard import ShardOption, compress_shard
 from spectrim.cli_ui import ui
+from spectrim.shard import parse_shard
 from spectrim.terminal import emit, print_table, progress_printer, stdout
 from spectrim.track import check_trackers, track_run
 
@@ -65,6 +67,7 @@ def compress(
     seed: Seed = 0,
     deterministic: Deterministic = False,
     shard_weights: ShardWeights = None,
+    shard: ShardOption = None,
     track: Track = [],  # noqa: B006  typer reads the default, nobody changes it
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT atomically")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="discard OUT.resume of a stopped run, start anew")] = False,
@@ -78,6 +81,7 @@ def compress(
     request.check()  # before transformers is imported: a mistake is told at once
     check_push_to(push_to)
     trackers = check_trackers(track)
+    part = None if shard is None else parse_shard(shard)
     from spectrim.evaluate.gate import refuse_failed
     from spectrim.report.card import table
     from spectrim.report.forms import FORMS_HEADER, forms_rows
@@ -87,13 +91,16 @@ def compress(
     options = ResumeOptions(
         save_every_s=save_every, restart=restart, take_lock=take_lock, command=given_command("compress")
     )
-    if request.any_size:
+    if request.any_size and part is None:
         report = compress_any_size(request, out, overwrite, options, json_)
         track_run(trackers, report, out)
         refuse_failed(report)
         return push_result(out, push_to)
-    made = run_together(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_))
-    if made is None:  # one of several processes; the first speaks
+    if part is not None:
+        made = compress_shard(request, out, part, overwrite, options, json_)
+    else:
+        made = run_together(request, out, overwrite=overwrite, options=options, progress=progress_printer(json_))
+    if made is None:  # one of several processes, of which the first speaks, or of an array
         return None
     report = made.report
 

@@ -9,6 +9,7 @@ import typer
 
 from spectrim.cli_options import Json
 from spectrim.errors import InputError, ResourceError, UsageError
+from spectrim.shard import parse_shard, shard_target
 from spectrim.terminal import command_line, emit, stdout
 
 
@@ -103,14 +104,23 @@ def resume(
 
 
 def _target(words: list[str], folder: str) -> str | None:
-    """The value of the last --out, as the parser takes it."""
+    """The output that the words of a command work for, beside which its state lies; of a shard a name of its own."""
+    out, shard = _last(words, "--out"), _last(words, "--shard")
+    if out is None:
+        return None
+    path = Path(os.path.join(folder, out))
+    return str(path if shard is None else shard_target(path, parse_shard(shard)))
+
+
+def _last(words: list[str], option: str) -> str | None:
+    """The value of the last `option`, as the parser takes it."""
     found = None
     for at, word in enumerate(words):
-        if word == "--out" and at + 1 < len(words):
+        if word == option and at + 1 < len(words):
             found = words[at + 1]
-        elif word.startswith("--out="):
-            found = word.removeprefix("--out=")
-    return None if found is None else os.path.join(folder, found)
+        elif word.startswith(f"{option}="):
+            found = word.removeprefix(f"{option}=")
+    return found
 
 
 def clean(

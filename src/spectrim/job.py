@@ -33,6 +33,7 @@ from spectrim.errors import NumericalError, UsageError
 from spectrim.evaluate.gate import gate_warning, judge_gate
 from spectrim.evaluate.language import Quality, evaluate
 from spectrim.evaluate.samples import compare_samples
+from spectrim.fingerprint import text_fields
 from spectrim.integrations.folder import COMPANIONS, finalise, finer_than_held, round_to, write_folder
 from spectrim.linalg.bits import PER_NUMBER, Unit, stored_size
 from spectrim.linalg.fallback import Fallback, listening, summary
@@ -56,7 +57,7 @@ from spectrim.report.documents import write_documents
 from spectrim.report.facts import build_report
 from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
-from spectrim.resume import Resume, ResumeOptions, resumable, text_fields
+from spectrim.resume import Resume, ResumeOptions, resumable
 from spectrim.same_for_all import facts_of_processes, of_all_ranks, require_same
 from spectrim.store import (
     TensorInfo,

@@ -17,9 +17,10 @@ import torch
 
 from spectrim.data import Windows
 from spectrim.engines.clock import timed
+from spectrim.engines.gradient_windows import default_gradient_windows
 from spectrim.engines.low_memory import LowMemoryRun, has_room_for_states, limited
 from spectrim.engines.low_memory_way import limit_of, low_memory_method
-from spectrim.engines.measure import Progress, default_gradient_windows
+from spectrim.engines.measure import Progress
 from spectrim.engines.outcome import Outcome
 from spectrim.engines.plan import low_memory_bytes, sizes_of
 from spectrim.engines.relay import Relay

@@ -30,12 +30,20 @@ from spectrim.peers import Member, PeerFailed, Watch, is_signal, own_failure
 
 T = TypeVar("T")
 
+Share = Callable[[int], slice]
+"""Which of so many things in a row are one's own."""
+
 EXCHANGE_WITHIN = timedelta(days=7)
 """Ranks wait for each other's work (a decomposition, writing the result); that one is dead is for peers.py to tell."""
 HEAR_WITHIN_S = 3.0
 """After an exchange that failed: until it is known who failed."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher (torchrun, accelerate) sets in the environment."""
+
+
+def share_of(rank: int, world: int) -> Share:
+    """The share of one of `world` (`rank` counts from 0): of as many things as any other's, or one more."""
+    return lambda count: slice(rank * count // world, (rank + 1) * count // world)
 
 
 @dataclass
@@ -61,8 +69,8 @@ class Group:
         return self.rank == 0
 
     def share_of(self, count: int) -> slice:
-        """Which of `count` things in a row are this rank's: as many as any other's, or one more."""
-        return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+        """Which of `count` things in a row are this rank's."""
+        return share_of(self.rank, self.world)(count)
 
     def objects(self, value: T) -> list[T]:
         """Everybody's value, by rank. Small things: they are pickled by torch, between processes of this run."""

@@ -5,45 +5,39 @@ written every minute, at the end of a stage and on SIGINT, SIGTERM and SIGHUP, a
 have come to the same state by itself: source, text, method, versions and device are compared first.
 """
 
-import dataclasses
 import inspect
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-import transformers
-
-from spectrim import version
 from spectrim.engines.checkpoint import Saved
 from spectrim.engines.couple import couple
 from spectrim.engines.layerwise import decompose_all
 from spectrim.engines.loop import train
-from spectrim.engines.measure import Progress, measure
+from spectrim.engines.measure import Progress, add_up, measure
 from spectrim.engines.newton import newton_scores
 from spectrim.engines.parts import size_of
 from spectrim.engines.propagate import propagate
 from spectrim.errors import InputError, Interrupted, NumericalError, ResourceError, SpectrimError, UsageError
+from spectrim.fingerprint import fingerprint
+from spectrim.given import Given
 from spectrim.linalg.fallback import Fallback, heard, recall, take_back
 from spectrim.method import Method
-from spectrim.models.load import Source, pick_device
-from spectrim.processes import present
+from spectrim.models.load import Source
 from spectrim.request import Request
 from spectrim.store import disk
-from spectrim.store.manifest import measure_file
 from spectrim.store.points import point
 from spectrim.store.state import read_state, write_state
 from spectrim.store.target import with_margin
 from spectrim.store.work import WorkFolder, locked
-from spectrim.windows_in_use import WindowsInUse
 
 SAVE_EVERY_S = 60.0
 OVERHEAD = 30
@@ -53,15 +47,9 @@ FALLBACKS = "fallbacks"
 FIRST_RATE = 2e8
 """Bytes a second that are assumed to be hashed and written until it was measured."""
 STOPPERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ASKING = (train, measure, couple, decompose_all, propagate, newton_scores)
+ASKING = (train, measure, add_up, couple, decompose_all, propagate, newton_scores)
 """What asks `due` after each of its steps, so that a signal can wait for the end of one."""
 
-_NOT_COMPARED = {
-    *("model", "tokenizer"),  # compared by content: files, tokens
-    *("method", "preset", "options"),  # compared as the configured method
-    *("eval", "eval_windows", "quality_gate"),  # no step sees them
-    "device",  # compared by what it is
-}
 _log = logging.getLogger(__name__)
 
 
@@ -73,6 +61,9 @@ class ResumeOptions:
     restart: bool = False  # discard the state that is there
     take_lock: bool = False  # also from a process on another host, of which nobody here knows whether it lives
     command: tuple[str, ...] = ()  # words after `spectrim`, for `spectrim resume`; empty: not from the command line
+    fields: Mapping[str, Any] = field(default_factory=lambda: {"shards": 1})  # of the fingerprint, beside the request
+    given: Given | None = None  # states that other runs have left for this one
+    stays: bool = False  # the folder is what the run is for, and is there when it has ended
 
 
 class Resume:
@@ -85,8 +76,11 @@ class Resume:
         save_every_s: float = SAVE_EVERY_S,
         reserve_bytes: int = 0,
         progress: Progress | None = None,
+        given: Given | None = None,
     ) -> None:
         self.folder = folder
+        self._given = given
+        self._foreign: set[str] = set()  # stages whose state came from there
         self.resumed: list[dict[str, Any]] = []  # {"stage", "step"} of every state that was taken up
         self.warnings: list[str] = []
         self._save_every_s = save_every_s
@@ -106,11 +100,13 @@ class Resume:
             self._last = time.monotonic()
         path = self.folder.state_path(stage)
         if not os.path.lexists(path):
+            if (taken := self._taken(stage)) is not None:
+                return taken
             if not optional:
                 self._discard_later_stages(f"there is no state of {stage}")
             return None
         try:
-            saved, earlier = _without_fallbacks(path, Saved(*read_state(path)))
+            saved, earlier = without_fallbacks(path, Saved(*read_state(path)))
         except InputError as error:
             disk.remove(path)
             self._warn(f"{error}; {stage} starts anew, which costs time and changes no number")
@@ -123,6 +119,16 @@ class Resume:
         if self._progress is not None:
             self._progress(f"resumed at step {saved.step} of {stage}", 0, 1)
         return saved
+
+    def _taken(self, stage: str) -> Saved | None:
+        """What other runs have left."""
+        found = None if self._given is None else self._given.load(stage, self.folder.claimed)
+        if found is None:
+            return None
+        recall(found.fallbacks)
+        self._foreign.add(stage)
+        self.resumed += [told for told in found.resumed if told not in self.resumed]
+        return found.saved
 
     def due(self) -> bool:
         """Whether a state should be saved now: a signal waits, or the last one is old enough."""
@@ -169,7 +175,12 @@ class Resume:
         return is_kept
 
     def forget(self, *stages: str, why: str | None = None) -> None:
-        """Remove states that others stand for, or (`why`) that turned out to be of no use."""
+        """Remove states that others stand for, or (`why`) that turned out to be of no use.
+
+        `InputError` if one of the latter came from other runs: what they measured is not measured again unasked.
+        """
+        if why is not None and self._foreign & {*stages}:
+            raise InputError(f"{', '.join(stages)}: {why}, and it was measured by other runs, which must be done again")
         names = [stage.replace(" ", "-") for stage in stages]
         for path in self.folder.states():
             if not any(path.stem == name or path.stem.startswith(name + "-") for name in names):
@@ -243,7 +254,7 @@ class Resume:
                 disk.remove(path)
 
 
-def _without_fallbacks(path: Path, saved: Saved) -> tuple[Saved, list[Fallback]]:
+def without_fallbacks(path: Path, saved: Saved) -> tuple[Saved, list[Fallback]]:
     """A state as its stage saved it, and the fallbacks of the processes that led to it."""
     facts = dict(saved.facts)
     told = facts.pop(FALLBACKS, [])
@@ -275,20 +286,23 @@ def resumable(
     needs_bytes: int,
     progress: Progress | None = None,
 ) -> Iterator[Resume]:
-    """The run's work folder, gone when the block ends well, or when it ends before anything is worth keeping.
+    """The run's work folder, gone when the block ends well (unless it `stays`), or before anything is worth keeping.
 
     States leave room for the result, which needs `needs_bytes`.
     """
     if not options.save_every_s >= 0:
         raise UsageError(f"--save-every must be at least 0 seconds, got {options.save_every_s:g}")
-    facts = fingerprint(request, method, source)
+    facts = {**fingerprint(request, method, source), **options.fields}
     with locked(out, restart=options.restart, take_lock=options.take_lock) as folder:
         folder.claim(facts)
         folder.record(options.command)
         resume = Resume(
-            folder, save_every_s=options.save_every_s, reserve_bytes=with_margin(needs_bytes), progress=progress
-        )
+            folder, save_every_s=options.save_every_s, reserve_bytes=with_margin(needs_bytes), progress=progress,
+            given=options.given,
+        )  # fmt: skip
         try:
+            if options.given is not None:
+                options.given.check(folder.claimed)
             yield resume
         except BaseException as error:
             if not folder.states():
@@ -298,7 +312,9 @@ def resumable(
             elif not isinstance(error, Interrupted):
                 error.args = (f"{error}. {_way_on(error, resume)}",)
             raise
-        if not folder.remove():
+        if options.given is not None:
+            options.given.remove()
+        if not options.stays and not folder.remove():
             _log.warning("%s: the result is published, this is left over and could not be removed", folder.path)
 
 
@@ -309,32 +325,3 @@ def _way_on(error: SpectrimError, resume: Resume) -> str:
     if isinstance(error, NumericalError):
         return f"{where}: the same command ends at the same place; with other options start anew with --restart"
     return f"{where}: the same command goes on from there, --restart discards it"
-
-
-def fingerprint(request: Request, method: Method, source: Source) -> dict[str, Any]:
-    """All that decides the numbers, as far as it is known before text is read; see also `text_fields`."""
-    asked = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NOT_COMPARED}
-    files = [*source.checkpoint.shards, source.folder / "config.json"]
-    return {
-        "request": asked,
-        "method": method.to_config(),
-        "source": {path.name: measure_file(path, source.folder) for path in files},
-        "spectrim": version.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device_name(pick_device(request.device)),
-        "processes": present().world,
-    }
-
-
-def text_fields(texts: WindowsInUse) -> dict[str, Any]:
-    """The part of the fingerprint that pins the tokens."""
-    training = None if texts.training is None else texts.training.sha256
-    return {"tokens": {"calibration": texts.calibration.sha256, "training": training}}
-
-
-def device_name(device: torch.device) -> str:
-    """What numbers depend on: the GPU's name; on a CPU its instruction set and the threads, which order sums."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"

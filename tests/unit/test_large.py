@@ -10,7 +10,8 @@ from memory_checkpoint import MemoryCheckpoint
 from spectrim.engines import measure as whole
 from spectrim.engines import measure_blocks, pipeline, recompute, way
 from spectrim.engines import shelf as shelf_module
-from spectrim.engines.measure import default_gradient_windows, measure
+from spectrim.engines.gradient_windows import default_gradient_windows
+from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.relay import Relay
 from spectrim.engines.shelf import Shelf, SpectraShelf, StatsShelf, pack_symmetric, unpack_symmetric

@@ -19,6 +19,7 @@ from several_worker import free_port
 from spectrim import cli_ranks, processes, same_for_all
 from spectrim.engines import measure as measuring
 from spectrim.engines import unspread
+from spectrim.engines.dead_inputs import dead_inputs
 from spectrim.errors import ResourceError, UsageError
 from spectrim.eval_job import EvalRequest, run_eval
 from spectrim.models.load import resolve
@@ -315,8 +316,8 @@ def test_commands_for_one_process_are_refused_by_name(monkeypatch: pytest.Monkey
 def test_dead_inputs_of_all_ranks_are_counted(pretended: Pretended):
     own = {"a": Stats(tokens=4, mean_abs=torch.tensor([0.0, 1.0])), "b": Stats(tokens=4, mean_abs=torch.ones(2))}
     pretended.theirs = {dict: {"c": (2, 3)}}
-    assert measuring.dead_inputs(own)[0].startswith("2 layers have inputs that are 0")
-    assert "(first a: 1 of 2)" in measuring.dead_inputs(own)[0]
+    assert dead_inputs(own)[0].startswith("2 layers have inputs that are 0")
+    assert "(first a: 1 of 2)" in dead_inputs(own)[0]
 
 
 def test_the_environment_of_one_comes_back(monkeypatch: pytest.MonkeyPatch):

@@ -19,11 +19,12 @@ from spectrim.engines.checkpoint import Checkpoint
 from spectrim.engines.clock import timed
 from spectrim.engines.descent import learn_order
 from spectrim.engines.fade import fade, text_loss
+from spectrim.engines.gradient_windows import default_gradient_windows
 from spectrim.engines.layerwise import check_weights, refuse_large_sides, swap
 from spectrim.engines.learned import skeleton
 from spectrim.engines.masked import budget_of
 from spectrim.engines.masked_order import learn_masked_order
-from spectrim.engines.measure import Progress, default_gradient_windows
+from spectrim.engines.measure import Progress
 from spectrim.engines.nested import Nested, nest, plan_at, slice_at
 from spectrim.engines.order import Order, closed_order
 from spectrim.engines.pipeline import closed_form

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.processes import present
+from spectrim.processes import Share, present
 
 
 def loss_of_sampled_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -23,11 +23,13 @@ def loss_of_text(logits: Tensor, batch: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def skip_labels_of_others(model: PreTrainedModel, ids: Tensor, batch_size: int, generator: torch.Generator) -> None:
+def skip_labels_of_others(
+    model: PreTrainedModel, ids: Tensor, batch_size: int, generator: torch.Generator, share: Share | None = None
+) -> None:
     """Draw what other ranks draw for their windows of `ids` before this one's: every window has the labels that it has
     with one process (on a GPU: where shares are whole batches, since its numbers depend on how many are drawn at once).
     """
-    before = present().share_of(len(ids)).start
+    before = (share or present().share_of)(len(ids)).start
     if not before:
         return
     words = model(input_ids=ids[:1, :1].to(generator.device), use_cache=False).logits.shape[-1]

@@ -7,7 +7,7 @@ distribution (the true Fisher, not the empirical one): they need no reference te
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from spectrim.engines.sums import KeptSums, Sums
 from spectrim.errors import InputError, NumericalError
 from spectrim.linalg.curvature import add_gram, add_squares, clip_rows
 from spectrim.models.walk import Walk, device_of, shared_inputs
-from spectrim.processes import present
+from spectrim.processes import Share, present
 from spectrim.stats import GRADIENT_STATS, INPUT_STATS, SAMPLED_STATS, Stat, Stats
 
 GRADIENT_CLIP = 10.0
@@ -64,6 +64,53 @@ def measure(
         return of_nothing(walk, int(ids.numel()), owned=owned)
     owners = owners_of(walk, needs) if owned else None
     checkpoint = checkpoint if present().alone else None
+    told = {"batch_size": batch_size, "gradient_windows": gradient_windows, "seed": seed, "progress": progress}
+    passed = add_up(model, walk, ids, needs, **told, checkpoint=checkpoint, stage=stage, after=after)
+    sums, leader = passed.sums, passed.leader
+    bring_together(sums, leader, walk, needs, device_of(model), owners)
+    for own in sums.values():
+        own.to_means()
+    layers = [la.name for la in walk.layers if is_own(la.name, owners)]
+    if unreached == "leave out":
+        layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not passed.border)]
+    return {name: finish(name, sums[name], sums[leader[name]], needs) for name in layers}
+
+
+class Passed(NamedTuple):
+    """The sums over a share of the windows."""
+
+    sums: dict[str, Sums]
+    leader: dict[str, str]
+    """Of every layer the one that its input was measured at."""
+    border: int
+    """How many of all windows give gradients."""
+    keeper: KeptSums
+    windows: int
+    """The position, among all windows, behind the last of this share."""
+
+
+def add_up(
+    model: PreTrainedModel,
+    walk: Walk,
+    ids: Tensor,
+    needs: frozenset[Stat],
+    *,
+    batch_size: int = 4,
+    gradient_windows: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+    stage: str = "statistics",
+    after: str = "",
+    share: Share | None = None,
+) -> Passed:
+    """The sums that `measure` makes statistics of, over this process's windows, or over a `share` of them.
+
+    Arguments are those of `measure`. A `checkpoint` keeps what is unfinished; the sums of a `share` are for the caller
+    to keep.
+    """
+    ends = share is None
+    share = share or present().share_of
     assert not (Stat.SLOPE in needs and needs & SAMPLED_STATS), "one pass has one kind of labels"
     with frozen(model):  # before the groups are found: in training mode OPT drops whole layers at random
         groups = shared_inputs(model, walk.layers)
@@ -85,9 +132,12 @@ def measure(
         def on_gradient(name: str, gradient: Tensor, x: Tensor, windows: torch.Size) -> None:
             add_gradient(sums[name], gradient, x, needs, windows)
 
-        skip_labels_of_others(model, ids[:border], batch_size, generator)
-        spans = own_spans(len(ids), border, batch_size, measured)
-        passed, total = measured, measured + sum(stop - start for start, stop in spans)
+        if not measured:  # else the generator that was kept has drawn them
+            skip_labels_of_others(model, ids[:border], batch_size, generator, share)
+        spans = own_spans(len(ids), border, batch_size, measured, share)
+        end = spans[-1][1] if spans else measured
+        total = sum(stop - start for start, stop in own_spans(len(ids), border, batch_size, share=share))
+        done = total - sum(stop - start for start, stop in spans)
         with hooks(model, walk, on_input, on_gradient if border else None), autocast(device):
             for start, stop in spans:
                 batch = ids[start:stop].to(device)
@@ -99,17 +149,11 @@ def measure(
                     with torch.no_grad():
                         model(input_ids=batch, use_cache=False)
                 check_sums(sums, f"the batch that starts at calibration window {start}")
-                keeper.save(stop, last=stop == len(ids))
-                passed += stop - start
+                keeper.save(stop, last=ends and stop == end)
+                done += stop - start
                 if progress is not None:
-                    progress("calibrate", passed, total)
-    bring_together(sums, leader, walk, needs, device, owners)
-    for own in sums.values():
-        own.to_means()
-    layers = [la.name for la in walk.layers if is_own(la.name, owners)]
-    if unreached == "leave out":
-        layers = [n for n in layers if sums[leader[n]].tokens and (sums[n].gradient_tokens or not border)]
-    return {name: finish(name, sums[name], sums[leader[name]], needs) for name in layers}
+                    progress("calibrate", done, total)
+    return Passed(sums, leader, border, keeper, end)
 
 
 def backward_from_sampled_labels(model: PreTrainedModel, batch: Tensor, generator: torch.Generator) -> None:
@@ -236,26 +280,6 @@ def finish(name: str, own: Sums, shared: Sums, needs: frozenset[Stat]) -> Stats:
     return Stats(tokens=shared.tokens, **found)
 
 
-def dead_inputs(stats: Mapping[str, Stats]) -> list[str]:
-    """One warning that counts the layers with inputs that were 0 for every token; their columns are cut at will.
-
-    Of several processes each has `stats` of its own layers; the warning is of all.
-    """
-    dead: dict[str, tuple[int, int]] = {}
-    for name, own in stats.items():
-        sizes = own.mean_abs if own.gram is None else own.gram.diagonal()
-        if sizes is not None and not bool(sizes.all()):
-            dead[name] = (int((sizes == 0).sum()), len(sizes))
-    dead = {name: counts for own in present().objects(dead) for name, counts in own.items()}
-    if not dead:
-        return []
-    name, (count, total) = next(iter(dead.items()))
-    return [
-        f"{len(dead)} layers have inputs that are 0 for every calibration token (first {name}: {count} of {total}); "
-        "what they do to other text is not kept"
-    ]
-
-
 def check_sums(sums: Mapping[str, Sums], where: str) -> None:
     """Stop at the first layer (sums are in running order) whose sums are not finite; later layers only inherit it."""
     # The diagonal of a Gram matrix tells all; others have none and have to be looked at in full.
@@ -319,17 +343,3 @@ def cpu_has_bf16() -> bool:
     """True when bf16 products run in hardware; emulated ones are slower than float32."""
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe and probe())
-
-
-GRADIENT_TOKENS = 131_072
-"""Tokens whose gradients are enough: those of 256 windows of 512."""
-
-
-def default_gradient_windows(windows: int, device: torch.device, length: int) -> int:
-    """How many of the windows (of `length` tokens) give gradients when nothing is said.
-
-    On a GPU all up to GRADIENT_TOKENS, and a quarter where that is more. On a CPU a quarter: gradients are most of the
-    time there, and the rest of them gains little.
-    """
-    quarter = max(1, windows // 4)
-    return quarter if device.type == "cpu" else min(windows, max(quarter, -(-GRADIENT_TOKENS // length)))

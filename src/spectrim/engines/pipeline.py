@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectrim.engines.checkpoint import Checkpoint
+from spectrim.engines.checkpoint import Checkpoint, Saved
 from spectrim.engines.clock import timed
+from spectrim.engines.gradient_windows import default_gradient_windows
 from spectrim.engines.large import LargeRun
 from spectrim.engines.layerwise import apply_plan, check_weights, refuse_large_sides
 from spectrim.engines.learned import skeleton, train_scores
 from spectrim.engines.masked import train_masks
-from spectrim.engines.measure import Progress, default_gradient_windows
+from spectrim.engines.measure import Progress
 from spectrim.engines.outcome import FactorQuantization, Made, Outcome
 from spectrim.engines.quantise_factors import check_asked, quantise_behind
 from spectrim.engines.recovery import recover
@@ -47,7 +48,7 @@ from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Method
 from spectrim.model_method import ModelMethod
 from spectrim.models.walk import Walk, device_of, find_layers
 from spectrim.options import FACTOR_GROUP_SIZE, Nonfinite, check_keep, recovery_of
-from spectrim.processes import present
+from spectrim.processes import Share, present
 
 
 # Empty layers start from torch's own random numbers: the caller's stay where they were.
@@ -128,6 +129,31 @@ def compress_model(
         gradient_windows=gradient_windows,
         warnings=[*warnings, *way.warnings, *run.warnings, *(made.learned.warnings if made.learned else ())],
     )
+
+
+def measure_share(
+    dense: PreTrainedModel,
+    method: Method,
+    calibration: Tensor,
+    share: Share,
+    *,
+    gradient_windows: int | None = None,
+    nonfinite: Nonfinite = "refuse",
+    seed: int = 0,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Saved:
+    """What `compress_model` measures first, over a share of the windows, as a state that can be added up.
+
+    With a `checkpoint` it is saved there while it is unfinished.
+    """
+    walk, _ = check_weights(dense, find_layers(dense), nonfinite)
+    if gradient_windows is None:
+        gradient_windows = default_gradient_windows(len(calibration), device_of(dense), calibration.shape[1])
+    run = Run(
+        dense, method, walk, 1.0, seed, progress, {}, gradient_windows, checkpoint, length=calibration.shape[1]
+    )  # fmt: skip
+    return run.share_of_first(calibration, share)
 
 
 def by_layers(run: Run, calibration: Tensor, training: Tensor) -> Made:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from spectrim.engines.gradient_windows import default_gradient_windows
 from spectrim.engines.low_memory_way import LowMemory, limit_of, low_memory_method, low_memory_of
 from spectrim.engines.masked import budget_of
-from spectrim.engines.measure import default_gradient_windows
 from spectrim.engines.passes import Passes, clock_passes, facts_of
 from spectrim.engines.plan_costs import Sizes
 from spectrim.engines.plan_large import large_peak_of

@@ -18,9 +18,10 @@ from spectrim.engines.clock import timed
 from spectrim.engines.closed_form import LEADS_TO_IT, identity, pack_closed_form, unpack_closed_form
 from spectrim.engines.closed_form import STAGE as CLOSED_FORM
 from spectrim.engines.couple import couple
+from spectrim.engines.dead_inputs import dead_inputs
 from spectrim.engines.layerwise import apply_plan, decompose_all, solve_at_ranks
 from spectrim.engines.learned import skeleton
-from spectrim.engines.measure import Progress, dead_inputs, measure
+from spectrim.engines.measure import Progress, add_up, measure
 from spectrim.engines.newton import newton_scores
 from spectrim.engines.ordered import ordered_plan
 from spectrim.engines.parts import SavedFirst, energies_of
@@ -33,9 +34,11 @@ from spectrim.linalg.factor import Spectrum
 from spectrim.memory import Batch
 from spectrim.method import SEARCHED, LayerMethod, LearnedMethod, Method, OrderedMethod
 from spectrim.models.walk import Walk, device_of
-from spectrim.processes import present
+from spectrim.processes import Share, present
 from spectrim.stats import Stat, Stats
 
+FIRST_STATISTICS = "statistics 0"
+"""The stage of the dense model's statistics."""
 CPU_BATCH, GPU_BATCH = 4, 32
 """Windows in one calibration batch; on a GPU fewer, if they are longer than `SHORT`."""
 SHORT = 512
@@ -217,6 +220,17 @@ class Run:
             given = (model, self.walk, ids[: self.gradient_windows], stats, self.method.refinement)
             stage = f"coupling {kept_as}"
             return self.batch.run("couple", lambda size: couple(*given, batch_size=size, stage=stage, **told))
+
+    def share_of_first(self, ids: Tensor, share: Share) -> Saved:
+        """The sums that `statistics` of round 0 are made of, over a share of the windows."""
+        told: dict[str, Any] = {"seed": self.seed, "progress": self.progress, "checkpoint": self.checkpoint}
+        told |= {"gradient_windows": self.gradient_windows, "stage": FIRST_STATISTICS, "share": share}
+
+        def work(size: int) -> Saved:
+            passed = add_up(self.dense, self.walk, ids, self.method.needs, batch_size=size, **told)
+            return passed.keeper.saved(passed.windows)
+
+        return self.batch.run("calibrate", work)
 
     def search(self, spectra: Mapping[str, Spectrum], ids: Tensor) -> Plan:
         """Ranks by what the model does with them."""

@@ -23,7 +23,7 @@ from spectrim.engines.ranks import Plan
 from spectrim.engines.sums import Sums
 from spectrim.linalg.factor import Spectrum
 from spectrim.models.walk import Layer, Walk, weight_of
-from spectrim.processes import present, spread_by_cost
+from spectrim.processes import Share, present, spread_by_cost
 from spectrim.replacement import Replacement
 from spectrim.stats import GRADIENT_STATS, INPUT_STATS, Stat, Stats
 
@@ -38,13 +38,14 @@ def own_windows(ids: Tensor) -> Tensor:
     return ids[present().share_of(len(ids))]
 
 
-def own_spans(windows: int, border: int, batch_size: int, done: int = 0) -> Spans:
-    """Batches of this rank after the first `done` windows (which only one process alone can have behind it).
+def own_spans(windows: int, border: int, batch_size: int, done: int = 0, share: Share | None = None) -> Spans:
+    """Batches of this rank, or of a `share`, that begin at window `done` or after it (what lies before is summed up).
 
     None lies across the border of the windows that give gradients, so that the batch size does not decide how many do;
     of either kind each rank has its share.
     """
-    first, rest = present().share_of(border), present().share_of(windows - border)
+    share = share or present().share_of
+    first, rest = share(border), share(windows - border)
     rows = [(max(first.start, done), first.stop), (max(border + rest.start, done), border + rest.stop)]
     return [(at, min(at + batch_size, stop)) for start, stop in rows for at in range(start, stop, batch_size)]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spectrim.engines.checkpoint import Checkpoint, Saved
-from spectrim.engines.parts import Run, load_own, size_of
+from spectrim.engines.parts import Run, load_own
 from spectrim.linalg.curvature import mirror
 from spectrim.stats import SYMMETRIC_STATS, Stat
 
@@ -73,8 +73,13 @@ class KeptSums:
         """The sums over so many windows, if it is time, or if they are complete and worth it."""
         if self.checkpoint is None:
             return
+        size = sum(total.nbytes for own in self.sums.values() for total in own.totals.values())
+        if self.checkpoint.due() or (last and self.checkpoint.worth(size)):
+            self.checkpoint.save(self.stage, self.saved(windows))
+
+    def saved(self, windows: int) -> Saved:
+        """The sums over so many windows, as a state."""
         totals = {f"{name}.{stat.value}": t for name, own in self.sums.items() for stat, t in own.totals.items()}
-        if self.checkpoint.due() or (last and self.checkpoint.worth(size_of(totals))):
-            counts = {name: [own.tokens, own.gradient_tokens, own.sequences] for name, own in self.sums.items()}
-            tensors = {**totals, "generator": self.generator.get_state()}
-            self.checkpoint.save(self.stage, Saved(windows, tensors, {"run": self.run, "counts": counts}))
+        counts = {name: [own.tokens, own.gradient_tokens, own.sequences] for name, own in self.sums.items()}
+        tensors = {**totals, "generator": self.generator.get_state()}
+        return Saved(windows, tensors, {"run": self.run, "counts": counts})

@@ -44,9 +44,8 @@ class WorkFolder:
         """Refuses a folder whose recorded fingerprint differs in one of `fields`; records those that are new."""
         asked = json.loads(json.dumps(flatten(fields), allow_nan=False))
         recorded = self._recorded()
-        differing = [name for name in asked if name in recorded and recorded[name] != asked[name]]
-        if differing:
-            lines = [f"{name}: {_value(recorded[name])} there, {_value(asked[name])} now" for name in differing]
+        lines = _differing(recorded, asked)
+        if lines:
             raise UsageError(
                 f"{self.path}: holds the state of another run; {len(lines)} fields differ:\n  "
                 + "\n  ".join(lines)
@@ -54,6 +53,15 @@ class WorkFolder:
             )
         self._claimed = {**recorded, **asked}
         self._put(FINGERPRINT, {"format_version": FORMAT_VERSION, "fields": self._claimed})
+
+    def differing(self, fields: Mapping[str, Any]) -> list[str]:
+        """Which of the flat, JSON-ready `fields` are recorded here with other values, and both values."""
+        return _differing(self._recorded(), fields)
+
+    @property
+    def claimed(self) -> Mapping[str, Any]:
+        """The fingerprint, flattened, as far as it is known; JSON-ready."""
+        return self._claimed
 
     def record(self, command: Sequence[str]) -> None:
         """The words of the command that works here, for `spectrim resume`; those of an older one are forgotten."""
@@ -216,6 +224,14 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _differing(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {_value(recorded[name])} there, {_value(asked[name])} now"
+        for name in asked
+        if name in recorded and recorded[name] != asked[name]
+    ]
 
 
 def _value(value: Any) -> str:
