@@ -9,7 +9,7 @@ import typer
 
 from spectrim.cli_options import Json
 from spectrim.errors import InputError, ResourceError, UsageError
-from spectrim.shard import parse_shard, shard_target
+from spectrim.shard import SHARE, parse_shard, shard_target
 from spectrim.terminal import command_line, emit, stdout
 
 
@@ -68,6 +68,8 @@ def describe(leftover: Any) -> list[str]:
         lines.append("  no state was saved yet")
     if leftover.problem is not None:
         lines.append(f"  left alone: {leftover.problem}")
+    elif leftover.holder is None and any(stage == SHARE for stage, _ in leftover.states):
+        lines.append("  complete: waits for the run with --shard merge/N, which removes it")
     elif leftover.kind == "resume" and leftover.holder is None:
         lines.append(f"  to go on: {command_line(['resume', str(leftover.out)])}")
         if leftover.words is not None:

@@ -7,6 +7,9 @@ from typing import NamedTuple
 from spectrim.errors import UsageError
 from spectrim.store.target import absolute
 
+SHARE = "share"
+"""The stage whose state is the sums of one task."""
+
 
 class Shard(NamedTuple):
     """One of `of` tasks, counted from 1; None is the run that adds up what all of them have measured."""

@@ -30,8 +30,8 @@ from spectrim.reproducible import deterministic
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable
 from spectrim.several_job import refuse_several
-from spectrim.shard import Shard, shard_target
-from spectrim.shard_parts import SHARE, ShardParts
+from spectrim.shard import SHARE, Shard, shard_target
+from spectrim.shard_parts import ShardParts
 from spectrim.stats import GRADIENT_STATS
 from spectrim.store import preflight
 from spectrim.windows_in_use import WindowsInUse, cut_windows, read_text
@@ -86,6 +86,11 @@ def _accepted(request: Request) -> tuple[Method, Source, Request]:
         raise UsageError(f"--shard is for one size, --any-size measures at several; {WITHOUT}")
     if request.low_memory:
         raise UsageError(f"--low-memory measures layer by layer, which --shard does not share out; {WITHOUT}")
+    if request.shard_weights:
+        raise UsageError(
+            "--shard-weights shares weights out among processes that learn together, and what follows --shard is done "
+            "by one; leave --shard-weights out"
+        )
     if request.calib == "self":
         raise UsageError(f"--shard: with --calib self every task would write all of it; name a text, or {WITHOUT}")
     method = request.check()

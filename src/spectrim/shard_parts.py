@@ -23,13 +23,11 @@ from spectrim.errors import InputError, SpectrimError, UsageError
 from spectrim.given import Taken
 from spectrim.linalg.fallback import Fallback
 from spectrim.resume import without_fallbacks
-from spectrim.shard import Shard, shard_target
+from spectrim.shard import SHARE, Shard, shard_target
 from spectrim.store.state import read_state
 from spectrim.store.target import absolute
 from spectrim.store.work import WorkFolder, locked, refuse_foreign, work_path
 
-SHARE = "share"
-"""The stage whose state is the sums of one task."""
 _log = logging.getLogger(__name__)
 
 

@@ -241,6 +241,17 @@ def test_another_text_is_refused(words: list[str], tmp_path: Path):
     assert "tokens.calibration" in answer.message
 
 
+def test_status_and_clean_of_the_output_find_its_shards(words: list[str], tmp_path: Path):
+    well(call(*words, "--shard", "1/2"))
+    told = well(call("status", tmp_path / "out")).out
+    assert "out.shard-1-of-2.resume" in told
+    assert "complete: waits for the run with --shard merge/N" in told
+    assert "spectrim resume" not in told
+    assert call("status", tmp_path / "ou").code == 2
+    well(call("clean", tmp_path / "out", "--all", "--yes"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damaged_sums_are_refused_and_measured_again(words: list[str], tmp_path: Path):
     all_of(words, 2)
     path = sums_of(tmp_path / "out", 2, 2)
@@ -284,6 +295,7 @@ def test_sums_of_other_windows_are_not_added_up(words: list[str], tmp_path: Path
     [
         (("--any-size",), "--shard is for one size"),
         (("--low-memory",), "--low-memory measures layer by layer"),
+        (("--shard-weights",), "--shard-weights shares weights out among processes"),
         (("--calib", "self"), "with --calib self every task would write all of it"),
         (("--method", "svd"), "method svd has no first pass over the windows that could be shared out"),
         (("--gradient-windows", "2"), "2 calibration windows (those that give gradients, where there are fewer"),

@@ -90,6 +90,7 @@ def _of_the_run(request: Request, method: Method) -> list[str]:
             "self" in (request.calib, request.eval),
             "sampling text needs the whole model; use text for --calib and --eval",
         ),
+        (bool(request.shard_weights), "--shard-weights shares weights out among processes; leave it out"),
         (launched() > 1, "it is not spread over several processes; run it without torchrun"),
     ]
     return [says for applies, says in found if applies]

@@ -24,6 +24,8 @@ from spectrim.store.work import COMMAND, SUFFIX, WorkFolder, locked, read_comman
 
 Kind = Literal["resume", "partial", "old"]
 _NAME = re.compile(rf"(?P<out>.+?)(?:(?P<resume>{re.escape(SUFFIX)})|\.(?P<kind>partial|old)-[0-9a-f]{{8}})", re.DOTALL)
+_TASK = re.compile(r"\.shard-\d+-of-\d+$")
+"""Behind the name of an output: that of a task of a job array (shard.py), whose sums are for this output."""
 _RESULT_KINDS = "safetensors|json|yaml|md|html|txt|jinja|svg|model|py|onnx|data"
 _RESULT_FILE = re.compile(rf"[A-Za-z0-9._-]+\.({_RESULT_KINDS})(\.[a-z0-9]+)?|LICENSE|\.tmp\w+")
 
@@ -60,7 +62,7 @@ class Leftover:
 
 
 def find_leftovers(where: Path) -> list[Leftover]:
-    """Those in the folder `where`, and those of an output `where` beside it (which need not exist)."""
+    """Those in the folder `where`, and those of an output `where` beside it (which need not exist), shards included."""
     where = absolute(where)
     found = [*_named(where, None), *_named(where.parent, where.name)]
     if not found and not os.path.lexists(where):
@@ -77,7 +79,9 @@ def _named(folder: Path, out: str | None) -> Iterator[Leftover]:
     for name in names:
         match = _NAME.fullmatch(name)
         path = folder / name
-        if match is None or (out is not None and match["out"] != out) or path.is_symlink() or not path.is_dir():
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        if out is not None and out not in (match["out"], _TASK.sub("", match["out"])):
             continue
         kind: Kind = "resume" if match["resume"] else "old" if match["kind"] == "old" else "partial"
         target = folder / match["out"]
