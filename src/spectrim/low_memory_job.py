@@ -103,6 +103,7 @@ def _finish(
     stage: Path, compressed: Compressed, job: "_Job", resume: Resume, options: ResumeOptions, started: float
 ) -> None:
     """What the report says last, and the checksums."""
+    job.scratch.leave_if_stopped()
     report = compressed.report
     report["warnings"] += resume.warnings
     report["seconds"]["total"] = time.perf_counter() - started

@@ -19,6 +19,7 @@ from spectrim.engines.layerwise import apply_plan
 from spectrim.engines.learned import skeleton
 from spectrim.engines.low_memory import LowMemoryRun
 from spectrim.engines.low_memory_way import low_memory_method, low_memory_of
+from spectrim.engines.norms import fused_norms
 from spectrim.engines.outcome import Outcome
 from spectrim.engines.plan_costs import Sizes
 from spectrim.engines.relay import Relay
@@ -34,6 +35,7 @@ from spectrim.models.load import meta_model, resolve
 from spectrim.models.streamed import Home, Streamed, check_finite, open_streamed
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
+from spectrim.store import disk
 from spectrim.store.scratch import Scratch
 from spectrim.store.work import locked
 from tiny_models import logits_of, tiny, token_ids
@@ -250,6 +252,30 @@ def test_states_go_to_files_when_the_device_has_no_room_and_files_go_with_them(t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_that_comes_while_a_file_is_removed_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = Scratch(tmp_path, CPU)
+    kept, gone = scratch.put(torch.ones(3)), scratch.put(torch.ones(3))
+
+    def told(_: Path) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "remove", told)
+        del gone  # Python raises nothing that leaves a `__del__`
+    with pytest.raises(KeyboardInterrupt):
+        kept.read()
+    assert torch.equal(kept.read(), torch.ones(3))
+
+
+def test_no_block_is_there_when_norms_are_looked_for(tmp_path: Path) -> None:
+    """Else those of one block would run as one kernel, and those of all others in single steps."""
+    run = low_run(opened(saved(tmp_path / "m", "llama")), make_method("svd-llm"), tmp_path / "scratch")
+    with fused_norms(run.dense, on="cpu") as names:
+        assert names == ["model.norm"]
+
+
 # ---------- the job
 
 
@@ -354,6 +380,7 @@ def test_too_little_room_is_told_before_weights_are_read(tmp_path: Path, monkeyp
         ("svd", {"factor_bits": 8}, "--factor-bits works on the whole result"),
         ("svd", {"calib": "self"}, "sampling text needs the whole model"),
         ("svd", {"allow_nonfinite": "skip"}, "use refuse"),
+        ("soco", {"preset": "fast", "shard_weights": True}, "--shard-weights shares weights out among processes"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(method: str, given: dict[str, Any], says: str) -> None:

@@ -74,6 +74,7 @@ class LowMemoryRun(LargeRun):
         self.relay = Relay(self.dense, self.walk)
         self.relay.check()
         self.groups = shared_inputs(self.dense, self.walk.layers)
+        self.streamed.home.let_go()  # else norms of the block that is there would be fused, and of no other (norms.py)
 
     def hold(self, tensors: Iterable[Tensor]) -> States:
         """Hidden states, wherever there is room."""

@@ -79,6 +79,7 @@ class Stored:
 
     def write(self, tensor: Tensor) -> None:
         """Put it in the place of what was there."""
+        self._scratch.leave_if_stopped()
         try:
             with open(self._path, "wb") as file:
                 self._scratch.pieces.write(file, tensor)
@@ -89,6 +90,7 @@ class Stored:
 
     def read(self) -> Tensor:
         """On the device of the scratch folder."""
+        self._scratch.leave_if_stopped()
         try:
             with open(self._path, "rb") as file:
                 found = self._scratch.pieces.read(file, self.shape, self.dtype)
@@ -99,8 +101,11 @@ class Stored:
         return found
 
     def __del__(self) -> None:
-        self._scratch.count(-self.nbytes)
-        disk.remove(self._path)
+        try:
+            self._scratch.count(-self.nbytes)
+            disk.remove(self._path)
+        except BaseException as stop:  # of a signal: what leaves a `__del__`, Python prints and forgets
+            self._scratch.stopped = stop
 
 
 class Scratch:
@@ -109,6 +114,8 @@ class Scratch:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.pieces = folder, Pieces(device)
         self.nbytes = self.most_bytes = 0
+        self.stopped: BaseException | None = None
+        """What a signal raised while a file was removed."""
         self._made = 0
 
     def put(self, tensor: Tensor) -> Stored:
@@ -122,3 +129,9 @@ class Scratch:
         """So many bytes more, or fewer, lie there."""
         self.nbytes += nbytes
         self.most_bytes = max(self.most_bytes, self.nbytes)
+
+    def leave_if_stopped(self) -> None:
+        """Raise what a signal raised where nothing can be raised."""
+        stopped, self.stopped = self.stopped, None
+        if stopped is not None:
+            raise stopped
