@@ -102,6 +102,12 @@ def test_a_uniform_plan_is_what_compress_does(
     assert plan["method"] == report["method"]
 
 
+def test_low_memory_makes_no_samples_and_none_are_planned(models: dict[str, Path]) -> None:
+    options = ("--method", "svd", "--keep", "0.6")
+    plain, low = planned(models["tied"], *options), planned(models["tied"], *options, "--low-memory")
+    assert plain["seconds_by_stage"].keys() - low["seconds_by_stage"].keys() == {"samples"}
+
+
 def test_a_global_plan_bounds_what_compress_does(models: dict[str, Path], tmp_path: Path) -> None:
     options = ("--method", "two-sided", "--keep", "0.6")
     plan, report = planned(models["biases"], *options), compressed(models["biases"], tmp_path / "out", *options)

@@ -256,6 +256,7 @@ def sizes_of(
         anchors=request.anchors if request.any_size else (),
         any_size_steps=request.any_size_steps,
         by_blocks=not whole,
+        samples=not request.low_memory,
         recomputed=not fits_whole(device, step_bytes(walk, length * getattr(method, "batch_size", RECOVERY_BATCH))),
     )
 

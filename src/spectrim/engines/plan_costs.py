@@ -55,6 +55,7 @@ class Sizes:
     any_size_steps: int = 0
     middles: int = 2
     by_blocks: bool = False  # statistics are measured there and back through single blocks (measure_blocks.py)
+    samples: bool = True  # both models go on with a few prompts when they are judged
     recomputed: bool = False  # steps pass each block once more on the way back (recompute.py)
 
     @property

@@ -74,7 +74,7 @@ def _judging(costs: Costs) -> None:
     pairs = len(own.anchors) if own.any_size else 1
     costs.add("evaluate", costs.forward((2 * pairs + 1) * own.eval_windows))
     costs.add("evaluate", costs.loss(own.eval_windows, "judged"), pairs)
-    if costs.passes is not None:
+    if own.samples and costs.passes is not None:
         layers = len(own.walk.layers) * CALL_S["cpu" if costs.rates.device.startswith("cpu") else "cuda"]
         once = own.blocks * costs.passes.short + costs.passes.short_head
         costs.add("samples", Work(seconds=NEW_TOKENS * (2 * once + layers) * PROMPTS / 2))
