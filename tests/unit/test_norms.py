@@ -2,9 +2,11 @@
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from spectrim.engines import large, recompute, way
@@ -74,6 +76,24 @@ def test_states_in_another_precision_go_the_modules_own_way() -> None:
     with fused_norms(model, on="cpu") as names:
         assert names == ["0"]
         assert torch.equal(model(x), own)
+
+
+def test_norms_come_in_the_models_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a GPU, which is not here, would make float32 of them; so the kernel must not run under it."""
+    model = nn.Sequential(OffsetRMSNorm(shift=0.0)).bfloat16()
+    under: list[bool] = []
+    kernel = F.rms_norm
+
+    def rms_norm(*given: Any) -> torch.Tensor:
+        under.append(torch.is_autocast_enabled("cpu"))
+        return kernel(*given)
+
+    monkeypatch.setattr(F, "rms_norm", rms_norm)
+    with fused_norms(model, on="cpu"), torch.autocast("cpu", dtype=torch.bfloat16):
+        under.clear()
+        assert model(torch.randn(3, 32).bfloat16()).dtype == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+    assert under == [False]
 
 
 def test_only_norms_on_the_device_that_is_named_are_replaced() -> None:

@@ -72,6 +72,8 @@ def _fused(module: nn.Module) -> Callable[..., Any]:
     def forward(hidden: Tensor, *rest: Any, **named: Any) -> Any:
         if rest or named or hidden.dtype != weight.dtype:
             return own(hidden, *rest, **named)
-        return F.rms_norm(hidden, weight.shape, weight, epsilon)
+        # A GPU's autocast gives norms in float32, and with them all that reads them; the module's own steps do not.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.rms_norm(hidden, weight.shape, weight, epsilon)
 
     return forward
