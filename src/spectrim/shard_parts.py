@@ -49,7 +49,7 @@ class ShardParts:
             listed = "\n  ".join(wrong)
             raise UsageError(
                 f"{self.out}: {len(wrong)} of {self.of} shards cannot be added up:\n  {listed}\nrun the same command "
-                "with --shard I/N for each of them (where it differs, with --restart, or give this one the command that "
+                "with --shard I/N for each of them (where it differs, with --restart; or give this one the one that "
                 f"they had), then this one again{self._others()}"
             )
 
