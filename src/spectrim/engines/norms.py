@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectrim.linalg.curvature import full_precision
+
 ROUNDINGS = 4
 """Units in the last place by which the two may differ: single steps round to the states' precision twice."""
 
@@ -73,7 +75,7 @@ def _fused(module: nn.Module) -> Callable[..., Any]:
         if rest or named or hidden.dtype != weight.dtype:
             return own(hidden, *rest, **named)
         # A GPU's autocast gives norms in float32, and with them all that reads them; the module's own steps do not.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(hidden.device):
             return F.rms_norm(hidden, weight.shape, weight, epsilon)
 
     return forward
