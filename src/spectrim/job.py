@@ -27,6 +27,7 @@ from spectrim.engines.masked import budget_of
 from spectrim.engines.measure import Progress
 from spectrim.engines.pipeline import Outcome, compress_model
 from spectrim.engines.quantise_factors import check_groups
+from spectrim.engines.sharded import check_sharding
 from spectrim.engines.shared_checkpoint import shared
 from spectrim.engines.way import way_of
 from spectrim.errors import NumericalError, UsageError
@@ -114,6 +115,7 @@ def run(
     source = resolve(request.model)
     request = settled(request, method, source)
     foresee(request, method, source)
+    check_sharding(method, request.shard_weights)
     needed = source.checkpoint.nbytes
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)

@@ -1,12 +1,14 @@
 """Frozen tensors in parts: whole while their block runs, gone behind it, whole again in the end."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
+from spectrim import job
 from spectrim.engines import sharded as module
 from spectrim.engines.recompute import recomputed
 from spectrim.engines.sharded import Sharded, is_sharded, take_weights, training_bytes
@@ -16,6 +18,7 @@ from spectrim.models.load import meta_model
 from spectrim.models.walk import Walk, find_layers, weight_of
 from spectrim.processes import Group
 from spectrim.registry import make_method
+from spectrim.request import Request
 from tiny_models import tiny, token_ids
 
 IDS = token_ids(2, 8)
@@ -103,6 +106,18 @@ def test_what_training_holds_is_what_the_documents_say(width: int, inner: int, d
         num_key_value_heads=width // 128, vocab_size=32_000,
     )  # fmt: skip
     assert training_bytes(find_layers(meta_model(config)), 2) == pytest.approx(wanted, rel=2e-3)
+
+
+@pytest.mark.parametrize(("method", "says"), [("soco", "and there is one"), ("svd", "svd learns no scores")])
+def test_it_is_refused_before_weights_are_read(method: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def load_dense(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(job, "load_dense", load_dense)
+    asked = Request(model="builtin:tiny", keep=0.5, method=method, shard_weights=True, device="cpu", eval="none")
+    with pytest.raises(UsageError, match=says):
+        job.run(asked, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_who_is_asked_to_share_weights_out_must_be_able_to(monkeypatch: pytest.MonkeyPatch):

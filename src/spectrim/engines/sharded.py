@@ -46,23 +46,31 @@ def training_bytes(walk: Walk, itemsize: int) -> int:
     return (itemsize + 2) * weights + 2 * components
 
 
+def learns_scores(method: Method) -> bool:
+    """Whether there is anything to be shared out."""
+    return isinstance(method, LearnedMethod) and bool(method.steps or method.newton_steps)
+
+
+def check_sharding(method: Method, asked: bool | None) -> None:
+    """UsageError where weights in parts are asked of one process, or of a method that learns no scores."""
+    if asked and not learns_scores(method):
+        raise UsageError(f"--shard-weights: method {method.info.name} learns no scores here; leave it out")
+    if asked and present().alone:
+        raise UsageError(
+            "--shard-weights shares weights out among processes, and there is one; start several with torchrun "
+            "(docs/several-gpus.md), or leave it out"
+        )
+
+
 def is_sharded(model: PreTrainedModel, walk: Walk, method: Method, asked: bool | None) -> bool:
     """Whether processes share out what is frozen while scores are learned: as asked, else where one GPU should not hold
     all of it.
 
-    UsageError where it is asked of one process, or of a method that learns no scores.
+    UsageError as `check_sharding`.
     """
+    check_sharding(method, asked)
     group = present()
-    if not isinstance(method, LearnedMethod) or not (method.steps or method.newton_steps):
-        if asked:
-            raise UsageError(f"--shard-weights: method {method.info.name} learns no scores here; leave it out")
-        return False
-    if group.alone:
-        if asked:
-            raise UsageError(
-                "--shard-weights shares weights out among processes, and there is one; start several with torchrun "
-                "(docs/several-gpus.md), or leave it out"
-            )
+    if not learns_scores(method) or group.alone:
         return False
     itemsize = weight_of(model.get_submodule(walk.layers[0].name)).element_size()
     needed = training_bytes(walk, itemsize)
