@@ -236,7 +236,7 @@ def child(kind: str, words: list[str]) -> None:
     from spectrim.engines import clock
 
     if kind == "cpu":
-        clock.time = SimpleNamespace(perf_counter=lambda: sum(os.times()[:4]))  # type: ignore[assignment]
+        clock.time = SimpleNamespace(perf_counter=lambda: sum(os.times()[:4]))  # type: ignore[assignment]  processor time in its place
     sys.argv = ["spectrim", *words]
     command()
 

@@ -86,7 +86,7 @@ def stand_in_for_datasets() -> None:
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
         module.__path__ = []
-        module.__getattr__ = lookup  # type: ignore[method-assign]
+        module.__getattr__ = lookup  # type: ignore[method-assign]  the module-level hook of PEP 562
         sys.modules[name] = module
 
 
