@@ -21,6 +21,7 @@ from spectrim.linalg.normal_float import (
     scales_of,
     second_level,
 )
+from spectrim.linalg.quantise import divisor
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 """Of a block's largest number, what its scale may be: numbers beyond it are cut to it, all others lie closer."""
@@ -48,9 +49,9 @@ class NormalRule:
         largest = weight.abs().amax(1)
         best = torch.full_like(largest, torch.inf)
         for share in SHARES:
-            codes = (share * largest / _divisor(top) * steps - 1).round().clamp(0, steps - 1)
+            codes = (share * largest / divisor(top) * steps - 1).round().clamp(0, steps - 1)
             scale = top * (codes + 1) / steps
-            parts = (weight / _divisor(scale)[:, None]).clamp(-1, 1)
+            parts = (weight / divisor(scale)[:, None]).clamp(-1, 1)
             missing = self.levels[nearest_level(parts, self.form.bits)] * scale[:, None] - weight
             error = (missing.square() * counts).sum(1)
             better = error < best
@@ -60,7 +61,7 @@ class NormalRule:
 
     def round(self, column: int, values: Tensor) -> Tensor:
         """The nearest levels of a column (O,)."""
-        codes = nearest_level((values / _divisor(self.scale)).clamp(-1, 1), self.form.bits)
+        codes = nearest_level((values / divisor(self.scale)).clamp(-1, 1), self.form.bits)
         self.codes[:, column] = codes.to(torch.uint8)
         return self.levels[codes] * self.scale
 
@@ -70,8 +71,3 @@ def round_columns_to_normal(weight: Tensor, upper: Tensor, form: Form) -> Normal
     rule = NormalRule(weight, form)
     solve_columns(weight, upper, rule)
     return NormalRounded(rule.codes, rule.scale_codes, rule.scales)
-
-
-def _divisor(scales: Tensor) -> Tensor:
-    """Scales of blocks of zeros divide by 1."""
-    return torch.where(scales > 0, scales, torch.ones_like(scales))

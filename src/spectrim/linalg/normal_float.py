@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectrim.linalg.quantise import as_stored
+from spectrim.linalg.quantise import as_stored, divisor
 
 TAIL = (1 / 30 + 1 / 32) / 2
 """d, the probability beyond the outermost level."""
@@ -71,7 +71,7 @@ def round_to_normal(weight: Tensor, form: Form) -> NormalRounded:
     """Each weight (O, I) to the nearest level of its block; pass float32 or better."""
     scale_codes, scales = _round_scales(_largest(weight, form.block), form)
     stored = _by_input(scales_of(scale_codes, scales, form), form.block, weight.shape[1])
-    codes = nearest_level(weight / _divisor(stored), form.bits)
+    codes = nearest_level(weight / divisor(stored), form.bits)
     return NormalRounded(codes.to(torch.uint8), scale_codes, scales)
 
 
@@ -85,7 +85,7 @@ def rounding_errors(weight: Tensor, forms: Sequence[Form], importance: Tensor) -
         form = Form(0, *scaling)
         scale_codes, scales = _round_scales(_largest(weight, form.block), form)
         stored = _by_input(scales_of(scale_codes, scales, form), form.block, weight.shape[1])
-        shares, weights = weight / _divisor(stored), stored.square() * importance
+        shares, weights = weight / divisor(stored), stored.square() * importance
         for k in same:
             levels = normal_levels(forms[k].bits).to(weight)
             missing = levels[nearest_level(shares, forms[k].bits)].sub_(shares)
@@ -124,7 +124,7 @@ def _round_scales(largest: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     flat, scales = largest.flatten(), _second_level(largest, form)
     top = scales.repeat_interleave(form.scale_block)[: len(flat)]
     steps = 2**form.scale_bits
-    codes = (flat / _divisor(top) * steps - 1).round().clamp(0, steps - 1)
+    codes = (flat / divisor(top) * steps - 1).round().clamp(0, steps - 1)
     return codes.to(torch.uint8).reshape(largest.shape), scales
 
 
@@ -154,8 +154,3 @@ def _largest(weight: Tensor, block: int) -> Tensor:
     """Of each block (O, G), the last of a row perhaps shorter."""
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % block))
     return padded.reshape(len(weight), -1, block).abs().amax(-1)
-
-
-def _divisor(scales: Tensor) -> Tensor:
-    """Blocks of zeros have scale 0 where all that share the second level have."""
-    return torch.where(scales > 0, scales, torch.ones_like(scales))

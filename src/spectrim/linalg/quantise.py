@@ -69,7 +69,7 @@ def _grid(groups: Tensor, bits: int, *, symmetric: bool, share: float) -> Grid:
         return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)))
     low, high = share * groups.amin(-1).clamp(max=0), share * groups.amax(-1).clamp(min=0)
     scale = as_stored((high - low) / levels)
-    return Grid(scale, (-low / _divisor(scale)).round().clamp(0, levels))
+    return Grid(scale, (-low / divisor(scale)).round().clamp(0, levels))
 
 
 def _weighted_error(groups: Tensor, grid: Grid, bits: int, importance: Tensor | None) -> Tensor:
@@ -83,14 +83,14 @@ def as_stored(scales: Tensor) -> Tensor:
     return scales.to(torch.bfloat16).to(scales.dtype)
 
 
-def _divisor(scale: Tensor) -> Tensor:
+def divisor(scale: Tensor) -> Tensor:
     """A group of zeros has scale 0: any code gives 0 back."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def code_of(values: Tensor, grid: Grid, bits: int) -> Tensor:
     """The nearest level's code, in the dtype of `values`; `grid` broadcasts against them."""
-    return (values / _divisor(grid.scale) + grid.zero).round().clamp(0, 2**bits - 1)
+    return (values / divisor(grid.scale) + grid.zero).round().clamp(0, 2**bits - 1)
 
 
 def level_of(codes: Tensor, grid: Grid) -> Tensor:
