@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ import torch
 from compare import Bench, say
 from frontier import tiny_model
 from reference_data import CALIBRATION_WINDOWS, WINDOW
+from rows import attempted
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -239,6 +241,18 @@ def rows_before(files: list[Path]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def tool_row(
+    python: Path | Failure, tool: Tool, args: argparse.Namespace, bench: Bench, windows: Path, bits: int, out: Path,
+    label: str,
+) -> dict[str, Any]:  # fmt: skip
+    """One tool at one number of bits, made in `out` and judged; Failure where it could not be installed."""
+    if isinstance(python, Failure):
+        raise python
+    out.mkdir()
+    facts = run_tool(python, tool, args, Path(bench.folder).absolute(), windows, bits, out)
+    return row_of(label, facts, judged(bench, out / "dense.safetensors"))
+
+
 def run(args: argparse.Namespace, bench: Bench, scratch: Path) -> None:
     """Rows in turn, files after each."""
     texts, until, windows = list(bench.texts), time.time() + args.seconds, scratch / "windows.npy"
@@ -251,19 +265,14 @@ def run(args: argparse.Namespace, bench: Bench, scratch: Path) -> None:
             label, out = f"{name} {bits}", scratch / "row"
             if label in done:
                 continue
-            try:
-                if time.time() > until:
-                    raise Failure("not started: the time was up")
-                if isinstance(python, Failure):
-                    raise python
-                out.mkdir()
-                facts = run_tool(python, tool, args, Path(bench.folder).absolute(), windows, bits, out)
-                rows.append(row_of(label, facts, judged(bench, out / "dense.safetensors")))
-                say(rows[-1], texts)
-            except Exception as error:  # one row that fails must not take the others along
-                said = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
+            found = attempted(partial(tool_row, python, tool, args, bench, windows, bits, out, label), until)
+            if "error" in found:
+                said = found["error"].removeprefix("Failure: ")  # which names the tool's own error
                 failed.append({"label": label, "keep": bits / 16, "error": said})
                 print(f"{label:42} FAILED {said}", flush=True)
+            else:
+                rows.append(found)
+                say(found, texts)
             shutil.rmtree(out, ignore_errors=True)
             write(args, rows, failed, texts)
     write(args, rows, failed, texts)
