@@ -184,12 +184,12 @@ LEAST = 0.02
 """Seconds below which a stage is mostly overhead: no exponent is fitted to it."""
 GROWTH = {
     "width": [Shape(w, w * 11 // 4 // 32 * 32, 2, 8000) for w in (512, 1024, 2048, 4096, 8192)],
-    "tokens": [16, 32, 64, 128, 256],
+    "tokens": [64, 128, 256, 512, 1024],
     "depth": [Shape(1024, 2816, d, 8000) for d in (2, 4, 8, 16, 32)],
 }
 
 
-def growth(rows: Rows, device: torch.device, quick: bool) -> None:
+def growth(rows: Rows, device: torch.device, quick: bool, only: str) -> None:
     """Seconds of each stage and memory against width, tokens and depth; exponents fitted to the last three points."""
     sizes: dict[str, list[Any]] = dict(GROWTH)
     base = Shape(1024, 2816, 4, 8000)
@@ -199,7 +199,7 @@ def growth(rows: Rows, device: torch.device, quick: bool) -> None:
         base = Shape(64, 128, 2, 256)
     count, length = (4, 32) if quick else (64, 1024)
     rows.add("growth, warm up", lambda: fast(base, device, count, length))  # libraries load on the first use
-    for axis, points in sizes.items():
+    for axis, points in ((axis, points) for axis, points in sizes.items() if only in axis):
         series: dict[str, list[tuple[float, float]]] = {}
         for point in points:
             shape, number = (base, point) if axis == "tokens" else (point, count)
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where `low-memory` writes; default OUT/low-memory")
     parser.add_argument("--files", type=Path, help="where its model is, or is to be; default WORK/model")
     parser.add_argument("--steps", type=int, default=8, help="of soco-steps")
-    parser.add_argument("--only", default="", help="of the drivers and the profile, rows whose names hold this")
+    parser.add_argument("--only", default="", help="of drivers, profile and growth, what has this in its name")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the script on a CPU")
     given = parser.parse_args()
     device = torch.device(given.device)
@@ -326,7 +326,7 @@ PARTS: dict[str, Callable[[Rows, argparse.Namespace, torch.device], None]] = {
     "profile": _profile,
     "fast": _fast,
     "soco-steps": _soco_steps,
-    "growth": lambda rows, given, device: growth(rows, device, given.quick),
+    "growth": lambda rows, given, device: growth(rows, device, given.quick, given.only),
     "drivers": _drivers,
 }
 
