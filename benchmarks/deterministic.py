@@ -39,7 +39,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         found = [made_by_a_process(args, Path(scratch) / str(number)) for number in range(2)]
-    rows = [judged(name, kind, *(own.get(f"{name}, {kind}", {}) for own in found)) for name in ROWS for kind in KINDS]
+    asked_for = [(name, kind) for name in args.rows for kind in KINDS]
+    rows = [judged(name, kind, *(own.get(f"{name}, {kind}", {}) for own in found)) for name, kind in asked_for]
     facts = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "environment": found[0].get("environment"),
@@ -59,6 +60,7 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this long")
+    parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--quick", action="store_true", help="a tiny random model")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -68,6 +70,7 @@ def made_by_a_process(args: argparse.Namespace, where: Path) -> dict[str, Any]:
     """What one process made of all rows; what it had when it was stopped."""
     where.mkdir()
     words = ["--child", where, "--model", args.model, "--device", args.device, "--seconds", args.seconds / 2]
+    words += ["--rows", *args.rows]
     subprocess.run([sys.executable, __file__, *map(str, words), *(["--quick"] if args.quick else [])], check=False)
     told = where / "told.json"
     return json.loads(told.read_text()) if told.exists() else {}
@@ -84,7 +87,7 @@ def child(args: argparse.Namespace) -> None:
         (args.child / "model").mkdir()
         model = str(tiny_model(args.child / "model"))
     for kind in KINDS:
-        for name in ROWS:
+        for name in args.rows:
             out = args.child / f"{name} {kind}"
             row = attempted(lambda name=name, kind=kind, out=out: sums(args, model, name, kind, out), until)
             found[f"{name}, {kind}"] = row
