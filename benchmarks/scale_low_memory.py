@@ -26,7 +26,7 @@ from spectrim.engines.plan_costs import distinct_inputs
 from spectrim.job import Request, run
 from spectrim.models.load import meta_model, resolve
 from spectrim.models.walk import find_layers
-from spectrim.store.scratch import Pieces
+from spectrim.store.pieces import Pieces
 from spectrim.store.shards import Shards
 
 Row = dict[str, Any]

@@ -10,6 +10,7 @@ job.py that need whole models (samples of text, learned steps) are not taken; th
 
 import dataclasses
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ import torch
 from spectrim.data import Windows
 from spectrim.engines.clock import timed
 from spectrim.engines.gradient_windows import default_gradient_windows
-from spectrim.engines.low_memory import LowMemoryRun, has_room_for_states, limited
+from spectrim.engines.low_memory import LowMemoryRun, limited
 from spectrim.engines.low_memory_way import limit_of, low_memory_method
 from spectrim.engines.measure import Progress
 from spectrim.engines.outcome import Outcome
 from spectrim.engines.plan import low_memory_bytes, sizes_of
 from spectrim.engines.relay import Relay
 from spectrim.engines.shelf import energies_in
-from spectrim.engines.spill import States
 from spectrim.evaluate.gate import gate_warning
 from spectrim.evaluate.language import Quality
 from spectrim.evaluate.streamed import evaluate_streamed
@@ -45,6 +45,7 @@ from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable
 from spectrim.store import open_checkpoint, preflight, staged
+from spectrim.store.pieces import MOVED
 from spectrim.store.scratch import Scratch
 from spectrim.unsolved import unsolved_saved
 from spectrim.windows_in_use import WindowsInUse, cut_windows, read_text
@@ -79,8 +80,8 @@ def run_low_memory(
     kept = resumable(request, method, source, out, options=options, needs_bytes=needed, progress=progress)
     with unsolved_saved(out), kept as resume, deterministic(request.deterministic), limited(device):
         resume.folder.require_space(room)
-        with listening() as fallbacks:
-            job = _Job(request, method, source, device, Scratch(resume.folder.path, device), progress)
+        with listening() as fallbacks, closing(Scratch(resume.folder.path, device)) as scratch:
+            job = _Job(request, method, source, device, scratch, progress)
             job.warnings += [*told, NO_SAMPLES]
             with staged(out, overwrite=overwrite, needed_bytes=needed) as stage:
                 compressed = job.compress_into(stage)
@@ -112,6 +113,8 @@ def _finish(
         "gpu_limit_bytes": limit_of(job.device),
         "gpu_reserved_bytes": torch.cuda.max_memory_reserved(job.device) if job.device.type == "cuda" else None,
         "scratch_most_bytes": job.scratch.most_bytes,
+        "read_bytes": MOVED.read - job.moved[0],
+        "written_bytes": MOVED.written - job.moved[1],
     }
     report["command"] = list(options.command)
     write_documents(stage, report)
@@ -138,6 +141,7 @@ class _Job:
         )
         self.clock: dict[str, float] = {}
         self.warnings: list[str] = []
+        self.moved = MOVED.read, MOVED.written
 
     def compress_into(self, stage: Path) -> Compressed:
         """The folder's model and tokenizer, and the report but for what only the end knows."""
@@ -201,12 +205,8 @@ class _Job:
         self.say("evaluate", 0, 1)
         small = open_streamed(resolve(str(stage)), self.device, self.held)
         relay = Relay(small.model, small.walk, run.relay.gives_tuple)
-        dense, both = evaluate_streamed(run.relay, relay, windows.ids, hold=self.hold, after=run.streamed.home.let_go)
+        dense, both = evaluate_streamed(run.relay, relay, windows.ids, hold=run.hold, after=run.streamed.home.let_go)
         return {"dense": dense, "compressed": both}
-
-    def hold(self, tensors: Any) -> States:
-        """Hidden states, wherever there is room."""
-        return States(self.scratch, lambda nbytes: has_room_for_states(self.device, nbytes), tensors)
 
     def _report(self, outcome: Outcome, texts: WindowsInUse, quality: dict[str, Quality] | None) -> dict[str, Any]:
         verdict = gate_of(quality, self.request.quality_gate)

@@ -1,6 +1,8 @@
 """Out of memory: the same work in smaller batches, said and counted; the result does not depend on the batch size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,6 +27,8 @@ class Batch:
     """How many windows are worked on at a time: halved when memory runs out, and not raised again."""
 
     size: int
+    give_way: Callable[[], str | None] = lambda: None
+    """What is given up before batches shrink, which it says; None where there is nothing left to give up."""
 
     def run(self, stage: str, work: Callable[[int], T], *, most: int | None = None) -> T:
         """`work(size)`, from its beginning with half the size as often as memory runs out.
@@ -42,13 +46,18 @@ class Batch:
                 if not is_out_of_memory(error):
                     raise
                 said = short(error)
-                if size == 1:
+                other = self.give_way()
+                if size == 1 and other is None:
                     raise out_of_memory(stage, "one window", said) from error
                 if present().exchanges != exchanges:
                     raise out_of_memory(stage, f"{size} windows in one of several processes", said) from error
             # Only here: the error's traceback held the tensors of the failed try.
             self.size = size
-            self.halve(stage, said)
+            if other is None:
+                self.halve(stage, said)
+            else:
+                tell(Fallback(stage, f"{size} windows", other, said))
+                release()
 
     def halve(self, stage: str, said: str) -> None:
         """Half the size from now on; OutOfMemory where it is one window."""
@@ -95,17 +104,36 @@ MOST_SHARE = 0.8
 """The same for methods that cannot be had block by block, rounds and couplings counted; the rest is for work."""
 
 
+_ceiling: ContextVar[int | None] = ContextVar("ceiling", default=None)
+
+
+@contextmanager
+def memory_capped(nbytes: int | None) -> Iterator[None]:
+    """Inside, a GPU counts as one of at most so many bytes, in all that is decided by its size; None: of all it has."""
+    token = _ceiling.set(nbytes)
+    try:
+        yield
+    finally:
+        _ceiling.reset(token)
+
+
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU; None of what has no memory of its own, or is not there."""
+    """Bytes of a GPU that count; None of what has no memory of its own, or is not there."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
-    return torch.cuda.get_device_properties(device).total_memory
+    total, cap = torch.cuda.get_device_properties(device).total_memory, _ceiling.get()
+    return total if cap is None else min(total, cap)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes of a GPU that tensors take."""
+    return torch.cuda.memory_allocated(device)
 
 
 def has_room(device: torch.device, nbytes: int) -> bool:
     """Whether a result of so many bytes stays on the device."""
     total = total_memory(device)
-    return total is None or torch.cuda.memory_allocated(device) + nbytes <= SHELF_SHARE * total
+    return total is None or memory_in_use(device) + nbytes <= SHELF_SHARE * total
 
 
 def fits_whole(device: torch.device, nbytes: int, share: float = WHOLE_SHARE) -> bool:

@@ -31,7 +31,7 @@ from spectrim.engines.shelf import SpectraShelf, StatsShelf
 from spectrim.engines.spill import FileShelf, States
 from spectrim.engines.stream import Stream
 from spectrim.linalg.factor import Spectrum
-from spectrim.memory import release, total_memory
+from spectrim.memory import memory_capped, memory_in_use, release, total_memory
 from spectrim.method import LearnedMethod
 from spectrim.models.streamed import Home, Streamed, settle_in
 from spectrim.models.walk import Layer, Walk, device_of, linear_at, shared_inputs, weight_of
@@ -42,7 +42,10 @@ from spectrim.store.scratch import Scratch, Stored
 
 @contextmanager
 def limited(device: torch.device) -> Iterator[None]:
-    """While this is open, torch runs out of the GPU's memory at the limit, and batches shrink as on any card."""
+    """While this is open, torch runs out of the GPU's memory at the limit, and batches shrink as on any card.
+
+    What goes by the size of the card goes by the limit: whether weights are widened, what stays on the device.
+    """
     limit, total = limit_of(device), total_memory(device)
     if limit is None or total is None:
         yield
@@ -50,15 +53,32 @@ def limited(device: torch.device) -> Iterator[None]:
     index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_per_process_memory_fraction(limit / total, index)
     try:
-        yield
+        with memory_capped(limit):
+            yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
-def has_room_for_states(device: torch.device, nbytes: int) -> bool:
-    """Whether hidden states stay on the device; never on a CPU, where that would be the memory to be spared."""
-    limit = limit_of(device)
-    return limit is not None and torch.cuda.memory_allocated(device) + nbytes <= STATES_SHARE * limit
+class RoomForStates:
+    """Hidden states stay on the device up to STATES_SHARE of the limit, all that is allocated counted.
+
+    Never on a CPU, where that would be the memory to be spared.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.share = device, STATES_SHARE
+
+    def __call__(self, nbytes: int) -> bool:
+        """Whether so many bytes more stay there."""
+        limit = limit_of(self.device)
+        return limit is not None and memory_in_use(self.device) + nbytes <= self.share * limit
+
+    def give_way(self) -> str | None:
+        """Memory ran out: from now on no states stay on the device. None where none did."""
+        if limit_of(self.device) is None or not self.share:
+            return None
+        self.share = 0.0
+        return "all hidden states in scratch files"
 
 
 @dataclass(kw_only=True)
@@ -71,6 +91,8 @@ class LowMemoryRun(LargeRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.device = device_of(self.dense)
+        self.has_room = RoomForStates(self.device)
+        self.batch.give_way = self.has_room.give_way
         self.relay = Relay(self.dense, self.walk)
         self.relay.check()
         self.groups = shared_inputs(self.dense, self.walk.layers)
@@ -78,7 +100,7 @@ class LowMemoryRun(LargeRun):
 
     def hold(self, tensors: Iterable[Tensor]) -> States:
         """Hidden states, wherever there is room."""
-        return States(self.scratch, lambda nbytes: has_room_for_states(self.device, nbytes), tensors)
+        return States(self.scratch, self.has_room, tensors)
 
     def relay_of(self, model: PreTrainedModel) -> Relay:
         """Of this model, or of a copy of it."""
@@ -87,7 +109,8 @@ class LowMemoryRun(LargeRun):
     def aids(self, model: PreTrainedModel) -> dict[str, Any]:
         """What was found out once, and where states go. No block is there then: all run in the same way (norms.py)."""
         self.streamed.home.let_go()
-        return {"hold": self.hold, "relay": self.relay_of(model), "groups": self.groups}
+        found = {"hold": self.hold, "relay": self.relay_of(model), "groups": self.groups}
+        return found if limit_of(self.device) is None else found | {"one_way": 1}
 
     def begin(self, model: PreTrainedModel, walk: Walk, ids: Tensor, batch_size: int) -> Stream:
         """A model's hidden states before its first block."""
@@ -186,6 +209,7 @@ class LowMemoryRun(LargeRun):
                     placed[f"{la.name}.{key}"] = self.scratch.put(parameter)
                     hollow = torch.empty_like(parameter, device="meta")
                     module.register_parameter(key, torch.nn.Parameter(hollow, requires_grad=False))
+            self.say("place", index + 1, len(self.walk.block_names))
         dense.let_go()
         release()
         settle_in(student, self.walk, Home(self.walk.block_names, read))

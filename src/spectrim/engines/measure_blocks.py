@@ -42,7 +42,7 @@ from spectrim.processes import present
 from spectrim.stats import GRADIENT_STATS, INPUT_STATS, Stat
 
 ONE_WAY = 4
-"""How many times as many windows are in a batch that gives no gradients."""
+"""How many times as many windows are in a batch that gives no gradients, where memory is not to be spared."""
 
 SPARE = 4
 """Times as much as the states before one block that stays free where they need not be kept: passing a block takes that,
@@ -79,14 +79,15 @@ def measure_blocks(
     again: int = 0,
     progress: Progress | None = None,
     hold: Hold = list,
+    one_way: int = ONE_WAY,
     relay: Relay | None = None,
     groups: list[list[str]] | None = None,
 ) -> None:
     """Statistics of every target layer over `ids` (windows, length) into the shelf, as `share` of the mean there.
 
     `again` numbers the measurement; what it had finished before memory ran out is not counted twice. `hold` keeps
-    hidden states; a `relay` that was checked and the `groups` of layers that share an input spare four passes of eight
-    tokens. Raises InputError where no token came to a layer: blocks whose layers are chosen token by token need
+    hidden states; batches that give no gradients have `one_way` times as many windows; a `relay` that was checked and
+    the `groups` of layers that share an input spare four passes of eight tokens. Raises InputError where no token came to a layer: blocks whose layers are chosen token by token need
     measure.py.
     """
     device = device_of(model)
@@ -99,7 +100,7 @@ def measure_blocks(
         border = min(gradient_windows, len(ids)) if needs & GRADIENT_STATS else 0
         batches, hidden = [], hold(())
         # Those that only go forward save nothing for a way back: more of them at a time.
-        only_forward = [span for span in own_spans(len(ids), border, ONE_WAY * batch_size) if span[0] >= border]
+        only_forward = [span for span in own_spans(len(ids), border, one_way * batch_size) if span[0] >= border]
         for start, stop in [*own_spans(border, border, batch_size), *only_forward]:
             tokens = ids[start:stop].to(device)
             first, calls = relay.enter(tokens)

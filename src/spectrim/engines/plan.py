@@ -29,7 +29,7 @@ from spectrim.engines.run import calibration_batch
 from spectrim.engines.way import Way, way_of
 from spectrim.linalg.bits import Account, bias_account, uniform_account
 from spectrim.machine import Rates, measure_rates, start_seconds
-from spectrim.memory import fits_whole, held_dtype, total_memory
+from spectrim.memory import fits_whole, held_dtype, memory_capped, total_memory
 from spectrim.method import LayerMethod, MaskedMethod, Method
 from spectrim.model_method import ModelMethod
 from spectrim.models.load import Source, context_length, meta_model
@@ -144,8 +144,10 @@ def _way(request: Request, device: torch.device, walk: Walk, method: Method) -> 
 def low_memory_bytes(method: Method, source: Source, sizes: Sizes, total: int, device: torch.device) -> LowMemory:
     """What a run with `--low-memory` takes; `total` counts the numbers of the whole model."""
     assert isinstance(method, LayerMethod)
-    number = held_dtype(device, source.dtype, source.checkpoint.numel).itemsize
-    return low_memory_of(method, sizes, total, number=number, limit=limit_of(device))
+    limit = limit_of(device)
+    with memory_capped(limit):
+        number = held_dtype(device, source.dtype, source.checkpoint.numel).itemsize
+    return low_memory_of(method, sizes, total, number=number, limit=limit)
 
 
 def _memory(

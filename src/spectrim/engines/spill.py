@@ -5,6 +5,7 @@ FileShelf    statistics and spectra (shelf.py): in files, read as the shelf in m
 """
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence
+from concurrent.futures import Future
 from typing import overload
 
 import torch
@@ -95,17 +96,35 @@ class FileShelf(Shelf):
     def __init__(self, device: torch.device, scratch: Scratch) -> None:
         super().__init__(device, on_host=True)
         self.kept = self.files = _Files(scratch)
+        self.read: dict[object, Future[Tensor]] = {}
 
     def put(self, key: object, tensor: Tensor) -> None:
         """Keep it, in the place of what had this key."""
-        self.kept[key] = tensor.detach().float()
+        self.read.pop(key, None)
+        narrow = tensor.detach().float()
+        # It may be written behind, and the caller may write to what is its own.
+        self.kept[key] = narrow.clone() if narrow.data_ptr() == tensor.data_ptr() else narrow
+
+    def settled(self, key: object) -> Tensor:
+        """What is kept, read for this: it may be written to."""
+        self.read.pop(key, None)
+        return self.kept[key]
+
+    def ahead(self, key: object) -> None:
+        """Begin to read what is soon needed, where that is done beside other work."""
+        if key not in self.read and key in self.files:
+            coming = self.files.stored[key].ahead()
+            if coming is not None:
+                self.read[key] = coming
 
     def fetch(self, key: object) -> Tensor:
         """On the device, as it is kept."""
-        return self.kept[key]
+        coming = self.read.pop(key, None)
+        return self.kept[key] if coming is None else coming.result()
 
     def drop(self, key: object) -> None:
         """Keep it no longer."""
+        self.read.pop(key, None)
         self.files.stored.pop(key, None)
 
     def shape_of(self, key: object) -> tuple[int, ...]:

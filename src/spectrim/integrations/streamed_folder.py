@@ -33,8 +33,8 @@ from spectrim.reloaded import few_tokens
 from spectrim.replacement import Replacement, Target, dense_replacement
 from spectrim.store import TensorInfo, copy_companions
 from spectrim.store.extra import add_shard
+from spectrim.store.pieces import Pieces
 from spectrim.store.reader import INDEX
-from spectrim.store.scratch import Pieces
 from spectrim.store.shards import Shards
 
 

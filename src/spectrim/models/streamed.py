@@ -35,7 +35,8 @@ from spectrim.models.load import (
 from spectrim.models.walk import Walk, find_layers, path_in
 from spectrim.nn.codecs import StoredLinear
 from spectrim.store import TensorInfo
-from spectrim.store.scratch import Pieces, read_onto
+from spectrim.store.pieces import Pieces
+from spectrim.store.scratch import read_onto
 
 Read = Callable[[str], Tensor]
 """From the name of a tensor in the model to the tensor, on the device and in the dtype in which it is held."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectrim.store.scratch import Pieces
+from spectrim.store.pieces import Pieces
 from spectrim.store.tensors import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
