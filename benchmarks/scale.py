@@ -248,12 +248,14 @@ def on_disk(given: argparse.Namespace, rows: Rows, device: torch.device) -> None
         make = scale_low_memory.write_model
         rows.add(f"low-memory-files, {shape.depth} blocks", lambda: make(model, shape, device, shard))
     if "low-memory" in given.what:
-        stages = Stages(given.out / "low-memory-stages.json")
+        stages = scale_low_memory.StageTable(given.out / "low-memory-stages.json")
         measure = scale_low_memory.low_memory
         row = rows.add(
             f"low-memory, {shape.depth} blocks",
             lambda: measure(work, model, shape, device, count, length, shard, stages),
         )
+        stages.note("end")
+        print(stages.table())
         if row is not None:
             print({key: (row.get(key), "at most", most) for key, most in scale_low_memory.ALLOWED.items()})
 

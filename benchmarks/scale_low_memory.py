@@ -11,7 +11,7 @@ import shutil
 import string
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from spectrim.engines.plan_costs import distinct_inputs
 from spectrim.job import Request, run
 from spectrim.models.load import meta_model, resolve
 from spectrim.models.walk import find_layers
-from spectrim.store.pieces import Pieces
+from spectrim.store.pieces import MOVED, Pieces
 from spectrim.store.shards import Shards
 
 Row = dict[str, Any]
@@ -35,12 +35,72 @@ TOKENIZER = Path(spectrim.__file__).parent / "assets" / "tiny"
 QUICK_SHAPE = Shape(128, 352, 3, 8192)
 """For a CPU; the vocabulary is that of the tokenizer."""
 DONE = "written.json"
+PEAKS = ("gpu_gb", "gpu_reserved_gb", "host_own_gb")
 
 
 def status_bytes(*fields: str) -> int:
     """The sum of some fields of /proc/self/status."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(lines[field].split()[0]) * 1024 for field in fields if field in lines)
+
+
+class StageTable:
+    """Seconds, peaks and bytes through files of each stage, as progress tells; in a file after every line of it.
+
+    Time belongs to the stage that tells that something is done, or, if it only begins, to the one before. torch's peaks
+    are counted anew at each line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, "files"
+        self.rows: list[Row] = []
+        self._mark()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Progress of the run."""
+        if stage != self.name and done:
+            self.name = str(stage)
+        self.note(f"{done}/{total}", show=done == total or stage != self.name)
+        self.name = str(stage)
+
+    def note(self, at: str = "", *, show: bool = True) -> None:
+        """What was since the last line belongs to the present stage."""
+        now = {"seconds": time.perf_counter() - self.since[0], "read_gb": (MOVED.read - self.since[1]) / 1e9,
+               "written_gb": (MOVED.written - self.since[2]) / 1e9}  # fmt: skip
+        if not self.rows or self.rows[-1]["stage"] != self.name:
+            self.rows.append({"stage": self.name} | dict.fromkeys([*now, *PEAKS], 0.0))
+        row = self.rows[-1]
+        row |= {key: row[key] + value for key, value in now.items()} | {"at": at}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            row["gpu_gb"] = max(row["gpu_gb"], torch.cuda.max_memory_allocated() / 1e9)
+            row["gpu_reserved_gb"] = max(row["gpu_reserved_gb"], torch.cuda.max_memory_reserved() / 1e9)
+        row["host_own_gb"] = max(row["host_own_gb"], status_bytes("RssAnon", "RssShmem") / 1e9)
+        self._mark()
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.rows, indent=1))
+        new.replace(self.path)
+        if show:
+            said = [
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            ]
+            print("   ", ", ".join(said), flush=True)
+
+    def _mark(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.since = time.perf_counter(), MOVED.read, MOVED.written
+
+    def most(self, key: str) -> float:
+        """Of all stages."""
+        return max((row[key] for row in self.rows), default=0.0)
+
+    def table(self) -> str:
+        """One line a stage."""
+        keys = ["seconds", "read_gb", "written_gb", *PEAKS]
+        lines = [f"{'stage':12}" + "".join(f"{key:>16}" for key in keys)]
+        lines += [f"{row['stage']:12}" + "".join(f"{row[key]:16.2f}" for key in keys) for row in self.rows]
+        return "\n".join(lines)
 
 
 @contextmanager
@@ -118,7 +178,7 @@ def low_memory(
     count: int,
     length: int,
     shard: str,
-    progress: Callable[..., None],
+    progress: StageTable,
 ) -> Row:
     """`spectrim compress FOLDER --preset fast --low-memory`, as the command runs it."""
     made = write_model(model, shape, device, shard)
@@ -132,14 +192,15 @@ def low_memory(
     out = work / "small"
     shutil.rmtree(out, ignore_errors=True)
     torch.ones(1, device=device)
+    progress.note()
     before = status_bytes("RssAnon", "RssShmem")
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     with host_watched() as seen:
         result = run(request, out, progress=progress)
     took = time.perf_counter() - started
+    progress.note("end")
     report = result.report
     stages = {k: round(v, 1) for k, v in report["seconds"].items()}
     walk = find_layers(meta_model(resolve(str(model)).config))
@@ -150,13 +211,16 @@ def low_memory(
         "seconds": took,
         "stages": stages,
         "outside_of_stages_s": took - sum(v for k, v in report["seconds"].items() if k != "total"),
-        "gpu_allocated_gb": report["peak_memory_bytes"].get("gpu", 0) / 1e9,
-        "gpu_reserved_gb": (report["low_memory"]["gpu_reserved_bytes"] or 0) / 1e9,
+        "gpu_allocated_gb": progress.most("gpu_gb"),
+        "gpu_reserved_gb": progress.most("gpu_reserved_gb"),
         "host_own_gb": seen["most"] / 1e9,
         "host_before_gb": before / 1e9,
         "host_hwm_gb": status_bytes("VmHWM") / 1e9,
         "host_allowed_gb": (largest + 4 * (grams + outputs)) / 1e9,
         "scratch_gb": report["low_memory"]["scratch_most_bytes"] / 1e9,
+        "read_gb": report["low_memory"]["read_bytes"] / 1e9,
+        "written_gb": report["low_memory"]["written_bytes"] / 1e9,
+        "fallbacks": report["fallbacks"],
         "model_gb": sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9,
         "result_gb": report["stored"]["model_bytes"] / 1e9,
         "keep": report["stored"]["keep"],

@@ -13,18 +13,29 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spectrim import memory
-from spectrim.engines import low_memory, low_memory_way, measure, measure_blocks, newton, newton_blocks, propagate, shelf
+from spectrim.engines import (
+    low_memory,
+    low_memory_way,
+    measure,
+    measure_blocks,
+    newton,
+    newton_blocks,
+    propagate,
+    shelf,
+    stream,
+)
 from spectrim.engines.low_memory import LowMemoryRun
 from spectrim.engines.outcome import Outcome
 from spectrim.engines.relay import Relay
@@ -40,7 +51,9 @@ from spectrim.store.scratch import Scratch
 
 CPU = torch.device("cpu")
 SCALE = 32
-WIDTH, INNER, VOCABULARY, WINDOWS, GRADIENT_WINDOWS, LENGTH, BATCH = 4096, 11008, 32000, 256, 64, 2048, 8
+LIMIT = low_memory_way.GPU_LIMIT // SCALE**2
+WIDTH, INNER, VOCABULARY, WINDOWS, GRADIENT_WINDOWS, LENGTH, BATCH = 4096, 11008, 32000, 256, 64, 2048, 4
+COMPUTING = (measure, measure_blocks, propagate, newton, newton_blocks, language, streamed)
 
 
 class Card(TorchDispatchMode):
@@ -97,12 +110,17 @@ def write_model(folder: Path, depth: int) -> Path:
         hidden_size=scaled(WIDTH), intermediate_size=scaled(INNER), num_hidden_layers=depth, num_attention_heads=4,
         num_key_value_heads=4, vocab_size=scaled(VOCABULARY), dtype=torch.bfloat16,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder
 
 
-def run_on(card: Card, source: Path, work: Path) -> tuple[list[Stage], LowMemoryRun]:
-    """Closed form, writing and judging of `soco --preset fast` at keep 0.8; what each stage took of the card."""
+def run_on(
+    card: Card, source: Path, work: Path, say: Callable[[Stage], None] = lambda _: None
+) -> tuple[list[Stage], LowMemoryRun]:
+    """Closed form, writing and judging of `soco --preset fast` at keep 0.8; what each stage took of the card.
+
+    Whatever is known of a stage so far is said when it tells how far it is.
+    """
     generator = torch.Generator().manual_seed(0)
     shape, vocabulary = (WINDOWS, LENGTH // SCALE), scaled(VOCABULARY)
     ids = torch.randint(vocabulary, shape, generator=generator)
@@ -117,6 +135,8 @@ def run_on(card: Card, source: Path, work: Path) -> tuple[list[Stage], LowMemory
                 _close(stages, card, seen)
             seen[0] = stage
         _close(stages, card, seen)
+        if done == total:
+            say(stages[-1])
 
     (work / "scratch").mkdir()
     (work / "small").mkdir()
@@ -149,60 +169,54 @@ def _close(stages: list[Stage], card: Card, seen: list[Any]) -> None:
     this = Stage(name, card.peak, now - since, MOVED.read - read, MOVED.written - written)
     if stages and stages[-1].name == name:
         last = stages.pop()
-        this = Stage(name, max(last.peak, this.peak), *(a + b for a, b in zip(last[2:], this[2:], strict=True)))
+        moved = last.read + this.read, last.written + this.written
+        this = Stage(name, max(last.peak, this.peak), last.seconds + this.seconds, *moved)
     stages.append(this)
     seen[1:], card.peak = [now, MOVED.read, MOVED.written], card.live
 
 
-def card_in_place_of_a_gpu(card: Card) -> Any:
+def card_in_place_of_a_gpu(card: Card) -> ExitStack:
     """Whatever asks for a GPU's memory is told of the card's; products and autocast go a GPU's way."""
-    stack = __import__("contextlib").ExitStack()
-
-    def put(module: Any, name: str, value: Any) -> None:
+    replaced: list[tuple[Any, str, Any]] = [
+        *((module, "total_memory", lambda _: card.limit) for module in (memory, low_memory, low_memory_way)),
+        *((module, "limit_of", lambda _: card.limit) for module in (low_memory, low_memory_way)),
+        *((module, "memory_in_use", lambda _: card.live) for module in (memory, low_memory)),
+        *((module, "autocast", _autocast) for module in COMPUTING),
+        *((module, "add_gram", _add_gram) for module in (measure, stream)),
+        *((curvature, name, getattr(curvature, name) // SCALE) for name in ("STRIP", "TENSOR_SIDE", "TENSOR_CHUNK")),
+        (curvature, "_product_in_float32", _product_in_float32),
+        (curvature, "ALIGNED", 2),
+        (streamed, "WINDOWS", language.WINDOWS * 512 // LENGTH),
+        (divergence, "CHUNK_NUMBERS", divergence.CHUNK_NUMBERS // SCALE**2),
+        (shelf, "STRIP", shelf.STRIP // SCALE),
+    ]
+    stack = ExitStack()
+    for module, name, value in replaced:
         stack.enter_context(mock.patch.object(module, name, value))
-
-    def limit(_device: object) -> int:
-        return card.limit
-
-    for module in (memory, low_memory, low_memory_way):
-        put(module, "total_memory", limit)
-    for module in (low_memory, low_memory_way):
-        put(module, "limit_of", limit)
-    for module in (memory, low_memory):
-        put(module, "memory_in_use", lambda _device: card.live)
-
-    def autocast(device: torch.device) -> Any:
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-
-    for module in (measure, measure_blocks, propagate, newton, newton_blocks, language, streamed):
-        if hasattr(module, "autocast"):
-            put(module, "autocast", autocast)
-
-    def add_gram(total: Tensor, rows: Tensor, other: Tensor | None = None, *, upper: bool = False) -> None:
-        with curvature.full_precision(total.device):
-            second = rows if other is None else other.to(rows.dtype)
-            curvature._add_gram_of_bf16(total, rows, second, symmetric=other is None, upper=upper)
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        made = torch.empty(a.shape[0], b.shape[1])
-        with _uncounted():
-            made.copy_(a.float() @ b.float())
-        return made
-
-    for module in (measure, __import__("spectrim.engines.stream", fromlist=["stream"])):
-        put(module, "add_gram", add_gram)
-    put(curvature, "_product_in_float32", product)
-    for name in ("STRIP", "TENSOR_SIDE", "TENSOR_CHUNK"):
-        put(curvature, name, getattr(curvature, name) // SCALE)
-    put(curvature, "ALIGNED", 2)
-    put(streamed, "WINDOWS", language.WINDOWS * 512 // LENGTH)
-    put(divergence, "CHUNK_NUMBERS", divergence.CHUNK_NUMBERS // SCALE**2)
-    put(shelf, "STRIP", shelf.STRIP // SCALE)
     return stack
 
 
-def _uncounted() -> Any:
-    return torch.utils._python_dispatch._disable_current_modes()
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _add_gram(total: Tensor, rows: Tensor, other: Tensor | None = None, *, upper: bool = False) -> None:
+    """On tensor cores."""
+    with curvature.full_precision(total.device):
+        second = rows if other is None else other.to(rows.dtype)
+        curvature._add_gram_of_bf16(total, rows, second, symmetric=other is None, upper=upper)
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Of which only the result counts."""
+    made = torch.empty(a.shape[0], b.shape[1])
+    with _disable_current_modes():
+        return made.copy_(a.float() @ b.float())
+
+
+def _show(stage: Stage) -> None:
+    sizes = [size * SCALE**2 / 1e9 for size in (stage.peak, stage.read, stage.written)]
+    print(f"{stage.name:12}{sizes[0]:8.1f}{sizes[1]:8.1f}{sizes[2]:9.1f}{stage.seconds:14.1f}", flush=True)
 
 
 def main() -> None:
@@ -211,13 +225,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=32)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        card = Card(low_memory_way.GPU_LIMIT // SCALE**2)
+        card = Card(LIMIT)
         source = write_model(Path(work) / "model", given.depth)
-        stages, run = run_on(card, source, Path(work))
         print(f"{'GB of 7B':12}{'peak':>8}{'read':>8}{'written':>9}{'seconds here':>14}")
-        for stage in stages:
-            sizes = [size * SCALE**2 / 1e9 for size in (stage.peak, stage.read, stage.written)]
-            print(f"{stage.name:12}{sizes[0]:8.1f}{sizes[1]:8.1f}{sizes[2]:9.1f}{stage.seconds:14.1f}")
+        _, run = run_on(card, source, Path(work), _show)
         print(f"scratch files: {run.scratch.most_bytes * SCALE**2 / 1e9:.1f} GB; out of memory {card.failures} times")
 
 

@@ -165,6 +165,7 @@ class _Job:
         with timed(self.clock, "reload"):
             there = logits_elsewhere(stage, few_tokens(dense.model), self.device, streamed=True)
             difference = difference_of(stage, logits, there)
+        self.say("reload", 1, 1)
         with timed(self.clock, "evaluate"):
             quality = self._judge(run, stage, texts.evaluation)
         outcome.seconds, outcome.warnings = self.clock, [*self.warnings, *run.warnings]
@@ -185,6 +186,7 @@ class _Job:
         with timed(self.clock, "load"):
             check_finite(self.source, self.device)
             dense = open_streamed(self.source, self.device, self.held)
+        self.say("load", 1, 1)
         self.warnings += dense.warnings
         with timed(self.clock, "text"):
             return dense, cut_windows(self.request, self.method, dense.model, text, progress=self.progress)

@@ -93,6 +93,8 @@ class LowMemoryRun(LargeRun):
         self.device = device_of(self.dense)
         self.has_room = RoomForStates(self.device)
         self.batch.give_way = self.has_room.give_way
+        if limit_of(self.device) is not None:  # what a block saves for its way back is as large as many states
+            self.batch.size = max(1, self.batch.size // 2)
         self.relay = Relay(self.dense, self.walk)
         self.relay.check()
         self.groups = shared_inputs(self.dense, self.walk.layers)

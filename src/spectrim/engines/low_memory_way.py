@@ -34,7 +34,7 @@ from spectrim.stats import GRADIENT_STATS, Stat
 METHODS = "svd, asvd, svd-llm, afm, two-sided, and soco with --preset fast"
 GPU_LIMIT = 23_000_000_000
 """Bytes that torch may take of a GPU: of a card of 24 GB, CUDA itself needs about one."""
-STATES_SHARE = 0.4
+STATES_SHARE = 0.55
 """Of the limit, all that is allocated counted, up to which hidden states stay on the GPU."""
 
 

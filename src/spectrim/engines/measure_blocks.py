@@ -87,8 +87,8 @@ def measure_blocks(
 
     `again` numbers the measurement; what it had finished before memory ran out is not counted twice. `hold` keeps
     hidden states; batches that give no gradients have `one_way` times as many windows; a `relay` that was checked and
-    the `groups` of layers that share an input spare four passes of eight tokens. Raises InputError where no token came to a layer: blocks whose layers are chosen token by token need
-    measure.py.
+    the `groups` of layers that share an input spare four passes of eight tokens. Raises InputError where no token came
+    to a layer: blocks whose layers are chosen token by token need measure.py.
     """
     device = device_of(model)
     with frozen(model), autocast(device):

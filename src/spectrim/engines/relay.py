@@ -42,6 +42,7 @@ class Relay:
         self.blocks = [model.get_submodule(name) for name in walk.block_names]
         self.gives_tuple = [False] * len(self.blocks) if gives_tuple is None else list(gives_tuple)
         self.calls: dict[torch.Size, list[Call]] = {}
+        self._logits: Tensor | None = None  # of the few tokens, where the model ran them as a whole
         if gives_tuple is None:
             self._learn_returns()
 
@@ -85,7 +86,7 @@ class Relay:
         hidden, calls = self.enter(batch)
         for block, call in enumerate(calls):
             hidden = self.run(block, hidden, call)
-        own = self.model(input_ids=batch, use_cache=False).logits.float()
+        own = (self.model(input_ids=batch, use_cache=False).logits if self._logits is None else self._logits).float()
         off = float((self.leave(batch, hidden).float() - own).abs().max() / own.abs().max().clamp(min=1e-30))
         if not off <= TOLERANCE:
             raise UsageError(
@@ -110,7 +111,7 @@ class Relay:
 
         handles = [block.register_forward_hook(note(i)) for i, block in enumerate(self.blocks)]
         try:
-            self.model(input_ids=self._few_tokens(), use_cache=False)
+            self._logits = self.model(input_ids=self._few_tokens(), use_cache=False).logits
         finally:
             for handle in handles:
                 handle.remove()

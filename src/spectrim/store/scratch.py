@@ -61,9 +61,12 @@ class _File:
                 return
             self._busy = True
         try:
-            same = self.path.exists() and self.path.stat().st_size == tensor.nbytes
-            with open(self.path, "r+b" if same else "wb") as file:
-                pieces.write(file, tensor)
+            if self.path.exists() and self.path.stat().st_size == tensor.nbytes:
+                with open(self.path, "r+b") as file:
+                    pieces.write(file, tensor)
+            else:
+                with open(self.path, "wb") as file:
+                    pieces.write(file, tensor)
         except OSError as error:
             raise disk.as_resource_error(error, self.path) from error
         finally:
