@@ -23,7 +23,7 @@ from spectrim.engines.clock import timed
 from spectrim.engines.large import LargeRun
 from spectrim.engines.layerwise import decompose_layer, energies_of_layer, place_cut
 from spectrim.engines.learned import skeleton
-from spectrim.engines.low_memory_way import STATES_SHARE, limit_of
+from spectrim.engines.low_memory_way import FEWER, STATES_SHARE, limit_of
 from spectrim.engines.newton_blocks import newton_blocks
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.relay import Relay, entered
@@ -93,8 +93,8 @@ class LowMemoryRun(LargeRun):
         self.device = device_of(self.dense)
         self.has_room = RoomForStates(self.device)
         self.batch.give_way = self.has_room.give_way
-        if limit_of(self.device) is not None:  # what a block saves for its way back is as large as many states
-            self.batch.size = max(1, self.batch.size // 2)
+        if limit_of(self.device) is not None:
+            self.batch.size = max(1, self.batch.size // FEWER)
         self.relay = Relay(self.dense, self.walk)
         self.relay.check()
         self.groups = shared_inputs(self.dense, self.walk.layers)

@@ -38,6 +38,10 @@ STATES_SHARE = 0.55
 """Of the limit, all that is allocated counted, up to which hidden states stay on the GPU."""
 
 
+FEWER = 2
+"""Times fewer windows in a batch on a GPU: what a block saves for its way back is as large as many states."""
+
+
 def limit_of(device: torch.device) -> int | None:
     """Bytes of a GPU that may be used; None of what has no memory of its own."""
     total = total_memory(device)
@@ -173,7 +177,7 @@ def _states(method: LayerMethod, sizes: Sizes, number: int) -> tuple[int, int, i
 
 
 def _batch(sizes: Sizes, limit: int | None) -> int:
-    on_gpu = max(1, GPU_BATCH * SHORT // max(SHORT, sizes.length))
+    on_gpu = max(1, GPU_BATCH * SHORT // max(SHORT, sizes.length) // FEWER)
     return min(sizes.windows, CPU_BATCH if limit is None else on_gpu)
 
 
