@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import spectrim
 from command_line import call
+from snippets import ROOT, read_snippets
 from spectrim.integrations import exporters
 from spectrim.integrations import onnx as our_onnx
 from spectrim.store import verify_manifest
@@ -97,14 +98,28 @@ def test_onnx_runtime_generates_with_its_cache_what_the_model_generates(name, tm
         feed = (logits[:, -1] + draw.gumbel(size=logits[:, -1].shape)).argmax(-1)[:, None]
         text = np.concatenate([text, feed], axis=1)
     assert len(np.unique(text[:, 5:])) > 5
-    prompt = torch.from_numpy(ids)
-    greedy = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
-    feed, text, past = ids, ids, empty_cache(session, 2)
-    while text.shape[1] < greedy.shape[1]:
-        logits, past = step(session, feed, np.ones_like(text), past)
-        feed = logits[:, -1].argmax(-1)[:, None]
-        text = np.concatenate([text, feed], axis=1)
-    assert text.tolist() == greedy.tolist()
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_loop_in_the_documents_writes_what_generate_writes(tmp_path, monkeypatch, capsys):
+    words = ("--keep", 0.8, "--method", "svd", "--calib-windows", 8, "--calib-length", 64, "--eval", "none")
+    assert call("compress", "builtin:tiny", "--out", tmp_path / "small", *words).code == 0
+    export(tmp_path / "small", tmp_path / "small-onnx")
+    (loop,) = [
+        s for s in read_snippets(ROOT / "docs" / "serve.md") if "onnxruntime" in s.text and s.language == "python"
+    ]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(loop.text, loop.where, "exec"), {})
+    words = AutoTokenizer.from_pretrained(tmp_path / "small")
+    prompt = words("The history of", return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    mask = torch.ones_like(prompt)
+    asked = GenerationConfig(max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0)
+    text = model.generate(prompt, attention_mask=mask, generation_config=asked)
+    assert capsys.readouterr().out.rstrip("\n") == words.decode(text[0]).rstrip("\n")
 
 
 def _graph(path: Path) -> Any:

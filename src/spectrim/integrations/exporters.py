@@ -10,10 +10,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
-
-import transformers
 
 FIRST = (5, 14)
 """The first release of transformers whose exporters are used."""
@@ -22,8 +21,9 @@ FIRST = (5, 14)
 def missing_packages(*names: str) -> list[str]:
     """Of these and transformers' exporters, in the words of `pip install`."""
     missing = [name for name in names if find_spec(name) is None]
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < FIRST:
-        missing.append(f"transformers>={FIRST[0]}.{FIRST[1]} ({transformers.__version__} is installed)")
+    release = version("transformers")
+    if tuple(int(part) for part in release.split(".")[:2]) < FIRST:
+        missing.append(f"transformers>={FIRST[0]}.{FIRST[1]} ({release} is installed)")
     return missing
 
 
