@@ -130,6 +130,7 @@ def _graph(path: Path) -> Any:
 
 def test_missing_packages_are_named_with_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(exporters, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(exporters, "version", lambda name: "5.14.0")
     answer = call("export", small(tmp_path / "small", "factor"), "--to", "onnx", "--out", tmp_path / "out")
     assert answer.code == 2
     assert "needs onnxscript: pip install 'spectrim[onnx]'" in answer.message
