@@ -25,9 +25,9 @@ def ui(
     from spectrim.integrations.sizes import Sizes
     from spectrim.models.load import pick_device, resolve
 
-    require_gradio()
     source = resolve(folder)
     sizes = Sizes(source, load_tokenizer(tokenizer or source.folder), pick_device(device))
+    require_gradio()  # only now: nobody shall install it to be told that this folder has no sizes
     page, address = serve(sizes, host=host, port=port)
     try:
         emit({"address": address}, json_, lambda: stdout.print(f"open {address} (Ctrl-C ends it)", soft_wrap=True))

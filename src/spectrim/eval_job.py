@@ -87,6 +87,7 @@ def run_eval(request: EvalRequest, *, progress: Progress | None = None) -> tuple
         sources["dense"] = resolve(request.against)
     for source in sources.values():
         require_same(request, source)
+    refuse_other_vocabulary(sources)
     first_only = present().first_only
     words = first_only(lambda: _tokenizer(request.tokenizer, sources["model"])) if request.wants_tokenizer else None
     length = min(request.length, *(context_length(source.config) or request.length for source in sources.values()))
@@ -118,6 +119,16 @@ def run_eval(request: EvalRequest, *, progress: Progress | None = None) -> tuple
             facts["speed_note"] = speed_note(*(facts[name]["decode_tokens_per_s"] for name in ("model", "dense")))
     facts["notes"] = notes_on_room(models, facts)
     return facts, results
+
+
+def refuse_other_vocabulary(sources: Mapping[str, Source]) -> None:
+    """InputError where --against cannot be the dense model of this one: it knows another number of tokens."""
+    known = {name: source.config.get_text_config().vocab_size for name, source in sources.items()}
+    if len(set(known.values())) > 1:
+        raise InputError(
+            f"{sources['model'].name} knows {known['model']} tokens, --against {sources['dense'].name} "
+            f"{known['dense']}: they cannot be compared; name the model that the folder was made from"
+        )
 
 
 def refuse_unspread(request: EvalRequest) -> None:

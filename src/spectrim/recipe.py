@@ -105,6 +105,8 @@ def load_recipe(name: str) -> Recipe:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{path}: {path.stat().st_size:,} bytes, a recipe has at most {MOST_BYTES:,}")
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (looked in {Path.cwd()}); `spectrim recipe list` has names") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a recipe: {error}") from error
     return parse_recipe(text, str(path))

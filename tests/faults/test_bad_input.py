@@ -210,6 +210,28 @@ def test_options_of_the_other_commands(arguments: tuple[str, ...], says: str, mo
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("report", "FILE"), "is a file, not a folder; give folders that `spectrim compress` wrote"),
+        (("report", "NONE"), "no such folder; give folders that `spectrim compress` wrote"),
+        (("recipe", "show", "none.yaml"), "none.yaml: no such file (looked in "),
+        (("verify", "NONE"), "1 problem; copy or download the folder again, or make the model anew: no such folder"),
+        (("eval", "MODEL", "--against", "OTHER"), "OTHER 48: they cannot be compared; name the model that the folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_folders_and_files_of_the_other_commands(
+    arguments: tuple[str, ...], says: str, model: Path, tmp_path: Path
+) -> None:
+    other = small_model(tmp_path / "other", vocab_size=48)
+    (tmp_path / "text.txt").write_text("text")
+    places = {"MODEL": model, "OTHER": other, "FILE": tmp_path / "text.txt", "NONE": tmp_path / "none"}
+    answer = call(*(places.get(argument, argument) for argument in arguments))
+    assert answer.code == INPUT, answer.err
+    assert says.replace("OTHER", str(other)) in answer.message
+
+
 # ---- the model
 
 
@@ -236,11 +258,11 @@ def test_a_model_that_is_not_there(name: str, code: int, says: str, tmp_path: Pa
 
 @pytest.mark.fault(64)
 def test_a_hub_id_that_the_hub_does_not_know(tmp_path: Path) -> None:
-    gone = ConnectionError("404 Client Error.\nRepository Not Found")
+    gone = ConnectionError("404 Client Error.\nRepository Not Found.")
     with mock.patch("huggingface_hub.snapshot_download", side_effect=gone):
         message = refused(INPUT, "owner/name", where=tmp_path)
     assert "owner/name: no such folder here, and the hub gave ConnectionError: 404 Client Error. Repository" in message
-    assert "Check the id, the network and your token, or pass a local folder" in message
+    assert "Repository Not Found. Check the id, the network and your token, or pass a local folder" in message
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import spectrim
 from command_line import call
-from spectrim.integrations import executorch as our_executorch
+from spectrim.integrations import exporters
 from spectrim.store import verify_manifest
 from tiny_models import logits_of, tiny, token_ids
 
@@ -27,7 +27,9 @@ def small(folder: Path, storage: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(our_executorch.missing_packages() != [], reason="needs executorch, and transformers from 5.13 on")
+@pytest.mark.skipif(
+    exporters.missing_packages("executorch") != [], reason="needs executorch, and transformers from 5.14 on"
+)
 @pytest.mark.parametrize("storage", ["factor", "pivot"])
 def test_executorch_gives_the_models_logits(storage, tmp_path):
     from executorch.runtime import Runtime
@@ -50,15 +52,25 @@ def test_executorch_gives_the_models_logits(storage, tmp_path):
     assert (tmp_path / "out" / "model.pte").stat().st_size < 4 * model.num_parameters() + 100_000
 
 
-def test_missing_packages_are_named_with_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(our_executorch, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    ("release", "told"),
+    [
+        ("5.23.0", "needs executorch: pip install 'spectrim[executorch]'"),
+        ("5.13.1", "needs executorch, transformers>=5.14 (5.13.1 is installed): pip install 'spectrim[executorch]'"),
+        ("5.0.0", "transformers>=5.14 (5.0.0 is installed)"),
+    ],
+)
+def test_missing_packages_are_named_with_the_extra(release, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporters, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporters, "version", lambda name: release)
     answer = call("export", small(tmp_path / "small", "factor"), "--to", "executorch", "--out", tmp_path / "out")
     assert answer.code == 2
-    assert "needs executorch, transformers>=5.13: pip install 'spectrim[executorch]'" in answer.message
+    assert told in answer.message
     assert not (tmp_path / "out").exists()
 
 
-def test_the_installed_transformers_is_looked_at():
-    told = our_executorch.missing_packages()
+def test_the_installed_transformers_has_the_exporters_that_are_asked_for():
+    told = exporters.missing_packages("executorch")
     assert ("executorch" in told) == (find_spec("executorch") is None)
-    assert ("transformers>=5.13" in told) == (find_spec("transformers.exporters") is None)
+    if not any(name.startswith("transformers") for name in told):
+        assert find_spec("transformers.exporters") is not None

@@ -165,6 +165,15 @@ def test_without_a_token_nothing_is_asked(hub: Hub, folder: Path) -> None:
     assert hub.asked == []
 
 
+def test_a_folder_that_is_no_result_is_told_before_a_missing_token(hub: Hub, tmp_path: Path) -> None:
+    with mock.patch.object(hub_push, "get_token", return_value=None):
+        dense, none = call("push", tmp_path, "ada/small"), call("push", tmp_path / "none", "ada/small")
+    assert (dense.code, none.code) == (3, 3)
+    assert "has no manifest.json; only folders that spectrim wrote can be pushed" in dense.message
+    assert "none: no such folder" in none.message
+    assert hub.asked == []
+
+
 @pytest.mark.parametrize("name", ["small", "a/b/c", "ada/..", "ada/sm all", "-ada/small", ""])
 def test_a_name_that_no_repository_can_have(hub: Hub, folder: Path, name: str) -> None:
     answer = call("push", folder, "--", name) if name.startswith("-") else call("push", folder, name)

@@ -111,14 +111,15 @@ def test_what_cannot_be_compared(sizes: Sizes, given: tuple[float, str, str], me
         sizes.compare(*given)
 
 
-def test_a_folder_of_one_size_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model(tmp_path / "model")
+def test_a_folder_of_one_size_is_told_before_a_missing_package(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(our_gradio, "find_spec", lambda name: None)
-    answer = call("ui", model)
+    answer = call("ui", folder)
     assert answer.code == 2
     assert "spectrim ui needs gradio: pip install 'spectrim[ui]'" in answer.message
-    monkeypatch.setattr(our_gradio, "find_spec", lambda name: object())
-    answer = call("ui", model)
+    answer = call("ui", small_model(tmp_path / "model"))
     assert answer.code == 2
+    assert "gradio" not in answer.message
     assert "holds one size only" in answer.message
     assert "--any-size" in answer.message

@@ -4,11 +4,6 @@ Each factor is a product of its own. The program is run once by ExecuTorch's run
 it was traced with, and compared with the model (graph_export.py).
 """
 
-import contextlib
-import io
-import logging
-import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectrim.integrations.exporters import missing_packages, program_of, quietly
 from spectrim.integrations.graph_export import Graph, export_graph, sample_ids
 from spectrim.models.load import Source, context_length
 
@@ -33,39 +29,28 @@ def export_executorch(
     logits (1, length, vocabulary).
     """
     graph = Graph(
-        to="executorch", runtime="ExecuTorch", file=PROGRAM, missing=missing_packages(), write=_write_program,
-        logits=program_logits, probe=(1, 13),
+        to="executorch", runtime="ExecuTorch", file=PROGRAM, missing=missing_packages("executorch"),
+        write=_write_program, logits=program_logits, probe=(1, 13),
         remedy="--to onnx or --to dense, or the release of executorch that transformers names as tested",
     )  # fmt: skip
     return export_graph(graph, source, out, size=size, overwrite=overwrite)
 
 
-def missing_packages() -> list[str]:
-    """Of what it needs."""
-    missing = [] if find_spec("executorch") else ["executorch"]
-    return missing if find_spec("transformers.exporters") else [*missing, "transformers>=5.13"]
-
-
 def _write_program(model: PreTrainedModel, path: Path) -> None:
     """Trace, lower, save; the length stays free."""
-    from transformers.exporters import ExecutorchConfig, ExecutorchExporter  # type: ignore[attr-defined]
-
     most = min(LONGEST, context_length(model.config) or LONGEST)
     length = {1: torch.export.Dim("length", min=2, max=most)}
-    config = ExecutorchConfig(
-        backend="xnnpack", dynamic=True, dynamic_shapes={"input_ids": length, "attention_mask": length}
-    )
     ids = sample_ids(model, 1, 8)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # releases that it was not tested with, which the measured error answers
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            exported = ExecutorchExporter().export(model, inputs, config=config)
-            exported.save_pretrained(path.parent)
-    finally:
-        logging.disable(level)
+    with quietly():
+        from transformers.exporters import ExecutorchConfig, ExecutorchExporter  # type: ignore[attr-defined]
+
+        config = ExecutorchConfig(
+            backend="xnnpack", dynamic=True, dynamic_shapes={"input_ids": length, "attention_mask": length}
+        )
+        program = program_of(ExecutorchExporter().export(model, inputs, config=config))
+    with path.open("wb") as file:
+        program.write_to_file(file)
 
 
 def program_logits(path: Path, ids: Tensor) -> Tensor:

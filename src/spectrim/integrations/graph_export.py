@@ -42,9 +42,9 @@ def export_graph(
     graph: Graph, source: Source, out: Path, *, size: float | None = None, overwrite: bool = False
 ) -> dict[str, Any]:
     """Write the folder and give back its facts, the measured error among them; `size` as in `load_model`."""
+    preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=4 * source.checkpoint.numel)
     if graph.missing:
         raise UsageError(f"--to {graph.to} needs {', '.join(graph.missing)}: pip install 'spectrim[{graph.to}]'")
-    preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=4 * source.checkpoint.numel)
     model = load_model(source, torch.device("cpu"), torch.float32, size=size)
     numbers = model.num_parameters()
     with staged(out, overwrite=overwrite) as stage:
@@ -53,6 +53,8 @@ def export_graph(
             expected = model(input_ids=ids, use_cache=False).logits
         try:
             graph.write(model, stage / graph.file)
+        except ImportError as error:  # a package of the exporter's that is missing or too old
+            raise UsageError(f"--to {graph.to}: {one_line(error)}; pip install -U 'spectrim[{graph.to}]'") from error
         except Exception as error:  # exporters raise what they like
             raise InputError(
                 f"{source.name}: {graph.runtime}'s exporter cannot export {type(model).__name__} ({one_line(error)}); "

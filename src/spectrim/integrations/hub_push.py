@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from spectrim.errors import InputError, ResourceError, SpectrimError, UsageError, without_tokens
 from spectrim.store import verify_manifest
+from spectrim.store.manifest import MANIFEST
 
 LEFT_AT_HOME = (".cache/*", ".git/*")
 """What git and the hub's own client put into a folder; everything else is in the manifest."""
@@ -38,9 +39,11 @@ def push_folder(folder: Path, repo: str, *, private: bool = False) -> dict[str, 
     InputError where the folder is not whole, UsageError for a name or a token that cannot do, ResourceError where the
     hub is not reachable or refuses.
     """
-    check_push(repo)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
+    if not (folder / MANIFEST).is_file():  # before anybody looks for a token; checksums, which take time, come after
+        raise InputError(f"{folder}: has no {MANIFEST}; only folders that spectrim wrote can be pushed")
+    check_push(repo)
     verify_manifest(folder)
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="spectrim")
     try:

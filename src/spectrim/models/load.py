@@ -148,7 +148,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub's client raises its own, requests' and plain OS errors
         raise InputError(
-            f"{name}: no such folder here, and the hub gave {one_line(error)}. "
+            f"{name}: no such folder here, and the hub gave {one_line(error).rstrip('.')}. "
             "Check the id, the network and your token, or pass a local folder"
         ) from error
 

@@ -112,7 +112,8 @@ def _dotted(path: tuple[str | int, ...]) -> str:
 def read_report(folder: Path) -> Facts:
     """The report of a folder that spectrim wrote; `InputError` where there is none, or a newer version wrote it."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give folders that `spectrim compress` wrote")
+        what = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {what}; give folders that `spectrim compress` wrote")
     path = folder / REPORT
     if not path.is_file():
         raise InputError(f"{folder}: has no {REPORT}; only folders that `spectrim compress` wrote can be compared")

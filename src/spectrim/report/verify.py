@@ -12,6 +12,8 @@ from spectrim.store.manifest import differences
 
 def find_problems(folder: Path) -> list[str]:
     """Empty for a sound folder. Checksums of all files, headers against the index, headers against config.json."""
+    if not folder.is_dir():
+        return ["no such folder"]
     problems = []
     try:
         problems += differences(folder)
