@@ -151,7 +151,7 @@ def entry_for(outputs: int, inputs: int, keep: float, storage: str, multiple: in
 
 
 def shared_entries(layers: Sequence[Layer], keep: float, storage: str, multiple: int) -> dict[str, dict[str, Any]]:
-    """Lines of config.json of q, k, v and of gate, up, each group with one right factor, of the rank that `keep` allows."""
+    """Lines of config.json of q, k, v and of gate, up: one right factor a group, of the rank that `keep` allows."""
     found = {}
     cost = group_cost if storage == "shared" else pivoted_group_cost
     by_name = {layer.name: layer for layer in layers}

@@ -149,8 +149,8 @@ def recovery_of(method: "Method", asked: Iterable[str]) -> tuple[Step, ...]:
             f"method {method.info.name}: refit and reconstruct solve for factors without the bias that this method has "
             "moved; leave them out (block and kl train biases too)"
         )
-    shares = isinstance(method, LayerMethod) and method.shares
-    if shares and (wrong := [step.name for step in steps if step.name != "kl"]):
+    wrong = [step.name for step in steps if step.name != "kl"]
+    if isinstance(method, LayerMethod) and method.shares and wrong:
         raise UsageError(
             f"method {method.info.name}: the recovery step {wrong[0]} is for layers with both factors to themselves, "
             f"and storage={method.storage} shares them; take kl, or storage=pivot"
