@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import spectrim
+from memory_checkpoint import Killed, MemoryCheckpoint, kill_at
 from spectrim.engines.any_size import compress_any_size
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.sharing import find_groups, plan_groups
@@ -170,6 +171,35 @@ def test_a_mask_that_does_not_fit_the_rank_is_refused(tmp_path: Path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(Exception, match="mask marks 0 inputs, the basis has"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize(
+    ("method", "storage", "stage", "step"),
+    [
+        ("two-sided", "best", "calibrate", 4),
+        ("two-sided", "shared-pivot", "propagate", 1),
+        ("soco", "shared", "newton", 1),
+        ("svd-llm", "shared-pivot", "distil", 2),
+    ],
+)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(method, storage, stage, step):
+    options = {"soco": {"steps": 0, "newton": 1, "coupling": "none"}}.get(method, {})
+    steps = ("kl:4",) if stage == "distil" else ()
+
+    def run(**told: Any) -> Any:
+        made = make_method(method, options={"storage": storage, **options})
+        return compress_model(tiny("llama"), made, 0.5, IDS, recovery=steps, gradient_windows=4, **told)
+
+    whole, checkpoint = run(), MemoryCheckpoint(every=1, closed=True)
+    with pytest.raises(Killed):
+        run(checkpoint=checkpoint, progress=kill_at(stage, step))
+    again = run(checkpoint=checkpoint)
+    assert again.plan == whole.plan
+    mine, theirs = again.model.state_dict(), whole.model.state_dict()
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
 
 
 # Training

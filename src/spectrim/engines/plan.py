@@ -8,7 +8,7 @@ How near that is to what then happens is measured by benchmarks/plan_accuracy.py
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,6 @@ from spectrim.engines.quantise_factors import group_of
 from spectrim.engines.ranks import new_bias, plan_ranks
 from spectrim.engines.recompute import step_bytes
 from spectrim.engines.run import calibration_batch
-from spectrim.engines.sharing import Group, find_groups, plan_groups
 from spectrim.engines.way import Way, way_of
 from spectrim.linalg.bits import Account, bias_account, uniform_account
 from spectrim.machine import Rates, measure_rates, start_seconds
@@ -82,7 +81,7 @@ def estimate(
     walk = find_layers(model)
     way = _way(request, device, walk, method)
     method = way.method
-    layers, known = planned_layers(source, method, request, model, walk)
+    layers, known = planned_layers(source, method, request, walk)
     stored = stored_by(method, request, walk, layers, dtype, known)
     rest = untargeted_numbers(model, walk)
     bytes_after = rest * dtype.itemsize + stored.nbytes
@@ -176,9 +175,7 @@ def common_side(walk: Walk) -> int:
     return max(set(sides), key=sides.count)
 
 
-def planned_layers(
-    source: Source, method: Method, request: Request, model: PreTrainedModel, walk: Walk
-) -> tuple[list[dict[str, Any]], bool]:
+def planned_layers(source: Source, method: Method, request: Request, walk: Walk) -> tuple[list[dict[str, Any]], bool]:
     """One row a layer, and whether ranks follow from the shapes."""
     if isinstance(method, ModelMethod):
         method.check_model(source.config, walk, request.keep)
@@ -187,9 +184,8 @@ def planned_layers(
     if request.any_size:
         return _unplanned(walk, "nested"), False
     known = method.allocation == "uniform" and not (isinstance(method, MaskedMethod) and method.steps)
-    known = known and method.storage != "best"  # whether a group shares depends on what that loses
-    groups = find_groups(model, walk) if known and method.shares else ()
-    rows = _planned(method, walk, request.keep, groups) if known else _unplanned(walk, _may_be(method))
+    known = known and not method.shares  # which layers read one input is seen when the model runs
+    rows = _planned(method, walk, request.keep) if known else _unplanned(walk, _may_be(method))
     if request.factor_bits is None:
         return rows, known
     coded = {"factor": "quantised-factor", "pivot": "quantised-pivot", "dense": "packed"}
@@ -221,14 +217,8 @@ def stored_by(
         codes = account.codes + account.zeros + account.indices
         values = (account.scales + account.bias) // 2
         return Stored(after, codes + values, codes + values * dtype.itemsize)
-    masks = sum(_mask_bytes(row) for row in layers if known)  # counted as one number each
+    masks = sum((row["shape"][0] + 7) // 8 for row in layers if known and row["codec"] == "pivot")  # one byte each
     return Stored(after, after, (after - masks) * dtype.itemsize + masks)
-
-
-def _mask_bytes(row: Mapping[str, Any]) -> int:
-    """What marks the pivots of a layer: of its outputs, or of the inputs of a group that it owns the basis of."""
-    marked = {"pivot": 0, "shared-pivot": 1}.get(row["codec"])
-    return 0 if marked is None or row.get("basis") is not None else (row["shape"][marked] + 7) // 8
 
 
 def all_sizes(walk: Walk, method: Method, anchors: tuple[float, ...], dtype: torch.dtype) -> Stored:
@@ -292,18 +282,12 @@ def untargeted_numbers(model: PreTrainedModel, walk: Walk) -> int:
     return sum(tensors.values()) - walk.numbers
 
 
-def _planned(method: LayerMethod, walk: Walk, keep: float, groups: Sequence[Group] = ()) -> list[dict[str, Any]]:
-    """One row a layer, where ranks follow from the shapes; `groups` share a factor."""
+def _planned(method: LayerMethod, walk: Walk, keep: float) -> list[dict[str, Any]]:
+    """One row a layer, where ranks follow from the shapes."""
     flat = {la.name: torch.ones(min(la.outputs, la.inputs), dtype=torch.float64) for la in walk.layers}
-    if groups:
-        ranks = {group[0].name: min(group[0].inputs, sum(la.outputs for la in group)) for group in groups}
-        errors = {name: torch.arange(rank, -1.0, -1.0, dtype=torch.float64) for name, rank in ranks.items()}
-        targets = plan_groups(method, walk, groups, flat, errors, keep).targets
-    else:
-        targets = plan_ranks(method, walk, flat, keep).targets
+    targets = plan_ranks(method, walk, flat, keep).targets
     return [
         {**row, "codec": target.codec, "rank": target.rank, "numbers": _numbers(method, layer, target)}
-        | ({} if target.basis is None else {"basis": target.basis})
         for layer, row in zip(walk.layers, _unplanned(walk, ""), strict=True)
         for target in [targets[layer.name]]
     ]

@@ -160,8 +160,6 @@ def _untouched(model: PreTrainedModel, decoder: str, targets: set[str]) -> Itera
 def shared_inputs(model: PreTrainedModel, layers: tuple[Layer, ...]) -> list[list[str]]:
     """Names of layers grouped by the input tensor they read, found by running eight tokens through the model.
 
-    On the meta device, where tensors have no address, the same object counts.
-
     Groups come in the order in which the model runs them, which is not always the one in which it defines them (Phi-3
     has o_proj before qkv_proj); layers that did not run come last, one by one.
     """
@@ -171,8 +169,7 @@ def shared_inputs(model: PreTrainedModel, layers: tuple[Layer, ...]) -> list[lis
     def note(name: str):
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             alive.append(inputs[0])
-            where = id(inputs[0]) if inputs[0].is_meta else inputs[0].data_ptr()
-            reads.setdefault(name, (where, inputs[0].shape, inputs[0].stride()))
+            reads.setdefault(name, (inputs[0].data_ptr(), inputs[0].shape, inputs[0].stride()))
 
         return hook
 

@@ -79,8 +79,9 @@ class SoCo(TwoSidedMetric, LearnedMethod):
         if self.shares and (self.steps or self.basis != "two-sided"):
             what = f"steps={self.steps}" if self.steps else f"basis={self.basis}"
             raise UsageError(
-                f"method soco: storage={self.storage} with {what}: learned scores and the plain basis choose components "
-                "of each layer by itself. Take --preset fast or best with the two-sided basis, or storage=pivot"
+                f"method soco: storage={self.storage} with {what}: learned scores and the plain basis choose "
+                "components of each layer by itself. Take --preset fast or best with the two-sided basis, or "
+                "storage=pivot"
             )
 
     @property
