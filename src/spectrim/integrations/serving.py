@@ -208,8 +208,8 @@ class ServedLinear:
         mask = unpack_mask(found["V.mask"], sum(first.shape))
         if int(mask.sum()) != entry["rank"]:
             raise InputError(
-                f"{self.name}: the mask marks {int(mask.sum())} inputs, the shared factor has rank {entry['rank']}; the "
-                "folder is damaged or was edited"
+                f"{self.name}: the mask marks {int(mask.sum())} inputs, the shared factor has rank {entry['rank']}; "
+                "the folder is damaged or was edited"
             )
         return self.share.columns(spread_basis(first, mask))
 
@@ -282,8 +282,8 @@ def parts_of(
             held.add((part, entry["rank"]))
         elif (str(entry["basis"]).rpartition(".")[2], entry["rank"]) not in held:
             raise InputError(
-                f"{prefix}: {part} has its first factor from {entry['basis']}, which this engine does not hold in the same "
-                "layer before it. Serve the dense model: spectrim export DIR --to dense --out OUT"
+                f"{prefix}: {part} has its first factor from {entry['basis']}, which this engine does not hold in the "
+                "same layer before it. Serve the dense model: spectrim export DIR --to dense --out OUT"
             )
     return entries if any(entries) else None
 
