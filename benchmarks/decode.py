@@ -20,7 +20,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from spectrim.integrations.transformers import SpectrimConfig, install_modules
 from spectrim.linalg.pivot import pack_mask
-from spectrim.models.walk import find_layers
+from spectrim.linalg.shared import group_cost, pivoted_group_cost
+from spectrim.models.walk import Layer, find_layers
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.kernels.choice import Choice, choose, seconds_in_graph
 from spectrim.nn.kernels.launch import has_pdl, missing
 from spectrim.nn.kernels.many import choose_many
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.quantised import QuantisedPivotLinear
+from spectrim.nn.shared import InputPivots, SharedLinear
 
 SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
             "vocab_size": 32000, "num_hidden_layers": 32}  # fmt: skip
@@ -148,6 +150,24 @@ def entry_for(outputs: int, inputs: int, keep: float, storage: str, multiple: in
     return {"codec": f"quantised-{name}", "rank": rank, "bias": False, parts[0]: store(inputs), parts[1]: store(rank)}
 
 
+def shared_entries(layers: Sequence[Layer], keep: float, storage: str, multiple: int) -> dict[str, dict[str, Any]]:
+    """Lines of config.json of q, k, v and of gate, up: one right factor a group, of the rank that `keep` allows."""
+    found = {}
+    cost = group_cost if storage == "shared" else pivoted_group_cost
+    by_name = {layer.name: layer for layer in layers}
+    for parts in GROUPS:
+        for owner in (name for name in by_name if len(parts) > 1 and name.endswith(parts[0])):
+            names = [owner.removesuffix(parts[0]) + part for part in parts]
+            outputs, inputs = [by_name[name].outputs for name in names], by_name[owner].inputs
+            ranks = torch.arange(multiple, inputs, multiple)
+            fits = cost(outputs, inputs, ranks) <= keep * inputs * sum(outputs)
+            rank = int(ranks[fits].max())
+            for name in names:
+                basis = None if name == owner else owner
+                found[name] = {"codec": storage, "rank": rank, "bias": False, "basis": basis}
+    return found
+
+
 def build(bench: Bench, keep: float, storage: str, multiple: int = 16) -> LlamaForCausalLM:
     """A model of random weights, its decoder linears in `storage`; weights straight on the device."""
     config = LlamaConfig(**bench.shape, max_position_embeddings=4096)
@@ -155,9 +175,11 @@ def build(bench: Bench, keep: float, storage: str, multiple: int = 16) -> LlamaF
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(bench.dtype)
     if keep < 1:
-        entries = {
-            la.name: entry_for(la.outputs, la.inputs, keep, storage, multiple) for la in find_layers(model).layers
-        }
+        layers = find_layers(model).layers
+        alone = {"shared": "factor", "shared-pivot": "pivot"}.get(storage, storage)
+        entries = {la.name: entry_for(la.outputs, la.inputs, keep, alone, multiple) for la in layers}
+        if alone != storage:
+            entries |= shared_entries(layers, keep, storage, multiple)
         install_modules(model, SpectrimConfig(modules=entries))
     model.to_empty(device=bench.device)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(bench.device)
@@ -167,6 +189,8 @@ def build(bench: Bench, keep: float, storage: str, multiple: int = 16) -> LlamaF
             parameter.normal_(0, small) if parameter.ndim > 1 else parameter.fill_(1.0)
         for module in model.modules():
             fill_codes(module)
+            if isinstance(module, SharedLinear):
+                module.link(model)
     return model.eval()
 
 
@@ -175,9 +199,10 @@ def fill_codes(module: nn.Module) -> None:
     for name, buffer in list(module.named_buffers(recurse=False)):
         if buffer.dtype == torch.uint8 and name in ("codes", "zeros"):
             buffer.random_(0, 256)
-    if isinstance(module, PivotLinear | QuantisedPivotLinear):
-        mask = torch.zeros(module.out_features, dtype=torch.bool)
-        mask[torch.randperm(module.out_features)[: module.rank]] = True
+    if isinstance(module, PivotLinear | QuantisedPivotLinear | InputPivots):
+        count = module.in_features if isinstance(module, InputPivots) else module.out_features
+        mask = torch.zeros(count, dtype=torch.bool)
+        mask[torch.randperm(count)[: module.rank]] = True
         module.mask.copy_(pack_mask(mask))
         module.refresh_order()
 
@@ -252,6 +277,10 @@ def products_per_token(model: LlamaForCausalLM) -> int:
     count = 0
     for name, module in model.named_modules():
         if isinstance(module, StoredLinear):
+            if isinstance(module, SharedLinear):
+                read = sum(p.shape[1] for p in module.V.parameters()) if module.basis is None else 0
+                count += 2 * module.rank * (read + module.out_features)
+                continue
             rest = module.out_features - (module.rank if "pivot" in module.codec else 0)
             count += 2 * module.rank * (module.in_features + rest)
         elif isinstance(module, nn.Linear) and ".layers." in name and not name.endswith(("U", "V", "pivot", "rest")):
@@ -379,6 +408,10 @@ def main(bench: Bench) -> None:
         bench.row(f"ranks, {lines} rows", lambda n=lines: alignment(bench, ranks, n))
     for storage in ("pivot", "factor") if able else ():
         bench.row(f"keep 0.5 {storage}, kernels", lambda s=storage: by_kernels(bench, 0.5, s))
+    for storage in ("shared", "shared-pivot"):
+        bench.row(f"keep 0.5 {storage}", lambda s=storage: in_torch(bench, 0.5, s))
+        if able:
+            bench.row(f"keep 0.5 {storage}, kernels", lambda s=storage: by_kernels(bench, 0.5, s))
     for storage in ("factor-8", "factor-4"):
         name = f"keep 0.5 {storage}{', kernels' if able else ''}"
         bench.row(name, lambda s=storage: by_kernels(bench, 0.5, s, rows=(1,), multiple=32, kernels=able))

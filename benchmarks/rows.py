@@ -155,6 +155,11 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="svd-llm, evopress", method="svd-llm", options={"allocation": "evopress"}),
         Row(label="two-sided, evopress", method="two-sided", options={"allocation": "evopress"}),
     ],
+    "storages": [
+        Row(label=f"{label}, {storage}", method=method, preset=preset, options={"storage": storage})
+        for label, method, preset in (("svd-llm", "svd-llm", None), ("soco fast", "soco", "fast"))
+        for storage in ("factor", "pivot", "shared", "shared-pivot", "best")
+    ],
     "trained": [
         Row(label="soco balanced", method="soco", preset="balanced"),
         Row(label="soco best", method="soco", preset="best"),

@@ -24,7 +24,7 @@ from torch import Tensor
 from spectrim.errors import NumericalError, UsageError, did_you_mean
 from spectrim.linalg.bits import Unit
 from spectrim.linalg.factor import Factors, Spectrum, truncate
-from spectrim.replacement import Replacement, Storage, Target, dense_replacement, encode, with_mean_kept
+from spectrim.replacement import Replacement, Storage, Storages, Target, dense_replacement, encode, with_mean_kept
 from spectrim.stats import Coupling, Stat, Stats
 
 Allocation = Literal["uniform", "global", "sensitivity", "evopress", "order"]
@@ -100,7 +100,10 @@ class LayerMethod(Method):
     allocations: ClassVar[tuple[str, ...]] = ("uniform", "global", *SEARCHED)
     """Those that the method can be used with."""
 
-    storage: Storage = "factor"
+    storages: ClassVar[tuple[str, ...]] = ("factor", "pivot")
+    """Those that the method can be used with. The others need `covariances`."""
+
+    storage: Storages = "factor"
     allocation: Allocation = "uniform"
     rounds: int = 0
     """How often the statistics are measured again in the compressed model and averaged with the first ones."""
@@ -111,12 +114,31 @@ class LayerMethod(Method):
     """Ranks are multiples of it, as GPUs like them; 0: of 8 in layers of at least 512 x 512, any in smaller ones."""
 
     def __post_init__(self) -> None:
-        require_choice(self.info.name, "storage", self.storage, ("factor", "pivot"))
+        require_choice(self.info.name, "storage", self.storage, self.storages)
         require_choice(self.info.name, "allocation", self.allocation, self.allocations)
+        if self.shares and self.allocation not in ("uniform", "global"):
+            raise UsageError(
+                f"method {self.info.name}: storage={self.storage} takes allocation=uniform or global, got "
+                f"{self.allocation}, which gives every layer a rank of its own"
+            )
         require_range(self.info.name, "rounds", self.rounds, 0, 8)
         require_range(self.info.name, "generations", self.generations, 1, 100_000)
         require_range(self.info.name, "offspring", self.offspring, 1, 100_000)
         require_range(self.info.name, "rank_multiple", self.rank_multiple, 0, 1024)
+
+    @property
+    def shares(self) -> bool:
+        """Whether layers that read one input may keep one factor of it between them (engines/sharing.py)."""
+        return self.storage not in ("factor", "pivot")
+
+    @property
+    def alone(self) -> Storage:
+        """The storage of a layer that shares with no other."""
+        return "factor" if self.storage in ("factor", "shared") else "pivot"
+
+    def covariances(self, stats: Stats) -> tuple[Tensor | None, Tensor]:
+        """B (O, O), None for the identity, and A (I, I) of the metric of one layer: an error D costs tr(B D A D^T)."""
+        raise AssertionError(f"{self.info.name} takes storage {', '.join(self.storages)}; it has no common metric")
 
     @property
     def error_share(self) -> float:

@@ -76,9 +76,17 @@ def check_factor_bits(bits: int | None, group_size: int) -> None:
 
 def check_factors(method: "Method", bits: int | None) -> None:
     """factor_bits are for methods whose layers are low-rank ones, or stay dense."""
+    from spectrim.method import LayerMethod
     from spectrim.model_method import ModelMethod
 
-    if bits is None or not isinstance(method, ModelMethod):
+    if bits is None:
+        return
+    if not isinstance(method, ModelMethod):
+        if isinstance(method, LayerMethod) and method.shares:
+            raise UsageError(
+                f"method {method.info.name}: factor_bits quantise layers that have both factors to themselves, and "
+                f"storage={method.storage} shares them; leave --factor-bits out, or take storage=pivot"
+            )
         return
     if not method.codecs or not {*method.codecs} <= {"factor", "pivot"}:
         raise UsageError(
@@ -132,6 +140,7 @@ def parse_step(text: str) -> Step:
 
 def recovery_of(method: "Method", asked: Iterable[str]) -> tuple[Step, ...]:
     """The method's own steps, those asked for, and `distil_steps` of a method that has them as a last `kl` step."""
+    from spectrim.method import LayerMethod
     from spectrim.model_method import ModelMethod
 
     steps = [parse_step(text) for text in (*method.recovery, *asked)]
@@ -139,6 +148,12 @@ def recovery_of(method: "Method", asked: Iterable[str]) -> tuple[Step, ...]:
         raise UsageError(
             f"method {method.info.name}: refit and reconstruct solve for factors without the bias that this method has "
             "moved; leave them out (block and kl train biases too)"
+        )
+    wrong = [step.name for step in steps if step.name != "kl"]
+    if isinstance(method, LayerMethod) and method.shares and wrong:
+        raise UsageError(
+            f"method {method.info.name}: the recovery step {wrong[0]} is for layers with both factors to themselves, "
+            f"and storage={method.storage} shares them; take kl, or storage=pivot"
         )
     if isinstance(method, ModelMethod) and not method.trains_factors:
         _check_without_factors(method, steps)
@@ -184,6 +199,11 @@ def check_serves_all_sizes(method: "Method", recovery: tuple[str, ...] = ()) -> 
         raise UsageError(
             f"method {method.info.name}: allocation={method.allocation} finds the ranks of one size; --any-size takes "
             "uniform or global"
+        )
+    if method.shares:
+        raise UsageError(
+            f"method {method.info.name}: storage={method.storage} chooses who shares a factor at one size; --any-size "
+            "takes storage factor or pivot"
         )
     distil_steps = getattr(method, "distil_steps", 0)
     if distil_steps:

@@ -29,6 +29,7 @@ from spectrim.nn.kernels.launch import (
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
+from spectrim.nn.shared import InputPivots, SharedLinear, SharedPivotLinear
 from spectrim.nn.stores import PlainStore
 from spectrim.nn.stores_uniform import UniformStore
 
@@ -82,6 +83,38 @@ def test_products_are_those_of_float64_within_rounding(dtype, lines, placed, bia
     for got, y, right, left in zip(found, expected, wide[0], wide[1], strict=True):
         assert got.dtype == dtype
         assert bool(((got.double() - y).abs() <= allowed(x.double(), right, left, y, dtype)).all())
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lines", [1, 3])
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_one_first_product_serves_all_layers_that_share_it(dtype, lines, pivoted):
+    rank, biased = 40, lines == 1  # more than a tile has rows, so that the last one is not full
+    x = normal(0, lines, INPUTS, dtype=dtype)
+    first = normal(1, rank, INPUTS - (rank if pivoted else 0), dtype=dtype) / 8
+    second = [normal(9 + i, out, rank, dtype=dtype) / 4 for i, out in enumerate(OUTPUTS)]
+    biases = [normal(20 + i, out, dtype=dtype) for i, out in enumerate(OUTPUTS)] if biased else []
+    order = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(5)).int().to(DEVICE) if pivoted else None
+    tile = ONE if lines == 1 else SOME
+    found = products(x, [first], second, [], biases, tile, tile, order)
+    wide = [first.double()]
+    if order is not None:  # written out: column order[i] of the whole factor
+        whole = torch.zeros(rank, INPUTS, dtype=torch.float64, device=DEVICE)
+        for i, column in enumerate(order.tolist()):
+            whole[:, column] = (
+                torch.eye(rank, dtype=torch.float64, device=DEVICE)[i] if i < rank else first[:, i - rank].double()
+            )
+        wide = [whole]
+    expected = [x.double() @ wide[0].mT @ left.double().mT for left in second]
+    expected = [y + bias.double() for y, bias in zip(expected, biases, strict=True)] if biased else expected
+    twin = products_in_torch(
+        x.double(), [first.double()], [w.double() for w in second], [], [b.double() for b in biases], order
+    )
+    assert len(found) == len(second)
+    for got, y, own, left in zip(found, expected, twin, second, strict=True):
+        assert torch.allclose(own, y, atol=1e-12)
+        assert bool(((got.double() - y).abs() <= allowed(x.double(), wide[0], left.double(), y, dtype)).all())
 
 
 @needs_triton
@@ -155,7 +188,25 @@ def pivot(seed: int, outputs: int, rank: int, *, bias: bool = False) -> PivotLin
     return layer
 
 
+def sharing(kind: str) -> list[StoredLinear]:
+    """Three that share a factor; R inputs pass as they are in pivot storage."""
+    cls = SharedPivotLinear if kind == "shared-pivot" else SharedLinear
+    given = {"bias": True, "device": DEVICE}
+    layers: list[SharedLinear] = [cls(INPUTS, OUTPUTS[0], 20, **given)]
+    layers += [cls(INPUTS, out, 20, basis="first", **given) for out in OUTPUTS[1:]]
+    for layer in layers[1:]:
+        layer.borrow(layers[0])
+    if isinstance(basis := layers[0].V, InputPivots):
+        mask = torch.zeros(INPUTS, dtype=torch.bool)
+        mask[torch.randperm(INPUTS, generator=torch.Generator().manual_seed(3))[:20]] = True
+        basis.mask.copy_(pack_mask(mask))
+        basis.refresh_order()
+    return [*layers]
+
+
 def siblings(kind: str) -> list[StoredLinear]:
+    if kind.startswith("shared"):
+        return sharing(kind)
     if kind == "pivot":
         return [pivot(i, out, rank, bias=True) for i, (out, rank) in enumerate(zip(OUTPUTS, RANKS, strict=True))]
     return [LowRankLinear(INPUTS, out, rank, bias=False, device=DEVICE)
@@ -163,7 +214,7 @@ def siblings(kind: str) -> list[StoredLinear]:
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["factor", "pivot"])
+@pytest.mark.parametrize("kind", ["factor", "pivot", "shared", "shared-pivot"])
 def test_layers_of_a_group_are_computed_once_and_give_what_they_gave(kind, monkeypatch):
     layers = siblings(kind)
     x = normal(1, 1, 1, INPUTS)

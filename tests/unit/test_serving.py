@@ -4,6 +4,7 @@ The engines themselves are in tests/matrix; here is the arithmetic, and the plug
 interface that hold nothing else.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from spectrim.errors import InputError
 from spectrim.integrations.serving import ServedLinear, Share, check_served, parts_of
+from spectrim.linalg.pivot import pack_mask
 from spectrim.nn.linears import LINEARS, LowRankLinear, PivotLinear
+from spectrim.nn.shared import InputPivots, SharedLinear, SharedPivotLinear
 
 INPUTS, HEAD = 24, 8
 SIZES = {"q": 4 * HEAD, "k": 2 * HEAD, "v": 2 * HEAD}
@@ -43,7 +46,7 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def entry_of(layer: nn.Module) -> dict[str, Any] | None:
-    return layer.entry() if isinstance(layer, LowRankLinear | PivotLinear) else None
+    return layer.entry() if isinstance(layer, LowRankLinear | PivotLinear | SharedLinear) else None
 
 
 def served(parts: dict[Any, nn.Module], share: Share, *, bias: nn.Parameter | None = None) -> tuple[Any, nn.Module]:
@@ -91,6 +94,62 @@ def test_a_fused_layer_split_over_outputs_is_the_dense_product(codecs, devices, 
     for shard, pieces in found.items():
         y = torch.cat([pieces[i] for i in sorted(pieces)], -1)
         torch.testing.assert_close(y, x @ weight_of(parts[shard]).mT, atol=ALLOWED, rtol=ALLOWED)
+
+
+def sharing(codec: str, shards: Sequence[str], rank: int) -> dict[str, SharedLinear]:
+    """Parts that share their first factor."""
+    kind = SharedPivotLinear if codec == "shared-pivot" else SharedLinear
+    torch.manual_seed(3)
+    parts = {s: kind(INPUTS, SIZES[s], rank, bias=False, basis=f"a.{shards[0]}_proj" if i else None)
+             for i, s in enumerate(shards)}  # fmt: skip
+    owner = parts[shards[0]]
+    if isinstance(basis := owner.V, InputPivots):
+        mask = torch.zeros(INPUTS, dtype=torch.bool)
+        mask[torch.randperm(INPUTS)[:rank]] = True
+        basis.mask.copy_(pack_mask(mask))
+        basis.refresh_order()
+    for shard in shards[1:]:
+        parts[shard].borrow(owner)
+    return parts
+
+
+@pytest.mark.parametrize("codec", ["shared", "shared-pivot"])
+@pytest.mark.parametrize(("devices", "dense"), [(1, None), (2, None), (1, "q"), (1, "v")])
+def test_parts_that_share_their_first_factor(codec, devices, dense):
+    shards = [shard for shard in SIZES if shard != dense]
+    parts: dict[str, Any] = {**sharing(codec, shards, 7)}
+    if dense is not None:
+        parts = {s: parts.get(s) or stored("dense", SIZES[s], INPUTS, 0) for s in SIZES}
+    x = torch.randn(3, INPUTS)
+    own = [SIZES[s] // devices for s in SIZES]
+    found: dict[str, list[Tensor]] = {shard: [] for shard in SIZES}
+    for rank in range(devices):
+        share = Share(inputs=INPUTS, outputs=tuple(own), rank=rank, over_outputs=devices > 1)
+        made, layer = served(parts, share)
+        assert layer.first.shape == (7, INPUTS)  # once
+        for shard, y in zip(SIZES, made.forward(layer, x).split(own, -1), strict=True):
+            found[shard].append(y)
+    for shard, pieces in found.items():
+        torch.testing.assert_close(torch.cat(pieces, -1), x @ weight_of(parts[shard]).mT, atol=ALLOWED, rtol=ALLOWED)
+
+
+def test_a_first_factor_that_another_layer_holds_is_refused():
+    parts = sharing("shared", list(SIZES), 7)
+    modules = {f"a.{shard}_proj": part.entry() for shard, part in parts.items()}
+    fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert parts_of(modules, "a.qkv_proj", fused) == list(modules.values())
+    assert parts_of(modules, "a.q_proj", {}) == [modules["a.q_proj"]]
+    with pytest.raises(InputError, match=r"a.k_proj: k_proj has its first factor from a.q_proj"):
+        parts_of(modules, "a.k_proj", {})
+    with pytest.raises(InputError, match="in the same layer before it"):
+        parts_of({**modules, "a.q_proj": {**modules["a.q_proj"], "rank": 6}}, "a.qkv_proj", fused)
+
+
+def test_a_mask_of_a_shared_factor_that_does_not_fit_is_refused():
+    parts = sharing("shared-pivot", list(SIZES), 7)
+    parts["q"].V.mask.zero_()
+    with pytest.raises(InputError, match="marks 0 inputs, the shared factor has rank 7"):
+        served(parts, Share(inputs=INPUTS, outputs=tuple(SIZES.values())))
 
 
 @pytest.mark.parametrize("codec", ["factor", "pivot"])

@@ -59,7 +59,7 @@ class AnySize:
     def plan(self, size: float) -> Plan:
         """What each layer is at `size`."""
         levels = {name: nested.levels for name, nested in self.layers.items()}
-        return plan_at(self.walk, levels, self.method.storage, size, adapter_rank=self.adapter_rank)
+        return plan_at(self.walk, levels, self.method.alone, size, adapter_rank=self.adapter_rank)
 
     def at(self, size: float) -> PreTrainedModel:
         """The model at `size`, its layers as they will be loaded, held in the dtype of the dense one."""

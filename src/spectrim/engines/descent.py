@@ -97,7 +97,7 @@ class Descent:
         gradients: Mapping[str, Tensor],
     ) -> None:
         self.method, self.walk, self.scored, self.gradients = method, walk, scored, gradients
-        self.costs = [ladder_costs(layer.outputs, layer.inputs, method.storage) for layer in walk.layers]
+        self.costs = [ladder_costs(layer.outputs, layer.inputs, method.alone) for layer in walk.layers]
         self.option = [len(costs) - 1 for costs in self.costs]
         # Components of each layer: those that are left, strongest first, then those that went, the last to go first.
         self.places = [torch.arange(len(scored[layer.name].energy)) for layer in walk.layers]
@@ -115,7 +115,7 @@ class Descent:
         order = growth_order(self._worth())
         levels = levels_of(order, len(self.costs))
         left = [costs[: k + 1] for costs, k in zip(self.costs, self.option, strict=True)]
-        self.option = cut(left, levels, weight_budget(self.walk, size, self.method.storage))
+        self.option = cut(left, levels, weight_budget(self.walk, size, self.method.alone))
         self.gone.append(order[sum(self.option) :])
         for layer, places, option, costs in zip(self.walk.layers, self.places, self.option, self.costs, strict=True):
             mask = self.scored[layer.name].mask

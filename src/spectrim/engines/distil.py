@@ -7,6 +7,8 @@
 3. train them with Adam, one relative rate for all numbers, warm-up and cosine
 4. put them back in the codec they had
 
+Layers that share their right factor are one stacked product there (engines/distil_shared.py).
+
 Layers in few bits (`packed`) train what they keep in 16-bit numbers: scales, tables, entries apart, corrections and
 biases; codes stay. They need no metric: each tensor is trained in units of its own size (nn/packed.py). Steps, loss
 and schedule are the same, and a model may have layers of both kinds.
@@ -23,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectrim.engines.checkpoint import Checkpoint, Saved
+from spectrim.engines.distil_shared import from_spectral_groups, shared_layers, to_spectral_groups
 from spectrim.engines.layerwise import build_linear
 from spectrim.engines.loop import Group, Training, train
 from spectrim.engines.measure import Progress, both_logits, frozen, measure
@@ -37,6 +40,7 @@ from spectrim.memory import Batch
 from spectrim.models.walk import Walk
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.packed import PackedLinear, TrainedPackedLinear
+from spectrim.nn.shared import SharedLinear
 from spectrim.nn.spectral import SpectralLinear
 from spectrim.replacement import encode
 from spectrim.stats import Stat, Stats
@@ -75,25 +79,34 @@ def distil(
     nothing but zeros beside their codes.
     """
     low_rank, packed = low_rank_layers(student, walk), packed_layers(student, walk)
-    if not (low_rank or packed) or steps == 0:
+    sharing = shared_layers(student, walk)
+    factored = {**low_rank, **sharing}
+    if not (factored or packed) or steps == 0:
         return []
     spectral: dict[str, SpectralLinear] = {}
-    if low_rank:
-        measured, checkpoint = metric_or_saved(student, walk, ids[:METRIC_WINDOWS], low_rank, stage, seed, checkpoint)
-        spectral = to_spectral(low_rank, roots_of(measured, low_rank))
+    if factored:
+        measured, checkpoint = metric_or_saved(student, walk, ids[:METRIC_WINDOWS], factored, stage, seed, checkpoint)
+        roots = roots_of(measured, factored)
+        spectral = {**to_spectral(low_rank, roots), **to_spectral_groups(sharing, roots)}
     if packed:
         checkpoint = same_codes(packed, f"{stage} codes", checkpoint)
     unpacked = {name: TrainedPackedLinear(layer, numbers=True) for name, layer in packed.items()}
     trained: dict[str, torch.nn.Module] = {**spectral, **unpacked}
     require_parameters(trained)
 
+    back: dict[str, torch.nn.Module] = {}
+
     def finished(name: str) -> torch.nn.Module:
+        if name in sharing:
+            if not back:  # all of them, since they refer to each other
+                back.update(from_spectral_groups(spectral, sharing))
+            return back[name]
         if name in spectral:
             return from_spectral(spectral[name], low_rank[name])
         return unpacked[name].stored(packed[name]).train(packed[name].training)
 
     return train_in_place(
-        student, teacher, {**low_rank, **packed}, trained, finished, ids, steps=steps, batch_size=batch_size,
+        student, teacher, {**factored, **packed}, trained, finished, ids, steps=steps, batch_size=batch_size,
         learning_rate=learning_rate, label_share=label_share, seed=seed, stage=stage, progress=progress,
         checkpoint=checkpoint,
     )  # fmt: skip
@@ -210,7 +223,7 @@ def metric_or_saved(
     student: PreTrainedModel,
     walk: Walk,
     ids: Tensor,
-    layers: Mapping[str, LowRankLinear | PivotLinear],
+    layers: Mapping[str, LowRankLinear | PivotLinear | SharedLinear],
     stage: str,
     seed: int,
     checkpoint: Checkpoint | None,
@@ -250,7 +263,9 @@ def _pack(measured: Mapping[str, Tensor]) -> Saved:
     return Saved(1, {key: measured[key] for key in first.values()}, {"kept_as": kept_as})
 
 
-def roots_of(measured: Mapping[str, Tensor], layers: Mapping[str, LowRankLinear | PivotLinear]) -> dict[str, Metric]:
+def roots_of(
+    measured: Mapping[str, Tensor], layers: Mapping[str, LowRankLinear | PivotLinear | SharedLinear]
+) -> dict[str, Metric]:
     """The metric of each layer; None where nothing was measured: its factors are trained as they are."""
     known: dict[int, Root] = {}
 

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,18 @@ from spectrim.linalg.factor import Factors, Spectrum, truncate
 from spectrim.linalg.solver import LARGEST_SIDE, LinAlgError
 from spectrim.method import LayerMethod, Method
 from spectrim.models.walk import Layer, Walk, linear_at, weight_of
-from spectrim.nn.linears import LINEARS
+from spectrim.nn.codecs import StoredLinear, codec_class
+from spectrim.nn.shared import SharedLinear
 from spectrim.options import Nonfinite
-from spectrim.replacement import Replacement, Target, dense_replacement, encode, with_mean_kept
+from spectrim.replacement import (
+    SHARED,
+    Replacement,
+    Target,
+    dense_replacement,
+    encode,
+    encode_shared,
+    with_mean_kept,
+)
 from spectrim.stage import at
 from spectrim.stats import Stat, Stats
 
@@ -149,6 +158,8 @@ def decompose_all(
 def _diagonals(walk: Walk, stats: Mapping[str, Stats]) -> Iterator[Tensor]:
     """Enough of all statistics to tell two measurements apart."""
     for layer in walk.layers:
+        if layer.name not in stats:
+            continue
         for stat in Stat:
             measured = getattr(stats[layer.name], stat.value)
             if measured is not None:
@@ -228,31 +239,36 @@ def swap(model: PreTrainedModel, name: str, replacement: Replacement) -> None:
         bias = replacement.bias
         new.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
     else:
-        new = build_linear(replacement)
+        new = build_linear(replacement, width_of(old))
     model.set_submodule(name, new.train(old.training))
+    if isinstance(new, SharedLinear):
+        new.link(model)
 
 
-def build_linear(replacement: Replacement) -> nn.Module:
-    """The low-rank module that holds a replacement's tensors."""
+def width_of(module: nn.Module) -> int:
+    """How many numbers a linear layer reads, dense or stored."""
+    return module.in_features if isinstance(module, StoredLinear) else weight_of(module).shape[1]
+
+
+def build_linear(replacement: Replacement, inputs: int | None = None) -> nn.Module:
+    """The low-rank module that holds a replacement's tensors; of a layer that shares, `inputs` says what it reads."""
     tensors = replacement.tensors
-    first = "V.weight" if replacement.codec == "factor" else "pivot.weight"
-    outputs = (
-        len(tensors["U.weight"])
-        if replacement.codec == "factor"
-        else (len(tensors["pivot.weight"]) + len(tensors["rest.weight"]))
-    )
-    module = LINEARS[replacement.codec](
-        tensors[first].shape[1],
-        outputs,
-        replacement.rank,
-        bias=replacement.bias is not None,
-        device=tensors[first].device,
-        dtype=tensors[first].dtype,
-    )
-    state = {**tensors, "weight": module.weight}
-    if replacement.bias is not None:
-        state["U.bias" if replacement.codec == "factor" else "bias"] = replacement.bias
-    module.load_state_dict(state)
+    own: dict[str, Any] = {"bias": replacement.bias is not None}
+    if replacement.codec in SHARED:
+        assert inputs is not None
+        like = tensors["U.weight"]
+        sizes, bias_name = (inputs, len(like), replacement.rank), "U.bias"
+        own["basis"] = replacement.basis
+    elif replacement.codec == "factor":
+        like = tensors["V.weight"]
+        sizes, bias_name = (like.shape[1], len(tensors["U.weight"]), replacement.rank), "U.bias"
+    else:
+        like = tensors["pivot.weight"]
+        sizes, bias_name = (like.shape[1], len(like) + len(tensors["rest.weight"]), replacement.rank), "bias"
+    module: Any = codec_class(replacement.codec)
+    module = module(*sizes, **own, device=like.device, dtype=like.dtype)
+    bias = {} if replacement.bias is None else {bias_name: replacement.bias}
+    module.load_state_dict({**tensors, "weight": module.weight, **bias})
     return module
 
 
@@ -267,9 +283,12 @@ def apply_plan(
 ) -> dict[str, Replacement]:
     """Encode and swap every layer; returns what was put in place. `means` of inputs that biases make up for."""
     means = {} if means is None else means
+    together = encode_groups(model, walk, plan, given)
 
     def encode_one(layer: Layer) -> Replacement:
         module, target = linear_at(model, layer.name), plan.targets[layer.name]
+        if layer.name in together:
+            return together[layer.name]
         if stays(layer):
             return dense_replacement(weight_of(module).detach(), None if module.bias is None else module.bias.detach())
         with solver_errors_of(layer.name, "its factors"):
@@ -282,3 +301,28 @@ def apply_plan(
     for layer in walk.layers:
         swap(model, layer.name, placed[layer.name])
     return placed
+
+
+def encode_groups(
+    model: PreTrainedModel, walk: Walk, plan: Plan, given: Mapping[str, Spectrum] | Mapping[str, Factors]
+) -> dict[str, Replacement]:
+    """The layers that share a right factor, group by group."""
+    groups: dict[str, list[str]] = {}
+    for layer in walk.layers:
+        target = plan.targets[layer.name]
+        if target.codec in SHARED:
+            groups.setdefault(target.basis or layer.name, []).append(layer.name)
+    found: dict[str, Replacement] = {}
+    for owner, names in groups.items():
+        target, modules = plan.targets[owner], [linear_at(model, name) for name in names]
+        cuts = [Factors(own.left[:, : target.rank], own.right[: target.rank]) for own in (given[n] for n in names)]
+        energies = [own.energy if isinstance(own := given[name], Spectrum) else None for name in names]
+        with solver_errors_of(owner, f"the factors of {len(names)} layers"):
+            made = encode_shared(
+                [Factors(cut.left.double(), cut.right.double()) for cut in cuts], target.codec, owner,
+                like=[weight_of(module).detach() for module in modules],
+                biases=[None if module.bias is None else module.bias.detach() for module in modules],
+                errors=[0.0 if energy is None else float(energy[target.rank :].sum()) for energy in energies],
+            )  # fmt: skip
+        found |= zip(names, made, strict=True)
+    return found

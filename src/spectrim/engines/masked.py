@@ -117,7 +117,7 @@ def press_to(
 
 def tables_of(method: MaskedMethod, walk: Walk) -> list[Tensor]:
     """What each layer stores at 0, 1, ... components, its adapter included."""
-    pivot = method.storage == "pivot"
+    pivot = method.alone == "pivot"
     return [cost_table(la.outputs, la.inputs, method.adapter_rank, pivot=pivot) for la in walk.layers]
 
 
@@ -133,7 +133,7 @@ def budget_of(method: Method, walk: Walk, keep: float) -> int:
 
 def budget_beside_adapters(method: MaskedMethod, walk: Walk, keep: float) -> int:
     """Numbers that all weights may take; refused when the adapters, which are counted, do not fit."""
-    budget = weight_budget(walk, keep, method.storage)
+    budget = weight_budget(walk, keep, method.alone)
     least = sum(int(table[0]) for table in tables_of(method, walk))
     if least > budget:
         raise UsageError(
@@ -274,7 +274,7 @@ class Pressing:
         """Components and adapter as one rank, or dense."""
         if numbers == layer.weight_numbers:
             return Target(rank=min(layer.outputs, layer.inputs), codec="dense")
-        return Target(rank=components + self.method.adapter_rank, codec=self.method.storage)
+        return Target(rank=components + self.method.adapter_rank, codec=self.method.alone)
 
     def finish(self) -> Plan:
         """The plan; made now when no step was left to make it."""

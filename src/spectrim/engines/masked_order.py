@@ -60,7 +60,7 @@ def learn_masked_order(
 
 def order_by_extinction(pressing: Pressing, anchors: tuple[float, ...], losses: tuple[float, ...]) -> Order:
     """What the masks say: each layer's components behind its adapter, and when each layer grows."""
-    walk, rank, storage = pressing.walk, pressing.method.adapter_rank, pressing.method.storage
+    walk, rank, storage = pressing.walk, pressing.method.adapter_rank, pressing.method.alone
     owner, position = pressing.order()
     steps = [len(ladder_costs(layer.outputs, layer.inputs, storage, rank)) - 1 for layer in walk.layers]
     levels = levels_of(first_of_each(owner, steps), len(steps))

@@ -32,7 +32,7 @@ class Order:
 def closed_order(method: LayerMethod, walk: Walk, spectra: Mapping[str, Spectrum], anchors: tuple[float, ...]) -> Order:
     """Components in the order of their spectra, all scores 1; one row of scores would do, the anchors are kept."""
     worth = [
-        worth_of_steps(method, la, ladder_costs(la.outputs, la.inputs, method.storage), spectra[la.name].energy)
+        worth_of_steps(method, la, ladder_costs(la.outputs, la.inputs, method.alone), spectra[la.name].energy)
         for la in walk.layers
     ]
     levels = levels_of(growth_order(worth), len(walk.layers))

@@ -184,7 +184,8 @@ def planned_layers(source: Source, method: Method, request: Request, walk: Walk)
     if request.any_size:
         return _unplanned(walk, "nested"), False
     known = method.allocation == "uniform" and not (isinstance(method, MaskedMethod) and method.steps)
-    rows = _planned(method, walk, request.keep) if known else _unplanned(walk, method.storage)
+    known = known and not method.shares  # which layers read one input is seen when the model runs
+    rows = _planned(method, walk, request.keep) if known else _unplanned(walk, _may_be(method))
     if request.factor_bits is None:
         return rows, known
     coded = {"factor": "quantised-factor", "pivot": "quantised-pivot", "dense": "packed"}
@@ -290,6 +291,11 @@ def _planned(method: LayerMethod, walk: Walk, keep: float) -> list[dict[str, Any
         for layer, row in zip(walk.layers, _unplanned(walk, ""), strict=True)
         for target in [targets[layer.name]]
     ]
+
+
+def _may_be(method: LayerMethod) -> str:
+    """What its layers may become, in few words."""
+    return method.alone if not method.shares else f"{method.alone} or shared{'-pivot' * (method.alone == 'pivot')}"
 
 
 def _unplanned(walk: Walk, codec: str) -> list[dict[str, Any]]:

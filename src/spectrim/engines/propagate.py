@@ -28,6 +28,7 @@ from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import Progress, autocast, frozen
 from spectrim.engines.parts import Parts, energies_of, spectrum_from, spectrum_tensors
 from spectrim.engines.ranks import Plan, plan_to_facts
+from spectrim.engines.sharing import decompose_group
 from spectrim.engines.spread import handed_some, holders_of, own_windows
 from spectrim.engines.stream import Stream, input_moments, inputs_of, start
 from spectrim.linalg.factor import Spectrum, drift_target, token_share
@@ -35,6 +36,7 @@ from spectrim.memory import has_room
 from spectrim.method import LayerMethod
 from spectrim.models.walk import Layer, Walk, device_of, shared_inputs, weight_of
 from spectrim.processes import present
+from spectrim.replacement import SHARED
 from spectrim.stats import Stat, Stats
 
 STAGE = "propagated"
@@ -87,7 +89,8 @@ def propagate(
                 if block >= finished:
                     unpaired += group if moments is None else []
                     own = [layers[name] for name in group if name in stats]
-                    _decompose(method, dense, own, spectra, stats, moments, ids.numel())
+                    shared = plan.targets[group[0]].codec in SHARED
+                    _decompose(method, dense, own, spectra, stats, moments, ids.numel(), together=shared)
                 there = handed_some(dense, group, owners, spectra.__getitem__)
                 for name in group:
                     place_cut(student, dense, name, there[name], plan.targets[name])
@@ -154,20 +157,34 @@ def _decompose(
     stats: Mapping[str, Stats],
     moments: tuple[Tensor, Tensor] | None,
     tokens: int,
+    *,
+    together: bool,
 ) -> None:
-    """The spectra of layers with one input, in place: of W*, or of the weight where the input has no partner."""
-    for layer in layers:
-        weight, own = weight_of(dense.get_submodule(layer.name)).double(), stats[layer.name]
-        if moments is not None:
-            spectra[layer.name] = _corrected(method, layer, weight, own, moments, tokens)
-        elif layer.name not in spectra:  # only the energies were worked out (large.py)
-            spectra[layer.name] = decompose_layer(method, layer, weight, own)
+    """The spectra of layers with one input, in place: of W*, or of the weight where the input has no partner.
+
+    `together`: they share their right factor.
+    """
+    weights = [weight_of(dense.get_submodule(layer.name)).double() for layer in layers]
+    if moments is not None:
+        given = [
+            _corrected(method, layer, weight, stats[layer.name], moments, tokens)
+            for layer, weight in zip(layers, weights, strict=True)
+        ]
+        if together:
+            found = decompose_group(method, tuple(layers), *zip(*given, strict=True)).spectra()
+        else:
+            found = [decompose_layer(method, layer, *own) for layer, own in zip(layers, given, strict=True)]
+        spectra.update(zip((layer.name for layer in layers), found, strict=True))
+        return
+    for layer, weight in zip(layers, weights, strict=True):
+        if layer.name not in spectra:  # only the energies were worked out (large.py)
+            spectra[layer.name] = decompose_layer(method, layer, weight, stats[layer.name])
 
 
 def _corrected(
     method: LayerMethod, layer: Layer, weight: Tensor, stats: Stats, moments: tuple[Tensor, Tensor], tokens: int
-) -> Spectrum:
-    """All components of W* in the method's metric; target and metric move by what the tokens are worth."""
+) -> tuple[Tensor, Stats]:
+    """W* and the statistics of its metric; target and metric move by what the tokens are worth."""
     cross, gram = moments
     share = token_share(tokens, len(gram))
     with solver_errors_of(layer.name, "the input Gram matrix of the compressed model"):
@@ -177,7 +194,7 @@ def _corrected(
     size = first.diagonal().sum() / gram.diagonal().sum()
     scaled = gram * size if bool(torch.isfinite(size)) else gram  # an input that never fires has no size
     mixed = (1 - share) * first + share * scaled
-    return decompose_layer(method, layer, target, dataclasses.replace(stats, gram=mixed))
+    return target, dataclasses.replace(stats, gram=mixed)
 
 
 def _warning(names: list[str]) -> str:

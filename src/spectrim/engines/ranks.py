@@ -32,7 +32,7 @@ class Plan:
 def plan_to_facts(plan: Plan) -> dict[str, Any]:
     """JSON-ready, for checkpoints."""
     return {
-        "targets": {name: [target.codec, target.rank] for name, target in plan.targets.items()},
+        "targets": {name: [target.codec, target.rank, target.basis] for name, target in plan.targets.items()},
         "numbers_before": plan.numbers_before,
         "numbers_after": plan.numbers_after,
     }
@@ -40,7 +40,7 @@ def plan_to_facts(plan: Plan) -> dict[str, Any]:
 
 def plan_from_facts(facts: Mapping[str, Any]) -> Plan:
     """The plan again."""
-    targets = {name: Target(rank=rank, codec=codec) for name, (codec, rank) in facts["targets"].items()}
+    targets = {n: Target(rank=rank, codec=codec, basis=basis) for n, (codec, rank, basis) in facts["targets"].items()}
     return Plan(targets=targets, numbers_before=facts["numbers_before"], numbers_after=facts["numbers_after"])
 
 
@@ -54,12 +54,16 @@ def weight_budget(walk: Walk, keep: float, storage: Storage, new_biases: int = 0
 
     `new_biases` counts those that rank 1 everywhere would add.
     """
-    biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
-    budget = int(keep * walk.numbers) - biases
     cost = factor_cost if storage == "factor" else pivot_cost
     rank_one = torch.tensor(1)
     least = sum(min(int(cost(la.outputs, la.inputs, rank_one)), la.weight_numbers) for la in walk.layers)
-    least += new_biases
+    return require_room(walk, keep, least + new_biases)
+
+
+def require_room(walk: Walk, keep: float, least: int) -> int:
+    """Numbers that all weights may take, biases apart; UsageError where that is below the `least` they can."""
+    biases = sum(layer.numbers - layer.weight_numbers for layer in walk.layers)
+    budget = int(keep * walk.numbers) - biases
     if budget < least:
         raise UsageError(
             f"keep {keep:g} leaves {max(budget, 0):,} numbers for {len(walk.layers)} weights; rank 1 everywhere takes "
@@ -127,14 +131,14 @@ def menu_of(
     """
     steps = [rank_step(layer, method.rank_multiple) if step is None else step for layer in walk.layers]
     return [
-        Priced(la, *options_of(la, method.storage, energies[la.name], new_bias(method, la), step))
+        Priced(la, *options_of(la, method.alone, energies[la.name], new_bias(method, la), step))
         for la, step in zip(walk.layers, steps, strict=True)
     ]
 
 
 def budget_under(method: LayerMethod, walk: Walk, keep: float) -> int:
     """Numbers for all weights, and for the biases that cutting adds."""
-    return weight_budget(walk, keep, method.storage, sum(new_bias(method, layer) for layer in walk.layers))
+    return weight_budget(walk, keep, method.alone, sum(new_bias(method, layer) for layer in walk.layers))
 
 
 def plan_of(menu: Sequence[Priced], choice: Sequence[int], walk: Walk) -> Plan:

@@ -28,6 +28,7 @@ from spectrim.engines.parts import SavedFirst, energies_of
 from spectrim.engines.propagate import propagate
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.search import searched_plan
+from spectrim.engines.sharing import decompose_groups, find_groups, plan_groups, settle_groups
 from spectrim.engines.shelf import StatsShelf, bytes_of, energies_in
 from spectrim.engines.spread import at_first, energies_of_all, hand_round
 from spectrim.linalg.factor import Spectrum
@@ -251,6 +252,8 @@ class Run:
 
     def decide(self, stats: Mapping[str, Stats], again: int) -> tuple[MutableMapping[str, Spectrum], Plan]:
         """Spectra in the metric of these statistics, and the ranks."""
+        if self.by_layer.shares:
+            return self.decide_together(stats, again)
         if self.method.centres:
             self.means = {name: own.get(Stat.MEAN) for name, own in stats.items()}
         with timed(self.clock, "decompose"):
@@ -262,3 +265,18 @@ class Run:
         with timed(self.clock, "allocate"):
             energies = energies_of_all(self.dense, self.walk, energies_in(spectra))
             return spectra, plan_ranks(self.by_layer, self.walk, energies, self.keep)
+
+    def decide_together(self, stats: Mapping[str, Stats], again: int) -> tuple[MutableMapping[str, Spectrum], Plan]:
+        """The same where layers with one input may share a factor."""
+        method, groups = self.by_layer, find_groups(self.dense, self.walk)
+        inside = {layer.name for group in groups for layer in group}
+        apart = stats if method.storage == "best" else {n: own for n, own in stats.items() if n not in inside}
+        with timed(self.clock, "decompose"):
+            told: dict[str, Any] = {"checkpoint": self.unfinished, "progress": self.progress}
+            spectra = decompose_all(method, self.dense, self.walk, apart, stage=f"spectra {again}", **told)
+            common = decompose_groups(method, self.dense, groups, stats, progress=self.progress)
+        with timed(self.clock, "allocate"):
+            errors = {name: own.error for name, own in common.items()}
+            plan = plan_groups(method, self.walk, groups, energies_in(spectra), errors, self.keep)
+        settle_groups(spectra, groups, common, plan)
+        return spectra, plan

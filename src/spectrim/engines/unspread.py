@@ -52,6 +52,8 @@ def _unspread(method: Method, steps: Sequence[Step], factor_bits: int | None) ->
         return f"method {name} with its own order of removal (--set allocation=global is)"
     if isinstance(method, LayerMethod) and method.allocation in SEARCHED:
         return f"the search of ranks (allocation={method.allocation})"
+    if isinstance(method, LayerMethod) and method.shares:
+        return f"storage={method.storage}"
     if method.windows_trained and not isinstance(method, LearnedMethod):
         return f"the training of method {name}"
     return None

@@ -65,6 +65,8 @@ def needs_all_layers(method: LayerMethod) -> dict[str, str]:
         found[f"rounds={method.rounds}"] = "--set rounds=1"
     if method.allocation == "order":
         found["allocation=order"] = "--set allocation=global"
+    if method.shares:
+        found[f"storage={method.storage}"] = f"--set storage={method.alone}"
     return found
 
 

@@ -163,7 +163,7 @@ def write_nested(
             for name, nested in sizes.layers.items()
         },
         any_size=AnySizeFormat(
-            storage=sizes.method.storage, anchors=sizes.anchors, adapter_rank=sizes.adapter_rank
+            storage=sizes.method.alone, anchors=sizes.anchors, adapter_rank=sizes.adapter_rank
         ).to_json(),
         tool_version=version.__version__,
         base_model=base_model,

@@ -3,7 +3,8 @@
 An engine fuses q, k and v (or gate and up) into one layer and may split that between devices. The parts of a layer
 have ranks of their own, or stay dense, so that their factors make no rectangle. Here: all first factors (`V`, or the
 pivot rows) are stacked, which is one product for the whole layer; then one small product for each part; then, where a
-part is in pivot storage, one gather that puts all outputs in place.
+part is in pivot storage, one gather that puts all outputs in place. Parts that share their first factor read the same
+rows of the stack; where its pivots are inputs, it is written out when it is loaded (R^2 numbers more in memory).
 
     ServedLinear.attach     before loading: empty parameters under the names that the file's tensors will have
     ServedLinear.keep       each tensor, as the engine's loader hands it over: cut to this device's share
@@ -25,11 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.errors import InputError
+from spectrim.linalg.pivot import unpack_mask
+from spectrim.linalg.shared import spread_basis
 from spectrim.nn.linears import order_of
+from spectrim.replacement import SHARED
 
-SERVED = ("factor", "pivot")
+SERVED = ("factor", "pivot", *SHARED)
 """Codecs that are served as they are stored."""
-FIRST = {"factor": "V.weight", "pivot": "pivot.weight"}
+FIRST = {"factor": "V.weight", "pivot": "pivot.weight", "shared": "V.weight", "shared-pivot": "V.rest.weight"}
 """What is multiplied with the inputs."""
 OF_INPUTS = ("V.weight", "pivot.weight", "weight")
 """Tensors with a column for each input."""
@@ -83,27 +87,48 @@ class ServedLinear:
         self.entries = [{"codec": "dense", "bias": False} if entry is None else entry for entry in entries]
         self.loaded: list[dict[str, Tensor]] = [{} for _ in entries]
         self.gathers = any(entry["codec"] == "pivot" for entry in self.entries)
+        self.starts = self._starts()
+
+    def _starts(self) -> list[int]:
+        """Where each part's first products start among those of all parts; a dense part's do not matter."""
+        found, at, shared = [], 0, 0
+        for entry in self.entries:
+            if borrows(entry):
+                found.append(shared)
+                continue
+            shared = at if entry["codec"] in SHARED else shared
+            found.append(at)
+            at += entry.get("rank", 0) if entry["codec"] != "dense" else 0
+        return found
 
     def keys(self, part: int) -> tuple[str, ...]:
         """Tensors that the file has to hold of a part, biases apart."""
+        entry = self.entries[part]
+        if borrows(entry):
+            return ("U.weight",)
         return {
             "dense": ("weight",),
             "factor": ("V.weight", "U.weight"),
             "pivot": ("pivot.weight", "rest.weight", "mask"),
-        }[self.entries[part]["codec"]]
+            "shared": ("V.weight", "U.weight"),
+            "shared-pivot": ("V.rest.weight", "V.mask", "U.weight"),
+        }[entry["codec"]]
 
     def attach(self, layer: nn.Module, dtype: torch.dtype) -> None:
         """Parameters without elements, whose `weight_loader(parameter, tensor, shard)` the engine calls."""
         for key in sorted({"weight", *(key for part in range(len(self.entries)) for key in self.keys(part))}):
             self._empty(layer, key, dtype, partial(self._from_file, key))
-        if any(entry["codec"] == "factor" and entry["bias"] for entry in self.entries):
+        if any(entry["codec"] in ("factor", *SHARED) and entry["bias"] for entry in self.entries):
             self._empty(layer, "U.bias", dtype, partial(self._bias_of, layer))
 
     def _empty(self, layer: nn.Module, key: str, dtype: torch.dtype, loader: Any) -> None:
         owner_name, _, attribute = key.rpartition(".")
-        if owner_name and owner_name not in layer._modules:
-            layer.add_module(owner_name, nn.Module())
-        kind = torch.uint8 if key == "mask" else dtype
+        at = layer
+        for name in owner_name.split(".") if owner_name else ():
+            if name not in at._modules:
+                at.add_module(name, nn.Module())
+            at = at.get_submodule(name)
+        kind = torch.uint8 if attribute == "mask" else dtype
         parameter = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
         setattr(parameter, "weight_loader", loader)  # noqa: B010  tensors take attributes, type checkers do not know
         layer.get_submodule(owner_name).register_parameter(attribute, parameter)
@@ -159,19 +184,34 @@ class ServedLinear:
         for name in ("weight", "mask"):
             layer._parameters.pop(name, None)
         firsts = [
-            found[FIRST[e["codec"]]] for e, found in zip(self.entries, self.loaded, strict=True) if e["codec"] in FIRST
+            self._first(entry, found)
+            for entry, found in zip(self.entries, self.loaded, strict=True)
+            if entry["codec"] in FIRST and not borrows(entry)
         ]
         _put(layer, "first", torch.cat(firsts))
-        orders, at, end = [], 0, sum(len(first) for first in firsts)
-        for part, (entry, found) in enumerate(zip(self.entries, self.loaded, strict=True)):
-            second, order = self._second(part, at, end)
+        orders, end = [], sum(len(first) for first in firsts)
+        for part, found in enumerate(self.loaded):
+            second, order = self._second(part, self.starts[part], end)
             _put(layer, f"second_{part}", second)
             orders.append(order)
-            at, end = at + entry.get("rank", 0), end + len(second)
+            end += len(second)
             found.clear()
         if self.gathers:
             order = torch.cat(orders).to(firsts[0].device)
             layer.register_buffer("order", order, persistent=False)
+
+    def _first(self, entry: Mapping[str, Any], found: Mapping[str, Tensor]) -> Tensor:
+        """This device's columns of what multiplies the inputs."""
+        first = found[FIRST[entry["codec"]]]
+        if entry["codec"] != "shared-pivot":
+            return first
+        mask = unpack_mask(found["V.mask"], sum(first.shape))
+        if int(mask.sum()) != entry["rank"]:
+            raise InputError(
+                f"{self.name}: the mask marks {int(mask.sum())} inputs, the shared factor has rank {entry['rank']}; "
+                "the folder is damaged or was edited"
+            )
+        return self.share.columns(spread_basis(first, mask))
 
     def _second(self, part: int, at: int, end: int) -> tuple[Tensor, Tensor]:
         """What a part multiplies last, and where each of its outputs stands among all candidates.
@@ -196,19 +236,23 @@ class ServedLinear:
     def forward(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., inputs) to (..., outputs of all parts), on this device's share."""
         first = F.linear(x, layer.first)
-        seconds, at = [], 0
-        for part, entry in enumerate(self.entries):
+        seconds = []
+        for part, (entry, at) in enumerate(zip(self.entries, self.starts, strict=True)):
             weight = getattr(layer, f"second_{part}")
             if entry["codec"] == "dense":
                 seconds.append(F.linear(x, weight))
             else:
                 seconds.append(F.linear(first[..., at : at + entry["rank"]], weight))
-                at += entry["rank"]
         if self.gathers:
             y = torch.cat([first, *seconds], dim=-1).index_select(-1, layer.order)
         else:
             y = seconds[0] if len(seconds) == 1 else torch.cat(seconds, dim=-1)
         return y if bias is None else y + bias
+
+
+def borrows(entry: Mapping[str, Any]) -> bool:
+    """Whether a part has its first factor from another."""
+    return entry["codec"] in SHARED and entry["basis"] is not None
 
 
 def _has_no_bias(layer: nn.Module) -> bool:
@@ -226,10 +270,21 @@ def parts_of(
 
     fused: name of a fused layer -> names of the layers in it, as in a model's `packed_modules_mapping`.
     """
-    if prefix in modules:
-        return [modules[prefix]]
     owner, _, name = prefix.rpartition(".")
-    entries = [modules.get(f"{owner}.{part}") for part in fused.get(name, ())]
+    alone = prefix in modules
+    names = (name,) if alone else fused.get(name, ())
+    entries = [modules.get(f"{owner}.{part}" if owner else part) for part in names]
+    held: set[tuple[str, int]] = set()
+    for part, entry in zip(names, entries, strict=True):
+        if entry is None or entry["codec"] not in SHARED:
+            continue
+        if entry["basis"] is None:
+            held.add((part, entry["rank"]))
+        elif (str(entry["basis"]).rpartition(".")[2], entry["rank"]) not in held:
+            raise InputError(
+                f"{prefix}: {part} has its first factor from {entry['basis']}, which this engine does not hold in the "
+                "same layer before it. Serve the dense model: spectrim export DIR --to dense --out OUT"
+            )
     return entries if any(entries) else None
 
 

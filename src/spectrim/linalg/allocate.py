@@ -8,7 +8,8 @@ factors cost more than dense past the break-even rank) and bends (pivot storage 
 goes wrong. Bisection finds the smallest lambda that fits; what is left is spent on the best single upgrades.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -109,6 +110,47 @@ def cut_in_order(costs: list[Tensor], order: Iterable[int], budget: int) -> list
     if total > budget:
         raise ValueError(f"the order ends at {total:,} numbers, above the budget of {budget:,}")
     return kept
+
+
+def hull(options: Options) -> list[int]:
+    """Indices of the options that some price of a number makes the best: the lower convex hull, cheapest first."""
+    cost, error = options.cost.tolist(), options.error.tolist()
+    found: list[int] = []
+    for k in sorted(range(len(cost)), key=lambda i: (cost[i], error[i])):
+        if found and (cost[k] == cost[found[-1]] or error[k] >= error[found[-1]]):
+            continue
+        while len(found) > 1:
+            a, b = found[-2], found[-1]
+            if (error[a] - error[b]) * (cost[k] - cost[b]) > (error[b] - error[k]) * (cost[b] - cost[a]):
+                break
+            found.pop()
+        found.append(k)
+    return found
+
+
+def merged(layers: Sequence[Options]) -> tuple[Options, list[tuple[int, ...]]]:
+    """Several layers as one item, and what each option of it is in each of them.
+
+    For every price of a number the best option of the item is the best of each layer: the hulls' steps, steepest first.
+    """
+    hulls = [hull(options) for options in layers]
+    steps = []
+    for position, (options, own) in enumerate(zip(layers, hulls, strict=True)):
+        for before, after in pairwise(own):
+            gain = float(options.error[before] - options.error[after])
+            steps.append((-gain / int(options.cost[after] - options.cost[before]), position))
+    steps.sort()  # on a hull gains descend, so that a layer's own steps stay in order
+    at = [0] * len(layers)
+    choices = [tuple(own[0] for own in hulls)]
+    for _, position in steps:
+        at[position] += 1
+        choices.append(tuple(own[k] for own, k in zip(hulls, at, strict=True)))
+    picked = torch.tensor(choices)
+    error = sum(options.error.cpu().double()[picked[:, i]] for i, options in enumerate(layers))
+    cost = sum(options.cost.cpu()[picked[:, i]] for i, options in enumerate(layers))
+    assert isinstance(error, Tensor)
+    assert isinstance(cost, Tensor)
+    return Options(error, cost), choices
 
 
 def padded(layers: list[Options]) -> tuple[Tensor, Tensor]:

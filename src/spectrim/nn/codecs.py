@@ -23,6 +23,7 @@ CODECS = {
     "mpo": "spectrim.nn.mpo:MPOLinear",
     "semi-sparse": "spectrim.nn.semi_sparse:SemiSparseLinear",
     "shared": "spectrim.nn.shared:SharedLinear",
+    "shared-pivot": "spectrim.nn.shared:SharedPivotLinear",
     "packed": "spectrim.nn.packed:PackedLinear",
     "quantised-factor": "spectrim.nn.quantised:QuantisedFactorLinear",
     "quantised-pivot": "spectrim.nn.quantised:QuantisedPivotLinear",

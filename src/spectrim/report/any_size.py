@@ -36,7 +36,7 @@ def build_any_size_report(
         "stored": {
             "dtype": str(dtype).removeprefix("torch."),
             "linear_numbers_dense": sizes.walk.numbers,
-            "storage": sizes.method.storage,
+            "storage": sizes.method.alone,
         },
         "sizes": [
             {

@@ -156,7 +156,7 @@ def place(student: PreTrainedModel, group: Group, factors: Sequence[Factors]) ->
                 new.U.bias.copy_(old.bias)
             if owner is None:
                 owner = new
-                new.V.weight.copy_(own.right)
+                new.basis_weight().copy_(own.right)
             else:
                 new.borrow(owner)
         student.set_submodule(layer.name, new)
@@ -180,5 +180,5 @@ def refit(student: PreTrainedModel, job: Job) -> None:
 def basis_of(module: nn.Module) -> Tensor | None:
     """The right factor (R, I) that a layer uses; None of one that stayed dense."""
     if isinstance(module, SharedLinear):
-        return module.owner.V.weight
+        return module.basis_weight()
     return module.V.weight if isinstance(module, LowRankLinear) else None

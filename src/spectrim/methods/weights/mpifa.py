@@ -17,7 +17,7 @@ from torch import Tensor
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.linalg.metric import root_of
 from spectrim.method import LayerMethod, MethodInfo
-from spectrim.replacement import Storage
+from spectrim.replacement import Storages
 from spectrim.stats import Stat, Stats
 
 
@@ -35,7 +35,7 @@ class MPIFA(LayerMethod):
     optimal_in_gram: ClassVar = True
     recovery: ClassVar = ("reconstruct",)
 
-    storage: Storage = "pivot"
+    storage: Storages = "pivot"
 
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """Components in the metric of the input Gram."""

@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from spectrim.errors import UsageError
 from spectrim.linalg.divergence import distillation_loss
 from spectrim.linalg.factor import Spectrum, decompose
 from spectrim.method import Components, LearnedMethod, MethodInfo, require_choice, require_range
@@ -75,6 +76,13 @@ class SoCo(TwoSidedMetric, LearnedMethod):
             require_range("soco", name, getattr(self, name), 0.0, 1.0)
         require_range("soco", "explore + refine", self.explore + self.refine, 0.0, 1.0)
         require_range("soco", "hysteresis", self.hysteresis, 0.0, 100.0)
+        if self.shares and (self.steps or self.basis != "two-sided"):
+            what = f"steps={self.steps}" if self.steps else f"basis={self.basis}"
+            raise UsageError(
+                f"method soco: storage={self.storage} with {what}: learned scores and the plain basis choose "
+                "components of each layer by itself. Take --preset fast or best with the two-sided basis, or "
+                "storage=pivot"
+            )
 
     @property
     def newton_steps(self) -> int:

@@ -34,6 +34,7 @@ class SVDLLM(LayerMethod):
     )
     needs: ClassVar = frozenset({Stat.GRAM})
     optimal_in_gram: ClassVar = True
+    storages: ClassVar = ("factor", "pivot", "shared", "shared-pivot", "best")
 
     update: Literal["none", "sequential"] = "none"
 
@@ -49,3 +50,7 @@ class SVDLLM(LayerMethod):
     def decompose(self, weight: Tensor, stats: Stats) -> Spectrum:
         """Components in the metric of the input Gram."""
         return decompose(weight, right=root_of(stats.get(Stat.GRAM)))
+
+    def covariances(self, stats: Stats) -> tuple[Tensor | None, Tensor]:
+        """The input Gram alone."""
+        return None, stats.get(Stat.GRAM)

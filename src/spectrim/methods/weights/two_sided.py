@@ -27,7 +27,7 @@ from torch import Tensor
 from spectrim.linalg.factor import Spectrum, decompose_between, energies_between
 from spectrim.linalg.metric import shrink
 from spectrim.method import Allocation, LayerMethod, MethodInfo, require_choice, require_range
-from spectrim.replacement import Storage
+from spectrim.replacement import Storages
 from spectrim.stats import Coupling, Stat, Stats
 
 
@@ -37,7 +37,9 @@ class TwoSidedMetric(LayerMethod):
 
     needs: ClassVar = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
 
-    storage: Storage = "pivot"
+    storages: ClassVar = ("factor", "pivot", "shared", "shared-pivot", "best")
+
+    storage: Storages = "pivot"
     allocation: Allocation = "global"
     rounds: int = 1
     coupling: Literal["none", "sequence"] = "sequence"
@@ -60,6 +62,10 @@ class TwoSidedMetric(LayerMethod):
     def error_share(self) -> float:
         """As asked for."""
         return self.propagate
+
+    def covariances(self, stats: Stats) -> tuple[Tensor | None, Tensor]:
+        """Both, shrunk."""
+        return _shrunk(stats, self.input_shrinkage, self.output_shrinkage)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.kernels.launch import Tile, coded_product, coded_products, products, shared_group, words_fit
 from spectrim.nn.linears import LowRankLinear, PivotLinear
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
+from spectrim.nn.shared import InputPivots, SharedLinear, SharedPivotLinear
 from spectrim.nn.stores import Store
 from spectrim.nn.stores_uniform import UniformStore
 
 Tiles = tuple[Tile, Tile]
-PLAIN = (LowRankLinear, PivotLinear)
+PLAIN = (LowRankLinear, PivotLinear, SharedLinear)
 CODED = (QuantisedFactorLinear, QuantisedPivotLinear)
 WHOLE = (PackedLinear,)
 """One weight in codes: one product, for which the first tile counts."""
@@ -38,6 +39,7 @@ class FewRows:
     dtype: torch.dtype
     device: torch.device
     places: list[Tensor] = field(default_factory=list)
+    shared: bool = False  # all have one right factor, whose product is made once
     seen: Tensor | None = None
     version: int | None = None  # of `seen` when the results were made
     made: list[Tensor] = field(default_factory=list)
@@ -79,8 +81,11 @@ class FewRows:
                 [_group(right), _group(left)], list(first), list(second),
             )  # fmt: skip
         pairs: list[Any] = [plain_parts(layer) for layer in self.layers]
-        weights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        return products(lines, *weights, self.places, biases, list(first), list(second))
+        rights, lefts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if self.shared:
+            rights = rights[:1]
+        order = order_of_inputs(self.layers[0])
+        return products(lines, rights, lefts, self.places, biases, list(first), list(second), order)
 
     def _whole(self, lines: Tensor, tile: Tile, biases: list[Any]) -> list[Tensor]:
         stores = [store for layer in self.layers for store in coded_parts(layer)]
@@ -102,11 +107,23 @@ def version_of(x: Tensor) -> int | None:
 
 
 def plain_parts(layer: StoredLinear) -> tuple[Tensor, Tensor]:
-    """V and U of a factor layer, pivot rows and coefficients of a pivot layer."""
+    """V and U of a factor layer, also of one that borrows V; pivot rows and coefficients of a pivot layer."""
     if isinstance(layer, PivotLinear):
         return layer.pivot.weight, layer.rest.weight
+    if isinstance(layer, SharedLinear):
+        basis = layer.owner.V
+        weight = basis.rest.weight if isinstance(basis, InputPivots) else layer.basis_weight()
+        return weight, layer.U.weight
     assert isinstance(layer, LowRankLinear)
     return layer.V.weight, layer.U.weight
+
+
+def order_of_inputs(layer: StoredLinear) -> Tensor | None:
+    """Of a layer whose right factor is in pivot storage: the inputs that pass as they are, then the others."""
+    if not isinstance(layer, SharedLinear):
+        return None
+    basis = layer.owner.V
+    return basis.order if isinstance(basis, InputPivots) else None
 
 
 def coded_parts(layer: StoredLinear) -> tuple[UniformStore, ...]:
@@ -141,6 +158,10 @@ def unsuited(layers: Sequence[StoredLinear]) -> str | None:
     kind = type(layers[0])
     if any(type(layer) is not kind for layer in layers) or not isinstance(layers[0], PLAIN + CODED + WHOLE):
         return f"no kernel for {', '.join(sorted({layer.codec for layer in layers}))}"
+    if any(isinstance(layer, SharedLinear) and type(layer.owner.V) not in (nn.Linear, InputPivots) for layer in layers):
+        return "a shared factor that something is wrapped around"
+    if kind is SharedPivotLinear and len({id(layer.owner) for layer in layers if isinstance(layer, SharedLinear)}) > 1:
+        return "shared factors of several groups"
     if len({layer.has_bias for layer in layers}) > 1:
         return "some have a bias, others not"
     if len({parameter.dtype for layer in layers for parameter in layer.parameters()}) > 1:
@@ -171,7 +192,8 @@ def group_of(layers: Sequence[StoredLinear], tiles: dict[int, Tiles]) -> FewRows
     like = next(parameter for parameter in layers[0].parameters())
     # `order` says where each output comes from, `places` where each result goes.
     places = [layer.order.argsort().int() for layer in placed]
-    return FewRows(tuple(layers), tiles, like.dtype, like.device, places)
+    owners = {id(layer.owner) if isinstance(layer, SharedLinear) else id(layer) for layer in layers}
+    return FewRows(tuple(layers), tiles, like.dtype, like.device, places, shared=len(owners) == 1 and len(layers) > 1)
 
 
 def attach(group: FewRows) -> None:

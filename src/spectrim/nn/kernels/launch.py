@@ -1,6 +1,8 @@
 """Products of up to three layers with one input, in one launch or two: calls into the kernels and their twins.
 
     mid_g = V_g x        y_g = U_g mid_g + b_g                             factor
+    mid = V x            y_g = U_g mid + b_g                               shared
+    mid = x_p + C x_o    y_g = U_g mid + b_g                               shared, its V in pivot storage
     mid_g = A_g x        y_g[place] = [mid_g, C_g mid_g]  (+ b_g)          pivot
                          y_g = W_g x + b_g                                 a whole weight in codes
 
@@ -42,6 +44,7 @@ class Side(NamedTuple):
     zeros: Sequence[Tensor] = ()
     bits: int = 0
     group: int = 0
+    order: Tensor | None = None  # of inputs: those that pass as they are first
 
 
 class Ends(NamedTuple):
@@ -79,20 +82,23 @@ def products(
     biases: Sequence[Tensor],
     first_tile: Sequence[int],
     second_tile: Sequence[int],
+    order: Tensor | None = None,
 ) -> list[Tensor]:
     """y_g (M, O_g) of x (M, I), M <= 16, contiguous; at most three layers.
 
-    first (R_g, I) and second (N_g, R_g) contiguous and of the dtype of x. places: () for factor layers, else the output
-    (O_g,) int32 of each of [pivots, rest]; biases (O_g,) each, or (). Tiles as `Tile`.
+    first (R_g, I) and second (N_g, R_g) contiguous and of the dtype of x; one first (R, I) serves all seconds.
+    places: () for factor layers, else the output (O_g,) int32 of each of [pivots, rest]; biases (O_g,) each, or ().
+    Tiles as `Tile`. With an `order` (I,) int32 the one first (R, I - R) is for the inputs order[R:], and those before
+    pass as they are.
     """
     mid, y = _results(x, [len(w) for w in first], [len(w) for w in second], places)
-    _both(x, Side(first, [w.shape[1] for w in first]), Side(second, [w.shape[1] for w in second]), mid, y, places,
-          biases, Tile(*first_tile), Tile(*second_tile))  # fmt: skip
+    sides = Side(first, [w.shape[1] for w in first], order=order), Side(second, [w.shape[1] for w in second])
+    _both(x, *sides, mid, y, places, biases, Tile(*first_tile), Tile(*second_tile))
     return y
 
 
 @products.register_fake
-def _(x, first, second, places, biases, first_tile, second_tile):
+def _(x, first, second, places, biases, first_tile, second_tile, order=None):
     return _results(x, [], [len(w) for w in second], places)[1]
 
 
@@ -154,10 +160,19 @@ def _(x, codes, scales, zeros, biases, bits, group, tile):
 
 
 def products_in_torch(
-    x: Tensor, first: Sequence[Tensor], second: Sequence[Tensor], places: Sequence[Tensor], biases: Sequence[Tensor]
+    x: Tensor,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    places: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    order: Tensor | None = None,
 ) -> list[Tensor]:
     """What `products` computes, and `coded_products` of the weights that its codes stand for."""
+    if order is not None:
+        eye = torch.eye(len(first[0]), dtype=x.dtype, device=x.device)
+        first, x = [torch.cat([eye, first[0]], 1)], x[:, order]
     found = []
+    first = list(first) * (len(second) if len(first) == 1 else 1)
     for g, (right, left) in enumerate(zip(first, second, strict=True)):
         mid = x @ right.mT
         y = mid @ left.mT
@@ -189,7 +204,8 @@ def _both(
     placed = len(places) > 0
     _launch([x] * len(mid), first, Ends(mid, y, places, biases, placed), first_tile, ahead=False)
     after = [place[m.shape[1] :] for place, m in zip(places, mid, strict=True)] if placed else []
-    _launch(mid, second, Ends([], y, after, biases, True), second_tile, ahead=True)
+    read = mid * (len(y) if len(mid) == 1 else 1)
+    _launch(read, second, Ends([], y, after, biases, True), second_tile, ahead=True)
 
 
 def _three(tensors: Sequence[Any], fill: Any) -> list[Any]:
@@ -220,8 +236,12 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     from spectrim.nn.kernels import plain
 
     kernel: Any = plain.matvec if lines == 1 else plain.few_rows
-    even = all(width % tile.columns == 0 for width in side.widths)
-    kernel[(blocks,)](*given, EVEN=even, PDL=(2 if ahead else 1) if tile.pdl else 0, BLOCK_K=tile.columns, **flags)
+    gather = side.order is not None
+    even = not gather and all(width % tile.columns == 0 for width in side.widths)
+    given += [side.order if gather else x[0], x[0].shape[1]]
+    kernel[(blocks,)](
+        *given, GATHER=gather, EVEN=even, PDL=(2 if ahead else 1) if tile.pdl else 0, BLOCK_K=tile.columns, **flags
+    )
 
 
 def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool) -> None:

@@ -6,11 +6,14 @@ What one row of the model's state asks of a low-rank layer is two products whose
 as long as a launch, so three things matter more than arithmetic:
 
 1. Layers that read the same input (q, k, v; gate, up) share a launch: `g` is chosen by the program's number.
+   Those that share their right factor are one weight in the first launch, whose result all of the second read.
 2. A pivot layer's outputs go to their places as they are computed (`place`): no concatenation, no gather.
 3. With PDL (programmatic dependent launch, Hopper) a launch starts while the one in front of it still runs, and waits
    for it before it reads what that one computes: PDL = 1. PDL = 2 loads its first weights before it waits, which is
    right where the launch in front is known not to write weights: the first of a layer's two products is. A launch lets
    the next one start only after its own wait, so all that came before the pair is done by then.
+
+GATHER: a right factor in pivot storage is the identity for the inputs order[:n], and w its columns for order[n:].
 
 Sums are in float32, results are rounded once to the dtype of `x`.
 """
@@ -40,8 +43,8 @@ def keep(value, lines, rows, M, n, raw, y, place, bias, stride, RAW: tl.constexp
 
 @triton.jit
 def matvec(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1, b2, n0, n1, n2, k0, k1, k2,
-           s0, s1, s2, M, RAW: tl.constexpr, OUT: tl.constexpr, PLACED: tl.constexpr, BIAS: tl.constexpr,
-           EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+           s0, s1, s2, M, order, wide, RAW: tl.constexpr, OUT: tl.constexpr, PLACED: tl.constexpr, BIAS: tl.constexpr,
+           GATHER: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
            STAGES: tl.constexpr):  # fmt: skip
     """One row: each program BLOCK_N outputs of one weight, all of its inputs."""
     block = tl.program_id(0)
@@ -73,19 +76,28 @@ def matvec(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1, b
             tile = tl.load(weights + start)
             total += tile.to(tl.float32) * tl.load(x + start + columns).to(tl.float32)[None, :]
     else:
-        total += tile.to(tl.float32) * tl.load(x + columns, mask=columns < k, other=0.0).to(tl.float32)[None, :]
+        at = columns
+        if GATHER:
+            at = tl.load(order + n + columns, mask=columns < k, other=0)
+        total += tile.to(tl.float32) * tl.load(x + at, mask=columns < k, other=0.0).to(tl.float32)[None, :]
         for start in tl.range(BLOCK_K, k, BLOCK_K, num_stages=STAGES):
             inside = columns < k - start
             tile = tl.load(weights + start, mask=inside[None, :], other=0.0)
-            total += tile.to(tl.float32) * tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            at = start + columns
+            if GATHER:
+                at = tl.load(order + n + start + columns, mask=inside, other=0)
+            total += tile.to(tl.float32) * tl.load(x + at, mask=inside, other=0.0).to(tl.float32)[None, :]
     value = tl.sum(total, 1)[None, :]
+    if GATHER:
+        pivots = tl.load(order + rows, mask=rows < n, other=0)
+        value += tl.load(x + pivots, mask=rows < n, other=0.0).to(tl.float32)[None, :]
     keep(value, tl.arange(0, 1), rows, M, n, raw, y, place, bias, stride, RAW, OUT, PLACED, BIAS)
 
 
 @triton.jit
 def few_rows(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1, b2, n0, n1, n2, k0, k1, k2,
-             s0, s1, s2, M, RAW: tl.constexpr, OUT: tl.constexpr, PLACED: tl.constexpr, BIAS: tl.constexpr,
-             EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+             s0, s1, s2, M, order, wide, RAW: tl.constexpr, OUT: tl.constexpr, PLACED: tl.constexpr, BIAS: tl.constexpr,
+             GATHER: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
              STAGES: tl.constexpr):  # fmt: skip
     """Up to 16 rows on the matrix units. A program's inputs are cut in SPLIT parts that run beside each other."""
     SPLIT: tl.constexpr = 4
@@ -115,6 +127,15 @@ def few_rows(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1,
         else:
             inside = inside & (columns < k - start)
             tile = tl.load(weights + start, mask=columns < k - start, other=0.0)
-        given = tl.load(inputs + start, mask=inside, other=0.0)
+        if GATHER:
+            at = tl.load(order + n + start + columns, mask=columns < k - start, other=0)
+            given = tl.load(x + lines[None, :, None] * wide + at, mask=inside, other=0.0)
+        else:
+            given = tl.load(inputs + start, mask=inside, other=0.0)
         total = tl.dot(given, tl.permute(tile, (0, 2, 1)), total, input_precision="ieee")
-    keep(tl.sum(total, 0), lines, rows, M, n, raw, y, place, bias, stride, RAW, OUT, PLACED, BIAS)
+    value = tl.sum(total, 0)
+    if GATHER:
+        pivots = tl.load(order + rows, mask=rows < n, other=0)
+        inside = (lines < M)[:, None] & (rows < n)[None, :]
+        value += tl.load(x + lines[:, None] * wide + pivots[None, :], mask=inside, other=0.0).to(tl.float32)
+    keep(value, lines, rows, M, n, raw, y, place, bias, stride, RAW, OUT, PLACED, BIAS)
