@@ -58,6 +58,12 @@ class Sizes:
     samples: bool = True  # both models go on with a few prompts when they are judged
     recomputed: bool = False  # steps pass each block once more on the way back (recompute.py)
 
+    world: int = 1  # processes; windows are then those of each
+    sharded: bool = False  # each holds a part of what is frozen while scores are learned
+    text_windows: int = 0  # that are cut of the text, where only some of them are worked on
+    shards: int = 0  # tasks of a job array that share out the first measurement
+    task: bool = False  # whether this is one of them
+
     @property
     def weights(self) -> int:
         return sum(layer.weight_numbers for layer in self.walk.layers)
