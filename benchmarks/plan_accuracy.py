@@ -64,6 +64,12 @@ ROWS: dict[str, list[str]] = {
     "trellis in bytes": ["--keep-bytes", "0.5", "--dtype", "bfloat16", "--set", "window=8"],
     "slicegpt": ["--method", "slicegpt"],
     "modegpt": ["--method", "modegpt"],
+    "afm": ["--method", "afm"],
+    "fwsvd": ["--method", "fwsvd"],
+    "mpifa": ["--method", "mpifa"],
+    "zero-sum": ["--method", "zero-sum"],
+    "lq-lora": ["--method", "lq-lora", "--keep", "0.35"],
+    "basis-sharing": ["--method", "basis-sharing"],
     "balanced": [],
     "best": ["--preset", "best"],
 }

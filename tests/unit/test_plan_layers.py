@@ -27,7 +27,7 @@ WALK = find_layers(tiny("llama"))
         ("squeezellm", {}, {"compress"}),
     ],
 )
-def test_own_work_is_clocked(name: str, options: dict[str, int], stages: set[str]) -> None:
+def test_own_work_is_clocked(name: str, options: dict[str, object], stages: set[str]) -> None:
     method = make_method(name, options=options)
     assert isinstance(method, ModelMethod)
     found = clock_layers(method, WALK, 0.5, CPU)

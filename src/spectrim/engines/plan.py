@@ -21,7 +21,7 @@ from spectrim.engines.masked import budget_of
 from spectrim.engines.passes import Passes, clock_passes, facts_of
 from spectrim.engines.plan_costs import Sizes
 from spectrim.engines.plan_large import large_peak_of
-from spectrim.engines.plan_layers import clock_layers
+from spectrim.engines.plan_layers import own_work
 from spectrim.engines.plan_memory import Peak, peak_memory_of
 from spectrim.engines.plan_spread import Part, check_part, part_of, told_of
 from spectrim.engines.plan_time import seconds_by_stage
@@ -101,7 +101,7 @@ def estimate(
     rates = measure_rates(device, common_side(walk)) if rates is None else rates
     passes = clocked(source, sizes, total, device) if clock else UNCLOCKED
     only = None if isinstance(passes, str) else passes
-    own = clock_layers(method, walk, request.keep, device) if clock and isinstance(method, ModelMethod) else None
+    own = own_work(method, request, walk, device) if clock else None
     layers_clocked = None if isinstance(own, str) else own
     # Of a GPU after that: what CUDA's libraries take of the host is then there, as in the run.
     peak, stages, scratch = asked() if memory is None else memory

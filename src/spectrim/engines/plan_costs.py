@@ -194,9 +194,10 @@ class Costs:
         return (
             self.forward(batch, share=share, back=True, trained=True)
             + (1.0 if teacher else 0.0) * self.forward(batch)
-            + (1.0 if self.sizes.recomputed else 0.0) * (self.blocks(batch, share=share) + Work(full=forming))
+            + (1.0 if self.sizes.recomputed else 0.0) * self.blocks(batch, share=share)
             + self.loss(batch, "compared")
-            + Work(full=2.0 * forming)
+            # Components of models whose steps pass blocks again are held in 16 bits (learned.py).
+            + (Work(low=3.0 * forming) if self.sizes.recomputed else Work(full=2.0 * forming))
         )
 
     def pairs_of_inputs(self, windows: float) -> Work:

@@ -21,7 +21,6 @@ from spectrim.linalg.curvature import coupling_operations
 from spectrim.machine import Rates
 from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Method, TrainedMethod
 from spectrim.model_method import ModelMethod, TrainedModelMethod
-from spectrim.models.walk import Walk
 from spectrim.options import RECOVERY_BATCH, Step
 from spectrim.stats import Stat
 
@@ -72,7 +71,11 @@ def seconds_by_stage(
     if sizes.factor_bits is not None:
         tokens = sizes.windows * sizes.length
         costs.add("quantise", costs.forward(2 * sizes.windows, share=sizes.keep))
-        costs.add("quantise", Work(full=2.0 * grams(sizes.walk) * tokens) + columns(sizes.walk, 2.0))
+        costs.add("quantise", Work(full=2.0 * grams(sizes.walk) * tokens))
+        known = known and layers is not None
+        if layers is not None:
+            costs.add("quantise", Work(seconds=layers.once["quantise"]))
+            costs.add("quantise", Work(seconds=layers.each_pass), sizes.windows / STREAMED)
     _judging(costs, 0.0 if layers is None else layers.each_pass)
     costs.add("write", Work(moved=8.0 * sizes.bytes_written))
     costs.add("reload", Work(seconds=start) + Work(moved=6.0 * sizes.bytes_written))
@@ -95,13 +98,6 @@ def _judging(costs: Costs, each_pass: float) -> None:
         layers = len(own.walk.layers) * CALL_S["cpu" if costs.rates.device.startswith("cpu") else "cuda"]
         once = own.blocks * costs.passes.short + costs.passes.short_head
         costs.add("samples", Work(seconds=NEW_TOKENS * (2 * once + layers + each_pass)))
-
-
-def columns(walk: Walk, sweeps: float) -> Work:
-    """A sweep over the columns of every weight with error feedback, and the inverse it needs, all in float64."""
-    products = sum(2.0 * la.outputs * float(la.inputs) ** 2 for la in walk.layers)
-    moved = sum(20.0 * 8 * la.outputs * la.inputs for la in walk.layers)
-    return sweeps * Work(full=2 * products, moved=moved, cubes=sum(float(la.inputs) ** 3 for la in walk.layers) / 3)
 
 
 def _by_layers(costs: Costs, method: LayerMethod) -> None:
