@@ -7,10 +7,20 @@ import torch
 
 from spectrim.engines import plan_layers
 from spectrim.engines.forms import BYTE, PLAIN, codes_of, mixed_codes
-from spectrim.engines.plan_layers import LayerSeconds, clock_layers, cube, made_up, smaller
+from spectrim.engines.plan_layers import (
+    FactorCodes,
+    LayerSeconds,
+    clock_factors,
+    clock_layers,
+    cube,
+    low_rank,
+    made_up,
+    smaller,
+)
 from spectrim.model_method import EACH_PASS, ModelMethod
 from spectrim.models.walk import find_layers
 from spectrim.registry import make_method
+from spectrim.replacement import Storage
 from spectrim.stats import Stat
 from tiny_models import tiny
 
@@ -103,3 +113,16 @@ def test_two_codes_make_up_the_bits(bits: float) -> None:
     assert sum(share for _, share in mixed) == pytest.approx(1)
     assert sum(code.bits * share for code, share in mixed) == pytest.approx(max(1.0, bits))
     assert {code.bits for code, _ in mixed} <= {code.bits for code in (*codes_of(8), BYTE, PLAIN)}
+
+
+@pytest.mark.parametrize("storage", ["factor", "pivot"])
+def test_factors_in_codes_are_clocked(storage: Storage) -> None:
+    found = clock_factors(storage, FactorCodes(4, 8, 0.5), WALK, CPU)
+    assert isinstance(found, LayerSeconds)
+    assert set(found.once) == {"quantise"}
+    assert min(found.once["quantise"], found.each_pass) > 0
+    layer = max(WALK.layers, key=lambda layer: layer.weight_numbers)
+    weight, _ = made_up(layer, frozenset(), CPU)
+    stored = sum(p.numel() for p in low_rank(layer, weight, storage, 0.5).parameters())
+    rank = layer.outputs + layer.inputs  # numbers of one component
+    assert 0.5 * layer.weight_numbers - rank < stored <= 0.5 * layer.weight_numbers
