@@ -117,7 +117,7 @@ def test_newton_passes_no_more_than_planned(tokens: Counter[str]) -> None:
 def test_pairs_of_inputs(tokens: Counter[str], option: dict[str, Any]) -> None:
     """Blocks are left half-way, on average: the count is near, not exact."""
     name = "svd-llm" if "update" in option else "two-sided"
-    method = make_method(name, options={**option} | ({} if name == "svd-llm" else {"coupling": "none"}))
+    method = make_method(name, options={**option, **({} if name == "svd-llm" else {"coupling": "none"})})
     tokens.clear()
     compress_model(tiny("llama"), method, 0.6, token_ids(WINDOWS, LENGTH), gradient_windows=GRADIENTS)
     # Passes that are left before their end are not counted above: of two models to every group of layers.
