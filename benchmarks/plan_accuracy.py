@@ -10,8 +10,8 @@ Both commands run as a user types them, each in a process of its own. Time on a 
 that other work on the machine does not count (stages too); on a GPU it is wall time, start-up included. `ratio` is
 planned over measured; targets: 0.8 to 1.2, for time 0.5 to 2.
 
-Constants of the plan were fitted on the rows in `FITTED`, of builtin:tiny on a CPU; all other rows, and all rows of
-other models, sizes and devices, are held out, and are told apart. With --data DATA/model.tar.xz is planned and run, in
+Constants of the plan were fitted on the rows in `FITTED`; all other rows, and all rows of other models, sizes and
+devices, are held out, and are told apart. With --data DATA/model.tar.xz is planned and run, in
 the format of prepare_reference.py. JSON is written after every row; --go-on keeps the rows that a file has.
 """
 
@@ -54,14 +54,35 @@ ROWS: dict[str, list[str]] = {
     "svd, 3 bits": ["--method", "svd", "--set", "storage=pivot", "--keep", "0.5", *BITS, "3"],
     "any size": ["--method", "svd-llm", "--any-size"],
     "any size, learned": ["--any-size", "--any-size-steps", "16", "--set", "batch_size=8"],
-    "gptq": ["--method", "gptq", "--keep", "0.3"],
+    "low memory": ["--method", "svd-llm", "--low-memory"],
+    "gptq": ["--method", "gptq", "--keep", "0.35", "--set", "group_size=16"],
+    "rtn": ["--method", "rtn", "--keep", "0.35", "--set", "group_size=16"],
+    "eora": ["--method", "eora", "--keep", "0.4", "--set", "group_size=16"],
+    "spqr": ["--method", "spqr", "--keep", "0.4"],
+    "squeezellm": ["--method", "squeezellm", "--keep", "0.35"],
+    "trellis": ["--method", "trellis", "--keep", "0.2", "--dtype", "bfloat16", "--set", "window=8"],
     "trellis in bytes": ["--keep-bytes", "0.5", "--dtype", "bfloat16", "--set", "window=8"],
     "slicegpt": ["--method", "slicegpt"],
+    "modegpt": ["--method", "modegpt"],
+    "afm": ["--method", "afm"],
+    "fwsvd": ["--method", "fwsvd"],
+    "mpifa": ["--method", "mpifa"],
+    "zero-sum": ["--method", "zero-sum"],
+    "lq-lora": ["--method", "lq-lora", "--keep", "0.35"],
+    "basis-sharing": ["--method", "basis-sharing"],
     "balanced": [],
     "best": ["--preset", "best"],
 }
-FITTED = ("svd", "svd-llm", "two-sided, pivot", "fast", "balanced, STEPS", "svd-llm, block:5", "svd-llm, refit")
-SLOW = {"cpu": ("balanced", "best", "slicegpt"), "cuda": ("best, 4 steps", "svd-llm, 64 x 256", "svd", "slicegpt")}
+FITTED = {
+    "cpu": ("svd", "svd-llm", "two-sided, pivot", "fast", "balanced, STEPS", "svd-llm, block:5", "svd-llm, refit"),
+    "cuda": ("svd-llm", "two-sided, pivot"),
+}
+"""Of builtin:tiny on a CPU, of ref-llama-24m on a GPU."""
+FITTED_MODEL = {"cpu": "builtin:tiny", "cuda": "ref-llama-24m"}
+SLOW = {
+    "cpu": ("balanced", "best"),
+    "cuda": ("best, 4 steps", "svd-llm, 64 x 256", "svd", "slicegpt", "rtn", "modegpt", "low memory"),
+}
 LARGE: dict[str, tuple[int, list[str]]] = {
     "7B shape, 4 blocks, at once": (4, ["--method", "two-sided", "--calib-windows", "32", "--calib-length", "2048"]),
     "7B shape, 8 blocks, fast": (8, ["--preset", "fast", "--calib-windows", "256", "--calib-length", "2048"]),
@@ -139,7 +160,7 @@ def models_of(args: argparse.Namespace, scratch: Path) -> list[tuple[str, str]]:
 
 def fitted(args: argparse.Namespace, row: dict[str, Any]) -> bool:
     """Whether constants were fitted on this very row."""
-    return args.kind == "cpu" and not args.full and row["model"] == "builtin:tiny" and row["row"] in FITTED
+    return not args.full and row["model"] == FITTED_MODEL[args.kind] and row["row"] in FITTED[args.kind]
 
 
 def words_of(args: argparse.Namespace, name: str) -> list[str]:

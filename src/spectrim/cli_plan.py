@@ -1,34 +1,57 @@
 """`spectrim plan`: what `compress` would do with the same flags."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from spectrim.cli_options import Json
+import typer
+
+from spectrim.cli_options import Deterministic, Json, ShardWeights
 from spectrim.cli_request import asks
+from spectrim.cli_shard import ShardOption
+from spectrim.shard import parse_shard
 from spectrim.terminal import emit, print_table, stdout
 
 if TYPE_CHECKING:
     from spectrim.request import Request
 
 
+World = Annotated[int, typer.Option("--world", help="plan for each of so many processes of torchrun", min=1)]
+
+
 @asks
-def plan(request: "Request", json_: Json = False) -> None:
+def plan(
+    request: "Request",
+    deterministic: Deterministic = False,
+    shard_weights: ShardWeights = None,
+    shard: ShardOption = None,
+    world: World = 1,
+    json_: Json = False,
+) -> None:
     """Say what `compress` would do, without touching a weight."""
+    del deterministic, shard_weights  # they are in the request
     configured = request.check()  # before transformers is imported: a mistake is told at once
+    part = None if shard is None else parse_shard(shard)
     from spectrim.byte_budget import settled
     from spectrim.engines.plan import estimate
+    from spectrim.engines.plan_spread import Part
     from spectrim.integrations.folder import COMPANIONS
     from spectrim.job import foresee_all
     from spectrim.models.load import pick_device, pick_dtype, resolve
+    from spectrim.reproducible import deterministic as only_deterministic
+    from spectrim.shard_job import accepted
 
     source = resolve(request.model)
+    if part is not None:
+        accepted(request)
     request = settled(request, configured, source)
     foresee_all(request, configured, source)
     copied = [source.folder / name for name in COMPANIONS]
-    facts = estimate(
-        source, configured, request, dtype=pick_dtype(request.dtype, source.dtype), device=pick_device(request.device),
-        companions=sum(path.stat().st_size for path in copied if path.is_file()),
-    )  # fmt: skip
+    with only_deterministic(request.deterministic):
+        facts = estimate(
+            source, configured, request, dtype=pick_dtype(request.dtype, source.dtype),
+            device=pick_device(request.device), part=Part(world, part),
+            companions=sum(path.stat().st_size for path in copied if path.is_file()),
+        )  # fmt: skip
     emit(facts, json_, lambda: show_plan(facts))
 
 

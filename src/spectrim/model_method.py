@@ -7,10 +7,10 @@ loading and judging belong to the engines, as for every method.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from spectrim.engines.checkpoint import Checkpoint
     from spectrim.engines.measure import Progress
-    from spectrim.models.walk import Walk
+    from spectrim.models.walk import Layer, Walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,22 @@ class Job:
     checkpoint: "Checkpoint | None" = None
 
 
+class Piece(NamedTuple):
+    """Something that a method does to every weight, for `plan` to clock (engines/plan_layers.py)."""
+
+    stage: str
+    """Of the report; `EACH_PASS`: what the layer does beside its product whenever it runs."""
+    work: Callable[[], object]
+    numbers: int = 0
+    """It is done to so many numbers of the weight, and takes as long for all others; 0: it is done to the whole weight,
+    and grows with the cube of its sides."""
+    share: float = 1.0
+    """Of the layers that it is done to."""
+
+
+EACH_PASS = "each pass"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelMethod(Method):
     """A method that makes the whole compressed model."""
@@ -59,6 +75,9 @@ class ModelMethod(Method):
     """Those of nn/codecs.py that its layers may have; empty where it leaves plain layers, narrower ones."""
     trains_factors: ClassVar[bool] = False
     """True when its layers are low-rank ones, which recovery steps can train."""
+
+    drifts: ClassVar[bool] = False
+    """True when it goes through the model in order with what the dense and the compressed one feed to each layer."""
 
     @property
     def reads_dense_stats(self) -> bool:
@@ -75,6 +94,12 @@ class ModelMethod(Method):
     def stored(self, walk: "Walk", budget: int) -> int:
         """What the layers will store together, in the unit of the budget, as far as shapes tell: all of it."""
         return budget
+
+    def rehearsal(self, layer: "Layer", weight: Tensor, stats: Stats, keep: float) -> Sequence[Piece]:
+        """Its own work on one layer, on a `weight` (O, I), float64, and statistics that `plan` made up; none where it
+        has not said what that is.
+        """
+        return ()
 
     @abstractmethod
     def compress(self, job: Job) -> "PreTrainedModel":

@@ -49,7 +49,7 @@ def run_shard(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """One task: its sums, in a folder beside `out`; what to say of it. Nothing is done where they are there already."""
-    method, source, request = _accepted(request)
+    method, source, request = accepted(request)
     needed = whole_bytes(find_layers(meta_model(source.config)), method.needs)
     preflight(out, source=source.folder, overwrite=overwrite, bytes_needed=needed)
     options = dataclasses.replace(options, fields={"shards": shard.of, "shard": str(shard)}, stays=True)
@@ -73,13 +73,13 @@ def run_merged(
     progress: Progress | None = None,
 ) -> Compressed:
     """The run whose first statistics are the sums of all tasks; they are removed when its result is there."""
-    _accepted(request)
+    accepted(request)
     parts = ShardParts(out, shard.of, take_lock=options.take_lock, progress=progress)
     options = dataclasses.replace(options, fields={"shards": shard.of}, given=parts)
     return run(request, out, overwrite=overwrite, options=options, progress=progress)
 
 
-def _accepted(request: Request) -> tuple[Method, Source, Request]:
+def accepted(request: Request) -> tuple[Method, Source, Request]:
     """What every task of an array checks before anything is loaded; UsageError for what cannot be shared out so."""
     refuse_several("--shard")
     if request.any_size:

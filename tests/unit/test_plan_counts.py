@@ -12,6 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from spectrim.engines.passes import Passes, clock_passes
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.plan_costs import Costs, Sizes, coordinates, distinct_inputs
+from spectrim.engines.plan_layers import LayerSeconds
+from spectrim.engines.plan_memory import KERNEL_BYTES, MOST_KERNELS, kernels
 from spectrim.engines.plan_time import seconds_by_stage, step_of
 from spectrim.engines.run import CPU_BATCH
 from spectrim.linalg.factor import Factors
@@ -115,7 +117,7 @@ def test_newton_passes_no_more_than_planned(tokens: Counter[str]) -> None:
 def test_pairs_of_inputs(tokens: Counter[str], option: dict[str, Any]) -> None:
     """Blocks are left half-way, on average: the count is near, not exact."""
     name = "svd-llm" if "update" in option else "two-sided"
-    method = make_method(name, options=option | ({} if name == "svd-llm" else {"coupling": "none"}))
+    method = make_method(name, options={**option, **({} if name == "svd-llm" else {"coupling": "none"})})
     tokens.clear()
     compress_model(tiny("llama"), method, 0.6, token_ids(WINDOWS, LENGTH), gradient_windows=GRADIENTS)
     # Passes that are left before their end are not counted above: of two models to every group of layers.
@@ -176,3 +178,35 @@ def test_a_block_too_large_for_a_plan_is_not_clocked() -> None:
     told = clock_passes(tiny("llama").config, walk, torch.device("cpu"), windows=1, length=64, numbers=1)
     assert isinstance(told, str)
     assert "too many to be clocked" in told
+
+
+def test_kernels_of_a_cpu_by_shapes() -> None:
+    """Ranks of one share repeat shapes; ranks of their own make two products of every layer, in each stage."""
+    uniform, own = (sizes_of(method, (), 0) for method in (make_method("svd"), make_method("asvd")))
+    counts = [kernels(make_method("svd"), uniform), kernels(make_method("asvd", options={"allocation": "global"}), own)]
+    shapes, layers = len({(la.outputs, la.inputs) for la in own.walk.layers}) + 1, len(own.walk.layers)
+    assert counts[0] == {
+        "calibrate": 0, "learn": 0, "recover": 0, "evaluate": KERNEL_BYTES * (2 * shapes + 2 * 2 * shapes)
+    }  # fmt: skip
+    assert counts[1]["calibrate"] == KERNEL_BYTES * shapes
+    assert counts[1]["evaluate"] == KERNEL_BYTES * (shapes + 2 * shapes + 2 * 2 * layers)
+    deep = dataclasses.replace(own, walk=dataclasses.replace(own.walk, layers=own.walk.layers * 100))
+    most = kernels(make_method("asvd", options={"allocation": "global"}), deep)["evaluate"]
+    assert most == KERNEL_BYTES * MOST_KERNELS
+
+
+@pytest.mark.parametrize("name", ["trellis", "gptq"])
+def test_tokens_of_methods_of_few_bits(tokens: Counter[str], name: str) -> None:
+    """Of passes in running order those that are left before their end are not counted, as above."""
+    options: dict[str, object] = {"window": 8} if name == "trellis" else {"group_size": 8}
+    method, model = make_method(name, options=options), tiny("llama")
+    tokens.clear()
+    compress_model(model, method, 0.6, token_ids(WINDOWS, LENGTH), gradient_windows=GRADIENTS)
+    sizes = sizes_of(method, (), 0)
+    nothing = LayerSeconds(once={}, each_pass=0.0)
+    stages, known = seconds_by_stage(method, sizes, FOREVER, ONE_A_TOKEN, nothing, start=0.0)
+    assert known
+    told = sum(seconds for stage, seconds in stages.items() if stage != "text")
+    groups = sum(len(block) for block in distinct_inputs(sizes.walk)) / sizes.blocks
+    left = WINDOWS * LENGTH * sizes.blocks * groups if name == "trellis" else 0
+    assert told == pytest.approx(tokens["all"] + left, abs=8 * 40 * sizes.blocks)

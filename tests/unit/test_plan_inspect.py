@@ -16,9 +16,13 @@ from transformers import AutoModelForCausalLM
 from command_line import PLAIN, TINY, call, change_config, change_weights, small_model
 from spectrim import any_size_job, job
 from spectrim.engines import plan as plan_module
+from spectrim.engines.measure_blocks import whole_bytes
 from spectrim.engines.passes import Passes
 from spectrim.engines.plan_memory import resident
 from spectrim.machine import Rates, measure_rates
+from spectrim.models.load import meta_model, resolve
+from spectrim.models.walk import find_layers
+from spectrim.stats import Stat
 
 RATES = Rates(
     device="cpu", computing_dtype="float32", products=1e10, full_products=1e10, copied=1e10, softmax=1e9, eigen=1e-9
@@ -186,10 +190,60 @@ def test_a_plan_in_bytes_keeps_to_them(models: dict[str, Path]) -> None:
     plan = planned(models["untied"], *options)
     assert plan["method"]["method"] == "trellis"
     assert plan["model_bytes"]["after"] <= 0.98 * plan["model_bytes"]["before"] / 2 + 2  # of a source in float32
-    assert (plan["linear_numbers"]["after"], plan["seconds"]) == (None, None)
-    shown = call("plan", models["untied"], *options)
-    assert "counted in bytes" in shown.out
-    assert "not known for method trellis" in shown.out
+    assert plan["linear_numbers"]["after"] is None
+    assert plan["seconds"] == pytest.approx(sum(plan["seconds_by_stage"].values()))
+    assert plan["seconds_by_stage"].keys() >= {"calibrate", "predict", "compress"}
+    assert "counted in bytes" in call("plan", models["untied"], *options).out
+
+
+def test_the_time_of_a_method_that_has_not_said_what_it_does_is_not_told(models: dict[str, Path]) -> None:
+    assert planned(models["tied"], "--method", "modegpt")["seconds"] is None
+    assert "not known for method modegpt" in call("plan", models["tied"], "--method", "modegpt").out
+
+
+def test_flags_of_several_processes(models: dict[str, Path]) -> None:
+    learned = ("--set", "steps=40", "--set", "batch_size=8", "--eval", "none")
+    alone, both = planned(models["tied"], *learned), planned(models["tied"], *learned, "--world", "2")
+    parts = planned(models["tied"], *learned, "--world", "2", "--shard-weights")
+    assert (both["world"], both["weights_in_parts"], parts["weights_in_parts"]) == (2, False, True)
+    assert "world" not in alone
+    held = [plan["memory_by_stage"]["learn"] for plan in (alone, both, parts)]
+    assert held == sorted(held, reverse=True)
+    assert len(set(held)) == 3
+    for stage in ("calibrate", "decompose", "learn"):
+        assert 0.45 < both["seconds_by_stage"][stage] / alone["seconds_by_stage"][stage] < 0.6
+    assert any("each of 2 processes" in note for note in both["notes"])
+    assert planned(models["tied"], *learned, "--deterministic")["seconds"] > 0
+
+
+def test_a_task_of_an_array_and_its_merge(models: dict[str, Path]) -> None:
+    words = ("--method", "svd-llm", "--calib-windows", "64")
+    whole, task = planned(models["tied"], *words), planned(models["tied"], *words, "--shard", "2/4")
+    merge = planned(models["tied"], *words, "--shard", "merge/4")
+    assert set(task["seconds_by_stage"]) == {"start", "text", "load", "calibrate"}
+    assert task["seconds_by_stage"]["calibrate"] == pytest.approx(whole["seconds_by_stage"]["calibrate"] / 4)
+    assert merge["seconds_by_stage"].get("calibrate", 0) == 0
+    walk = find_layers(meta_model(resolve(str(models["tied"])).config))
+    assert task["disk_bytes"] == whole_bytes(walk, frozenset({Stat.GRAM}))
+    assert merge["scratch_bytes"] == 4 * task["disk_bytes"]
+    assert (task["shard"], merge["shard"]) == ("2/4", "merge/4")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--shard-weights",), "there is one"),
+        (("--method", "gptq", "--set", "group_size=8", "--keep", "0.9", "--world", "2"), "treats the model as a whole"),
+        (("--any-size", "--world", "2"), "--any-size is not spread"),
+        (("--method", "svd", "--shard", "1/2"), "no first pass"),
+        (("--shard", "3/2"), "1/N to N/N"),
+        (("--recover", "kl:2", "--world", "2"), "recovery step kl"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would(models: dict[str, Path], words: tuple[str, ...], said: str) -> None:
+    answer = call("plan", models["tied"], *words)
+    assert answer.code == 2
+    assert said in " ".join(answer.err.split())
 
 
 def test_rates_are_measured() -> None:

@@ -13,32 +13,43 @@ from spectrim import memory
 from spectrim.cli_plan import show_plan
 from spectrim.engines import plan as planner
 from spectrim.engines.plan import estimate
+from spectrim.engines.plan_spread import Part
 from spectrim.machine import Rates
 from spectrim.models.load import Source
 from spectrim.request import Request
 
-MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/scale-h200.json").read_text(encoding="utf-8"))[
-    "rows"
-]
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+MEASURED = json.loads((RESULTS / "scale-h200.json").read_text(encoding="utf-8"))["rows"]
+SEVERAL = json.loads((RESULTS / "several-gpus.json").read_text(encoding="utf-8"))["rows"]
 H200 = 150_000_000_000
 RATES = Rates(
     device="cuda", computing_dtype="bfloat16", products=6e14, full_products=5e13, copied=3e12, softmax=1e11, eigen=1e-12
 )
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, gpu: int, blocks: int, **asked: Any) -> dict[str, Any]:
-    """Of the Llama of 7B shape that benchmarks/scale.py runs, with so many of its blocks."""
+def planned(
+    monkeypatch: pytest.MonkeyPatch, gpu: int, blocks: int, *, wide: bool = False, world: int = 1, **asked: Any
+) -> dict[str, Any]:
+    """Of the Llama of 7B shape that benchmarks/scale.py runs, or of the `wide` one of 13B, with so many blocks."""
     for module in (memory, planner):
         monkeypatch.setattr(module, "total_memory", lambda _device: gpu)
+    hidden, inner = (5120, 13824) if wide else (4096, 11008)
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=blocks, num_attention_heads=32, vocab_size=32000
-    )
-    numbers = 2 * 32000 * 4096 + blocks * (4 * 4096**2 + 3 * 4096 * 11008)
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=hidden // 128,
+        vocab_size=32000,
+    )  # fmt: skip
+    numbers = 2 * 32000 * hidden + blocks * (4 * hidden**2 + 3 * hidden * inner)
     source = SimpleNamespace(
         config=config, name="7B", dtype=torch.bfloat16, checkpoint=SimpleNamespace(numel=numbers, nbytes=2 * numbers)
     )
     request = Request(model="x", keep=0.8, calib_length=2048, eval="none", device="cuda", **asked)
-    told = {"dtype": torch.bfloat16, "device": torch.device("cuda"), "rates": RATES, "clock": False}
+    told = {
+        "dtype": torch.bfloat16,
+        "device": torch.device("cuda"),
+        "rates": RATES,
+        "clock": False,
+        "part": Part(world),
+    }
     return estimate(cast(Source, source), request.check(), request, **told)
 
 
@@ -73,3 +84,17 @@ def test_a_plan_says_that_the_coupling_gives_way(monkeypatch: pytest.MonkeyPatch
     assert any("with coupling=none" in note for note in plan["notes"])
     whole = planned(monkeypatch, 100 * H200, 32)
     assert (whole["way"], whole["method"]["coupling"], whole["notes"]) == ("at once", "sequence", [planner.UNCLOCKED])
+
+
+def test_weights_in_parts_take_about_what_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of a 13B model on two GPUs, each with half of a batch of eight windows."""
+    learned = {"coupling": "none", "steps": 5, "batch_size": 8}
+    both = planned(monkeypatch, H200, 40, wide=True, world=2, options=learned)
+    measured = next(row for row in SEVERAL if row["what"] == "train-13b")
+    assert both["weights_in_parts"] == measured["sharded_by_itself"]
+    assert both["memory_by_stage"]["learn"] / 1e9 == pytest.approx(max(measured["peak_gb"]), rel=0.2)
+    whole = planned(monkeypatch, H200, 40, wide=True, world=2, options=learned, shard_weights=False)
+    assert not whole["weights_in_parts"]
+    held = measured["held_by_one_gb"]  # dense weights, formed ones and components: half of them is elsewhere
+    saved = (whole["memory_by_stage"]["learn"] - both["memory_by_stage"]["learn"]) / 1e9
+    assert saved == pytest.approx(held / 2, rel=0.15)

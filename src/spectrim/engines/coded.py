@@ -14,7 +14,17 @@ from spectrim.linalg.predicted import Measured, entry_scores, in_parts, split
 from spectrim.linalg.quantise import Rounded, dequantise, round_to_nearest
 from spectrim.linalg.quantised_factors import BLOCKS, round_factors, round_pivots
 from spectrim.linalg.trellis import WINDOW, code_table
-from spectrim.linalg.trellis_columns import STRIP, Coded, decode_weight, trellis_columns, trellis_with_entries
+from spectrim.linalg.trellis_columns import (
+    BLOCK,
+    STRIP,
+    Coded,
+    decode_weight,
+    steps_of,
+    strips_of,
+    trellis_columns,
+    trellis_with_entries,
+)
+from spectrim.model_method import EACH_PASS, Piece
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.quantised import QuantisedFactorLinear, QuantisedPivotLinear
 from spectrim.nn.stores import Store
@@ -53,6 +63,37 @@ def code_store(code: Code, measured: Measured, dtype: torch.dtype, damping: floa
     importance = measured.outputs.diagonal()
     coded = trellis_columns(measured.weight, measured.upper, code.rate, importance=importance)
     return TrellisStore.holding(coded, measured.weight.shape[1], code.rate, dtype=dtype)
+
+
+def code_pieces(code: Code, share: float, measured: Measured, damping: float) -> list[Piece]:
+    """What coding a `share` of all weights takes, to be clocked.
+
+    Trellis codes by a few columns, since all take as long. On a CPU of a few rows too; those of a GPU are worked on
+    together, so that fewer do not take less.
+    """
+    outputs, inputs = measured.weight.shape
+    if code.rate is None:
+        if code.error == 0:
+            return []
+        store = code_store(code, measured, torch.bfloat16, damping)
+        return [
+            Piece("compress", lambda: code_store(code, measured, torch.bfloat16, damping), share=share),
+            Piece(EACH_PASS, lambda: store.matrix(torch.float32), numbers=outputs * inputs, share=share),
+        ]
+    rows = outputs if measured.weight.is_cuda else min(outputs, STRIP * max(1, MOST_STATES >> code.rate.window))
+    few, rate = min(inputs, 2 * BLOCK), code.rate
+    weight, upper = measured.weight[:rows, :few].contiguous(), measured.upper[:few, :few].contiguous()
+    codes = torch.zeros(strips_of(outputs), steps_of(inputs, rate), dtype=torch.uint8, device=weight.device)
+    scales = torch.ones(outputs, device=weight.device)
+    store = TrellisStore.holding(Coded(codes, scales), inputs, rate, dtype=torch.bfloat16)
+    return [
+        Piece("compress", lambda: trellis_columns(weight, upper, rate), numbers=rows * few, share=share),
+        Piece(EACH_PASS, lambda: store.matrix(torch.float32), numbers=outputs * inputs, share=share),
+    ]
+
+
+MOST_STATES = 1 << 17
+"""Of all streams together, where a CPU is clocked."""
 
 
 def _with_entries(form: Form, measured: Measured, dtype: torch.dtype, damping: float) -> Store:

@@ -126,6 +126,17 @@ def codes_of(window: int) -> tuple[Code, ...]:
     return (*(Code(rate.bits, rate._replace(window=window)) for rate in RATES), BYTE)
 
 
+def mixed_codes(window: int, bits: float) -> list[tuple[Code, float]]:
+    """The two codes that so many bits a weight lie between, and the shares of weights that make it so many."""
+    codes = [*codes_of(window), PLAIN]
+    above = next((i for i, code in enumerate(codes) if code.bits >= bits), len(codes) - 1)
+    if above == 0 or codes[above].bits == bits:
+        return [(codes[above], 1.0)]
+    low, high = codes[above - 1], codes[above]
+    share = min(1.0, (bits - low.bits) / (high.bits - low.bits))
+    return [(low, 1 - share), (high, share)]
+
+
 def part_codes(window: int) -> tuple[Code, ...]:
     """Those of the two parts of a low-rank weight."""
     return tuple(code for code in (*codes_of(window), PLAIN) if code.bits in PART_BITS)

@@ -9,6 +9,7 @@ How near that is to what then happens is measured by benchmarks/plan_accuracy.py
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,9 @@ from spectrim.engines.masked import budget_of
 from spectrim.engines.passes import Passes, clock_passes, facts_of
 from spectrim.engines.plan_costs import Sizes
 from spectrim.engines.plan_large import large_peak_of
+from spectrim.engines.plan_layers import own_work
 from spectrim.engines.plan_memory import Peak, peak_memory_of
+from spectrim.engines.plan_spread import Part, check_part, part_of, told_of
 from spectrim.engines.plan_time import seconds_by_stage
 from spectrim.engines.quantise_factors import group_of
 from spectrim.engines.ranks import new_bias, plan_ranks
@@ -70,12 +73,13 @@ def estimate(
     companions: int = 0,
     rates: Rates | None = None,
     clock: bool = True,
+    part: Part = Part(),
 ) -> dict[str, Any]:
     """The plan as a dict; `rank` is None where it depends on what calibration will measure.
 
     `request` is settled (byte_budget.py): its `keep` is what a budget in bytes leaves. `companions` are the bytes of
     the files that are copied beside the weights. `rates` are measured where they are not given; with `clock`, passes
-    of one block of this model too (passes.py).
+    of one block of this model too (passes.py). `part` is whose work is planned, where several share it.
     """
     model = meta_model(source.config)
     walk = find_layers(model)
@@ -87,17 +91,21 @@ def estimate(
     bytes_after = rest * dtype.itemsize + stored.nbytes
     total = sum(p.numel() for p in model.parameters())
     sizes = sizes_of(source, method, request, walk, bytes_after, device, whole=way.whole)
-    scratch = 0
-    if request.low_memory:
-        gpu, host, scratch, _ = low_memory_bytes(method, source, sizes, total, device)
-        peak, stages = Peak(host, gpu), {}
-    else:
-        peak, stages = _memory(way, sizes, total, device, source.dtype.itemsize)
+    check_part(part, request, method, sizes)
+    number = held_dtype(device, source.dtype, source.checkpoint.numel).itemsize
+    sizes = part_of(sizes, part, request, method, number=number, device=device)
+    told, said = told_of(part, sizes, method)
+    asked = partial(_memory, request, way, sizes, total, device, source)
+    memory = None if device.type == "cuda" else asked()  # before clocking leaves its own memory behind
     start = start_seconds(device)  # before anything is clocked
     rates = measure_rates(device, common_side(walk)) if rates is None else rates
     passes = clocked(source, sizes, total, device) if clock else UNCLOCKED
     only = None if isinstance(passes, str) else passes
-    seconds, time_known = seconds_by_stage(method, sizes, rates, only, start=start)
+    own = own_work(method, request, walk, device) if clock else None
+    layers_clocked = None if isinstance(own, str) else own
+    # Of a GPU after that: what CUDA's libraries take of the host is then there, as in the run.
+    peak, stages, scratch = asked() if memory is None else memory
+    seconds, time_known = seconds_by_stage(method, sizes, rates, only, layers_clocked, start=start)
     return {
         "model": source.name,
         "method": method.to_config(),
@@ -120,9 +128,11 @@ def estimate(
         "way": "low memory" if request.low_memory else "at once" if way.whole else "block by block",
         "notes": [
             *way.warnings,
+            *said,
             *([] if peak else [UNCOUNTED]),
             *([UNREAD] if request.low_memory else []),
             *([passes] if isinstance(passes, str) else []),
+            *([f"no time is given: {own}"] if isinstance(own, str) else []),
         ],
         "peak_memory_bytes": peak and {"host": peak.host, **({"gpu": peak.gpu} if peak.gpu else {})},
         "memory_by_stage": stages,
@@ -131,6 +141,7 @@ def estimate(
         "rates": dataclasses.asdict(rates),
         "passes": facts_of(only),
         "device": str(device),
+        **told,
     }
 
 
@@ -150,16 +161,26 @@ def low_memory_bytes(method: Method, source: Source, sizes: Sizes, total: int, d
     return low_memory_of(method, sizes, total, number=number, limit=limit)
 
 
-def _memory(
-    way: Way, sizes: Sizes, total: int, device: torch.device, itemsize: int
-) -> tuple[Peak | None, dict[str, int]]:
-    """The peak and its stages by the way that the run will take; None and no stages where they are not known."""
+class Memory(NamedTuple):
+    """The peak and what each stage holds, and what lies in scratch files; None and no stages where it is not known."""
+
+    peak: Peak | None
+    stages: dict[str, int]
+    scratch: int = 0
+
+
+def _memory(request: Request, way: Way, sizes: Sizes, total: int, device: torch.device, source: Source) -> Memory:
+    """By the way that the run will take."""
+    if request.low_memory:
+        gpu, host, scratch, _ = low_memory_bytes(way.method, source, sizes, total, device)
+        return Memory(Peak(host, gpu), {}, scratch)
     if way.whole:
-        return peak_memory_of(way.method, sizes, total, on_gpu=device.type != "cpu")
+        return Memory(*peak_memory_of(way.method, sizes, total, on_gpu=device.type != "cpu"))
     gpu = total_memory(device)
     assert gpu is not None  # all else goes at once
     assert isinstance(way.method, LayerMethod)
-    return large_peak_of(way.method, sizes, total, gpu=gpu, stored=itemsize) or (None, {})
+    found = large_peak_of(way.method, sizes, total, gpu=gpu, stored=source.dtype.itemsize)
+    return Memory(None, {}) if found is None else Memory(*found)
 
 
 def clocked(source: Source, sizes: Sizes, total: int, device: torch.device) -> Passes | str:

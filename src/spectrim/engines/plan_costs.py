@@ -58,6 +58,12 @@ class Sizes:
     samples: bool = True  # both models go on with a few prompts when they are judged
     recomputed: bool = False  # steps pass each block once more on the way back (recompute.py)
 
+    world: int = 1  # processes; windows are then those of each
+    sharded: bool = False  # each holds a part of what is frozen while scores are learned
+    text_windows: int = 0  # that are cut of the text, where only some of them are worked on
+    shards: int = 0  # tasks of a job array that share out the first measurement
+    task: bool = False  # whether this is one of them
+
     @property
     def weights(self) -> int:
         return sum(layer.weight_numbers for layer in self.walk.layers)
@@ -188,9 +194,10 @@ class Costs:
         return (
             self.forward(batch, share=share, back=True, trained=True)
             + (1.0 if teacher else 0.0) * self.forward(batch)
-            + (1.0 if self.sizes.recomputed else 0.0) * (self.blocks(batch, share=share) + Work(full=forming))
+            + (1.0 if self.sizes.recomputed else 0.0) * self.blocks(batch, share=share)
             + self.loss(batch, "compared")
-            + Work(full=2.0 * forming)
+            # Components of models whose steps pass blocks again are held in 16 bits (learned.py).
+            + (Work(low=3.0 * forming) if self.sizes.recomputed else Work(full=2.0 * forming))
         )
 
     def pairs_of_inputs(self, windows: float) -> Work:

@@ -53,7 +53,7 @@ def large_peak_of(
         return None
     number = 2 if stored == 2 and 4 * total > WIDE_SHARE * gpu else 4
     dense = number * total
-    narrow = spectra_bytes(sizes.walk) // 2
+    narrow = spectra_bytes(sizes.walk) // 2 // sizes.world  # of several processes each keeps those of its own layers
     room = 0 if method.windows_trained else min(narrow, max(0, int(SHELF_SHARE * gpu) - dense))
     held = _Held(number, dense, int(number * sizes.weights * sizes.keep), room)
     stages = {
@@ -61,7 +61,7 @@ def large_peak_of(
         "decompose": dense + room + _matrices(sizes),
         "propagate": dense + held.student + room + _matrices(sizes) + 2 * _states(sizes, sizes.gradient_windows, held),
         "learn": dense + _learning(method, sizes, held),
-        "recover": dense + recovery(sizes),
+        "recover": dense + recovery(sizes, on_gpu=True),
         "evaluate": dense + room + judging(sizes),
     }
     kept = _packed(method, sizes) + narrow - room
@@ -97,7 +97,7 @@ def _calibration(method: LayerMethod, sizes: Sizes, held: _Held, share: int) -> 
     for layer in walk.layers:
         outputs[layer.block] += 8 * (layer.outputs**2 + (layer.weight_numbers if full else 0))
     states = min(kept + apart * one_state, every) + one_state
-    return max(there, max(outputs.values()) + states + one + vocabulary(sizes, 1, LOGITS_SAMPLED))
+    return max(there, max(outputs.values()) + states + one + vocabulary(sizes, 1, LOGITS_SAMPLED["cuda"]))
 
 
 def _matrices(sizes: Sizes) -> int:
@@ -110,9 +110,14 @@ def _learning(method: LayerMethod, sizes: Sizes, held: _Held) -> int:
         return 0
     steps = method.steps > 0
     components = spectra_bytes(sizes.walk) // 4 if steps else int(4 * sizes.weights * sizes.keep)
-    windows = method.batch_size if steps else _batch(sizes, sizes.gradient_windows)
+    windows = -(-method.batch_size // sizes.world) if steps else _batch(sizes, sizes.gradient_windows)
     blocks = len(sizes.walk.block_names)
-    formed = 2 * sizes.weights + 8 * sizes.weights // blocks
+    anchors, gathered = 2 * sizes.weights, 0
+    if sizes.sharded:  # a part of all, and two blocks whole: the one that runs and the one that is on its way
+        gathered = 2 * (components + anchors + held.number * sizes.weights) // blocks
+        components, anchors = components // sizes.world, anchors // sizes.world
+        gathered -= held.number * sizes.weights * (sizes.world - 1) // sizes.world
+    formed = anchors + 8 * sizes.weights // blocks + gathered
     passing = _states(sizes, windows * blocks, held) + activations(sizes, windows) // blocks
     return components + formed + passing + trained_vocabulary(sizes, windows)
 
@@ -124,4 +129,4 @@ def _packed(method: LayerMethod, sizes: Sizes) -> int:
         held += sum(n**2 for block in distinct_inputs(sizes.walk) for n in block)
     if Stat.OUTPUT_GRAD in method.needs:
         held += sum(la.outputs**2 for la in sizes.walk.layers)
-    return 2 * held + (4 * sizes.weights if method.needs & {Stat.FISHER, Stat.SLOPE} else 0)
+    return (2 * held + (4 * sizes.weights if method.needs & {Stat.FISHER, Stat.SLOPE} else 0)) // sizes.world

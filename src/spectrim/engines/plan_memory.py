@@ -12,24 +12,28 @@ from spectrim.engines.block import MOST_WINDOWS
 from spectrim.engines.plan_costs import Sizes, distinct_inputs
 from spectrim.engines.run import CPU_BATCH, GPU_BATCH
 from spectrim.engines.way import spectra_bytes
+from spectrim.evaluate.language import WINDOWS
 from spectrim.linalg.divergence import CHUNK_NUMBERS
-from spectrim.method import LayerMethod, LearnedMethod, Method, TrainedMethod
+from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Method, TrainedMethod
 from spectrim.model_method import TrainedModelMethod
 from spectrim.options import RECOVERY_BATCH
 from spectrim.stats import GRADIENT_STATS, Stat
 
-TEXT_BYTES = 95 * 2**20
-"""Text and tokens of `builtin:stdlib`, tokenizer included."""
-EVALUATED = 16
-"""Windows at a time when a model is judged (evaluate/language.py)."""
-LOGITS_COMPARED, LOGITS_SAMPLED, LOGITS_TRAINED, LOGITS_WIDENED = 20, 32, 10, 16
-"""Bytes for an entry of the vocabulary at a position: two distributions and their difference in float64; labels sampled
-from one and the way back; a loss between two and its gradient, all in 16 bits, and what of it is in float32, which is
-one chunk of linalg/divergence.py at most."""
-KEPT = 3
-"""Bytes kept for the way back for every number that a layer reads or writes."""
+TEXT_BYTES = 150 * 2**20
+"""Text and tokens of `builtin:stdlib`, the tokenizer, and modules that a run imports and a plan does not."""
+EVALUATED = WINDOWS
+"""Windows at a time when a model is judged."""
+LOGITS_COMPARED, LOGITS_TRAINED, LOGITS_WIDENED = 20, 10, 16
+"""Bytes for an entry of the vocabulary at a position: two distributions and their difference in float64; a loss between
+two and its gradient, all in 16 bits, and what of it is in float32, one chunk of linalg/divergence.py at most."""
+LOGITS_SAMPLED, KEPT = {"cpu": 32, "cuda": 20}, {"cpu": 3.0, "cuda": 1.02}
+"""For an entry of the vocabulary, labels sampled and the way back; and what is kept for the way back for every number
+that a layer reads or writes. A GPU's attention keeps no scores, and its allocator uses again what was let go."""
 NOT_GIVEN_BACK = 0.5
 """Share of the memory of earlier stages that an allocator still holds when the models are judged (seen on CPUs)."""
+KERNEL_BYTES, MOST_KERNELS = int(0.45 * 2**20), 1024
+"""On a CPU: what its library (oneDNN) compiles for a product of a shape that it has not met, and of how many shapes it
+keeps that at a time."""
 
 
 class Peak(NamedTuple):
@@ -37,6 +41,11 @@ class Peak(NamedTuple):
 
     host: int
     gpu: int
+
+
+def kind_of(on_gpu: bool) -> str:
+    """The key of constants that depend on it."""
+    return "cuda" if on_gpu else "cpu"
 
 
 def peak_memory_of(method: Method, sizes: Sizes, total: int, *, on_gpu: bool) -> tuple[Peak, dict[str, int]]:
@@ -48,11 +57,17 @@ def peak_memory_of(method: Method, sizes: Sizes, total: int, *, on_gpu: bool) ->
     before = {
         "calibrate": _calibration(method, sizes, on_gpu),
         "learn": _learning(method, sizes, on_gpu),
-        "recover": recovery(sizes),
+        "recover": recovery(sizes, on_gpu=on_gpu),
     }
+    if sizes.task:
+        before = {"calibrate": before["calibrate"]}
+    compiled = {} if on_gpu else kernels(method, sizes)
     spectra = spectra_bytes(sizes.walk) if isinstance(method, LayerMethod) else 0
     kept = spectra if on_gpu else max(spectra, int(NOT_GIVEN_BACK * max(before.values())))
-    stages = {stage: dense + own for stage, own in (*before.items(), ("evaluate", kept + judging(sizes)))}
+    stages = {
+        stage: dense + own + compiled.get(stage, 0)
+        for stage, own in (*before.items(), *([] if sizes.task else [("evaluate", kept + judging(sizes))]))
+    }
     most = max(stages.values())
     start = resident() + TEXT_BYTES
     if on_gpu:  # the weights pass through the host, and the result is written from it
@@ -69,10 +84,33 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def activations(sizes: Sizes, windows: int) -> int:
-    """What a pass keeps for the way back."""
+def kernels(method: Method, sizes: Sizes) -> dict[str, int]:
+    """What a CPU's library has compiled by the end of each stage: of a pass there and back three products a weight.
+
+    Of ranks that differ from layer to layer every product has a shape of its own; weights that are formed or unpacked
+    have the shapes of the dense ones. Every stage passes other numbers of tokens at a time.
+    """
+    dense = len({(la.outputs, la.inputs) for la in sizes.walk.layers}) + 1
+    small, rounds, newton = dense, 0, False
+    if isinstance(method, LayerMethod):
+        uniform = method.allocation == "uniform" and not isinstance(method, MaskedMethod)
+        small = 2 * (dense if uniform else len(sizes.walk.layers))
+        rounds = method.rounds * (sizes.middles if sizes.any_size else 1) if sizes.keep < 1 else 0
+        newton = isinstance(method, LearnedMethod) and method.newton_steps > 0
+    back = 3 if method.needs & GRADIENT_STATS else 1
+    met = {"calibrate": (dense + rounds * small) * back if method.needs else 0}
+    met["learn"] = met["calibrate"] + (dense * 3 if newton or method.windows_trained else 0)
+    met["learn"] += small if isinstance(method, LayerMethod) and method.error_share > 0 else 0
+    met["recover"] = met["learn"] + sum(3 * small for step in sizes.steps if step.steps)
+    sizes_judged = len(sizes.anchors) if sizes.any_size else 1
+    met["evaluate"] = met["recover"] + 2 * dense + (sizes_judged + 1) * small
+    return {stage: KERNEL_BYTES * min(count, MOST_KERNELS) for stage, count in met.items()}
+
+
+def activations(sizes: Sizes, windows: int, *, kept: float = KEPT["cpu"]) -> int:
+    """What a pass keeps for the way back, `kept` bytes a number."""
     numbers = sum(3 * la.outputs + la.inputs for la in sizes.walk.layers)
-    return windows * sizes.length * numbers * KEPT
+    return int(windows * sizes.length * numbers * kept)
 
 
 def vocabulary(sizes: Sizes, windows: int, entry_bytes: int) -> int:
@@ -97,7 +135,7 @@ def _statistics(method: Method, sizes: Sizes) -> int:
         held += sum(la.outputs**2 for la in walk.layers)
     if method.needs & {Stat.FISHER, Stat.SLOPE}:
         held += sizes.weights
-    return 8 * held * rounds
+    return int(8 * held * (1 + (rounds - 1) / sizes.world))  # the first sums and the mean are of a process's own layers
 
 
 def _calibration(method: Method, sizes: Sizes, on_gpu: bool) -> int:
@@ -108,11 +146,13 @@ def _calibration(method: Method, sizes: Sizes, on_gpu: bool) -> int:
         held += 8 * sum(la.inputs**2 + la.outputs**2 for la in walk.layers)
         held += 4 * sum(la.outputs**2 for la in walk.layers)
         held += 4 * sum(inputs**2 for block in distinct_inputs(walk) for inputs in block)
-    spectra = spectra_bytes(sizes.walk) if isinstance(method, LayerMethod) else 0
+    spectra = spectra_bytes(sizes.walk) // sizes.world if isinstance(method, LayerMethod) and not sizes.task else 0
     if not method.needs:
         return spectra
     if method.needs & GRADIENT_STATS:
-        return held + spectra + activations(sizes, batch) + vocabulary(sizes, batch, LOGITS_SAMPLED)
+        kind = kind_of(on_gpu)
+        passing = activations(sizes, batch, kept=KEPT[kind]) + vocabulary(sizes, batch, LOGITS_SAMPLED[kind])
+        return held + spectra + passing
     return held + spectra + vocabulary(sizes, batch, 4)
 
 
@@ -122,23 +162,23 @@ def _learning(method: Method, sizes: Sizes, on_gpu: bool) -> int:
     Newton steps come before the statistics and the spectra that were propagated are let go.
     """
     spectra = spectra_bytes(sizes.walk) if isinstance(method, LayerMethod) else 4 * 4 * sizes.weights
-    held = spectra * 3 // 2
+    held = spectra + spectra // 2 // (sizes.world if sizes.sharded else 1)
     if isinstance(method, LearnedMethod) and not method.steps and method.newton_steps:
         windows = min(GPU_BATCH if on_gpu else CPU_BATCH, sizes.gradient_windows)
         held += 2 * spectra + _statistics(method, sizes)
     elif isinstance(method, TrainedMethod | TrainedModelMethod) and method.steps:
-        windows = method.batch_size
+        windows = -(-method.batch_size // sizes.world)
     else:
         return 0
-    return held + activations(sizes, windows) + trained_vocabulary(sizes, windows)
+    return held + activations(sizes, windows, kept=KEPT[kind_of(on_gpu)]) + trained_vocabulary(sizes, windows)
 
 
-def recovery(sizes: Sizes) -> int:
+def recovery(sizes: Sizes, *, on_gpu: bool) -> int:
     """Factors with gradient and two moments, roots of their metric, a batch."""
     if not any(step.steps for step in sizes.steps):
         return 0
     factors = 4 * 4 * int(sizes.weights * sizes.keep)
-    batch = activations(sizes, RECOVERY_BATCH)
+    batch = activations(sizes, RECOVERY_BATCH, kept=KEPT[kind_of(on_gpu)])
     needed = 0
     for step in sizes.steps:
         if step.name == "kl":

@@ -3,8 +3,8 @@
 How often a stage passes, steps or measures is taken from where the run takes it: options of the method, recovery steps,
 and the constants of the engines.
 
-Methods that treat the model as a whole solve for their form in ways of their own: `known` is then False for those that
-no constants are given for, and their seconds are left out rather than guessed.
+Methods that treat the model as a whole solve for their form in ways of their own: what they do to a layer is clocked
+(plan_layers.py). `known` is False for those that have not said what that is; their seconds are left out, not guessed.
 """
 
 from spectrim.data.windows import CALIBRATION_EXCESS
@@ -13,13 +13,14 @@ from spectrim.engines.distil import METRIC_WINDOWS
 from spectrim.engines.newton import HELD_OUT, LENGTHS
 from spectrim.engines.passes import Passes
 from spectrim.engines.plan_costs import ROOT, Costs, Sizes, Work, components, coordinates, grams
+from spectrim.engines.plan_layers import LayerSeconds
 from spectrim.engines.search import SENSITIVITY_LEVELS, SENSITIVITY_WINDOWS, STAGES
-from spectrim.evaluate.samples import NEW_TOKENS, PROMPTS
+from spectrim.evaluate.language import WINDOWS
+from spectrim.evaluate.samples import NEW_TOKENS
 from spectrim.linalg.curvature import coupling_operations
 from spectrim.machine import Rates
 from spectrim.method import LayerMethod, LearnedMethod, MaskedMethod, Method, TrainedMethod
 from spectrim.model_method import ModelMethod, TrainedModelMethod
-from spectrim.models.walk import Walk
 from spectrim.options import RECOVERY_BATCH, Step
 from spectrim.stats import Stat
 
@@ -29,62 +30,74 @@ BUILTIN_TOKENS = 430_000
 """That `builtin:stdlib` has for calibration."""
 ENCODE = 1.0
 """Putting a weight in its codec, in units of the eigenvalues of as many cubed rows."""
-CALL_S = {"cpu": 1e-3, "cuda": 0.0}
-"""Of a layer with two products where there was one, in passes of few tokens; not measured on a GPU."""
-COLUMN_SWEEPS = {"gptq": 1.0, "rtn": 0.0, "eora": 1.0}
-"""Methods of few bits whose time is known: sweeps over the columns of each weight."""
+CALL_S = {"cpu": 1e-3, "cuda": 5e-4}
+"""Of a layer with two products where there was one, in passes of few tokens."""
+STREAMED = 4
+"""Windows at a time of passes in running order (engines/paired.py, engines/blockwise.py)."""
 
 
 def seconds_by_stage(
-    method: Method, sizes: Sizes, rates: Rates, passes: Passes | None = None, *, start: float = 5.0
+    method: Method,
+    sizes: Sizes,
+    rates: Rates,
+    passes: Passes | None = None,
+    layers: LayerSeconds | None = None,
+    *,
+    start: float = 5.0,
 ) -> tuple[dict[str, float], bool]:
     """Seconds of every stage, and whether those of the method itself are known.
 
     `start` is what a process takes until it can work; the written folder is read again in a fresh one, which starts
-    once more.
+    once more. `layers` is the own work of a method that treats the model as a whole.
     """
     costs = Costs(sizes, rates, passes)
     costs.add("start", Work(seconds=start))
-    looked_at = CALIBRATION_EXCESS * max(sizes.windows, sizes.training_windows) * sizes.length
+    cut = max(sizes.windows, sizes.text_windows, sizes.training_windows)
+    looked_at = CALIBRATION_EXCESS * cut * sizes.length
     read = min(looked_at, BUILTIN_TOKENS) if sizes.builtin_text else looked_at
     costs.add("text", Work(seconds=TEXT_S + read / TOKENS_A_SECOND))
     costs.add("load", Work(moved=6.0 * sizes.bytes_read))
+    if sizes.task:
+        costs.add("calibrate", costs.statistics(method.needs, sizes.windows, sizes.gradient_windows))
+        return {stage: work.on(rates) for stage, work in costs.stages.items()}, True
     known = True
     if isinstance(method, LayerMethod):
         _by_layers(costs, method)
     else:
-        known = _as_a_whole(costs, method)
+        assert isinstance(method, ModelMethod)
+        known = _as_a_whole(costs, method, layers)
     for step in sizes.steps:
         _recovery(costs, step)
     if sizes.factor_bits is not None:
         tokens = sizes.windows * sizes.length
         costs.add("quantise", costs.forward(2 * sizes.windows, share=sizes.keep))
-        costs.add("quantise", Work(full=2.0 * grams(sizes.walk) * tokens) + columns(sizes.walk, 2.0))
-    _judging(costs)
+        costs.add("quantise", Work(full=2.0 * grams(sizes.walk) * tokens))
+        known = known and layers is not None
+        if layers is not None:
+            costs.add("quantise", Work(seconds=layers.once["quantise"]))
+            costs.add("quantise", Work(seconds=layers.each_pass), sizes.windows / STREAMED)
+    _judging(costs, 0.0 if layers is None else layers.each_pass)
     costs.add("write", Work(moved=8.0 * sizes.bytes_written))
     costs.add("reload", Work(seconds=start) + Work(moved=6.0 * sizes.bytes_written))
     return {stage: work.on(rates) for stage, work in costs.stages.items()}, known
 
 
-def _judging(costs: Costs) -> None:
-    """The dense model, then both; of all sizes, each anchor beside the dense one. Then what both say."""
+def _judging(costs: Costs, each_pass: float) -> None:
+    """The dense model, then both; of all sizes, each anchor beside the dense one. Then what both say.
+
+    `each_pass` are seconds that the compressed model takes beside its products, to unpack its weights.
+    """
     own = costs.sizes
     if not own.eval_windows:
         return
     pairs = len(own.anchors) if own.any_size else 1
     costs.add("evaluate", costs.forward((2 * pairs + 1) * own.eval_windows))
     costs.add("evaluate", costs.loss(own.eval_windows, "judged"), pairs)
+    costs.add("evaluate", Work(seconds=each_pass), -(-own.eval_windows // WINDOWS))
     if own.samples and costs.passes is not None:
         layers = len(own.walk.layers) * CALL_S["cpu" if costs.rates.device.startswith("cpu") else "cuda"]
         once = own.blocks * costs.passes.short + costs.passes.short_head
-        costs.add("samples", Work(seconds=NEW_TOKENS * (2 * once + layers) * PROMPTS / 2))
-
-
-def columns(walk: Walk, sweeps: float) -> Work:
-    """A sweep over the columns of every weight with error feedback, and the inverse it needs, all in float64."""
-    products = sum(2.0 * la.outputs * float(la.inputs) ** 2 for la in walk.layers)
-    moved = sum(20.0 * 8 * la.outputs * la.inputs for la in walk.layers)
-    return sweeps * Work(full=2 * products, moved=moved, cubes=sum(float(la.inputs) ** 3 for la in walk.layers) / 3)
+        costs.add("samples", Work(seconds=NEW_TOKENS * (2 * once + layers + each_pass)))
 
 
 def _by_layers(costs: Costs, method: LayerMethod) -> None:
@@ -92,9 +105,10 @@ def _by_layers(costs: Costs, method: LayerMethod) -> None:
     own = costs.sizes
     rounds = method.rounds if own.keep < 1 else 0
     again = rounds * (own.middles if own.any_size else 1)
-    costs.add("calibrate", costs.statistics(method.needs, own.windows, own.gradient_windows))
+    if not own.shards:
+        costs.add("calibrate", costs.statistics(method.needs, own.windows, own.gradient_windows))
     costs.add("calibrate", costs.statistics(method.needs, own.gradient_windows, own.gradient_windows), again)
-    costs.add("decompose", costs.decomposition(method), 1 + rounds)
+    costs.add("decompose", costs.decomposition(method), (1 + rounds) / own.world)
     if method.refinement is not None:
         coupled = sum(coupling_operations(la.outputs, la.inputs, own.length) for la in own.walk.layers)
         one = (
@@ -106,7 +120,7 @@ def _by_layers(costs: Costs, method: LayerMethod) -> None:
     if not own.any_size and own.keep < 1:
         _for_one_size(costs, method)
     cubes = sum(min(la.outputs, la.inputs) ** 2 * max(la.outputs, la.inputs) for la in own.walk.layers)
-    costs.add("encode", Work(cubes=ENCODE * cubes))
+    costs.add("encode", Work(cubes=ENCODE * cubes / own.world))
     if isinstance(method, TrainedMethod) and method.steps and own.keep < 1:
         steps = own.any_size_steps if own.any_size else method.steps
         costs.add("learn", step_of(costs, method), steps)
@@ -115,14 +129,15 @@ def _by_layers(costs: Costs, method: LayerMethod) -> None:
 def step_of(costs: Costs, method: TrainedMethod) -> Work:
     """One step on scores or masks: every weight is formed from all components, and has a gradient."""
     teacher = not isinstance(method, MaskedMethod) or method.compares_with_dense
-    return costs.step(method.batch_size, teacher=teacher, forming=components(costs.sizes.walk))
+    return costs.step(method.batch_size / costs.sizes.world, teacher=teacher, forming=components(costs.sizes.walk))
 
 
 def _for_one_size(costs: Costs, method: LayerMethod) -> None:
     """What fits one size only: propagation, searched ranks, Newton steps."""
     own = costs.sizes
     if method.error_share > 0:
-        costs.add("propagate", costs.pairs_of_inputs(own.gradient_windows) + costs.decomposition(method))
+        costs.add("propagate", costs.pairs_of_inputs(own.gradient_windows))
+        costs.add("propagate", costs.decomposition(method), 1 / own.world)
     if isinstance(method, LearnedMethod) and method.newton_steps:
         held = max(1, own.gradient_windows // HELD_OUT)
         given = max(1, own.gradient_windows - held)
@@ -136,16 +151,23 @@ def _for_one_size(costs: Costs, method: LayerMethod) -> None:
         costs.add("search", costs.forward(searched) + costs.loss(searched, "judged"))
 
 
-def _as_a_whole(costs: Costs, method: Method) -> bool:
-    """Methods of few bits by columns; False for others, whose own work is not known."""
+def _as_a_whole(costs: Costs, method: ModelMethod, layers: LayerSeconds | None) -> bool:
+    """Methods that have said what they do to a layer; False for others, whose own work is not known."""
     own = costs.sizes
-    assert isinstance(method, ModelMethod)
     if isinstance(method, TrainedModelMethod) and method.steps:
         costs.add("learn", costs.step(method.batch_size, share=own.keep), method.steps)
-    sweeps = COLUMN_SWEEPS.get(method.info.name)
-    if sweeps is None:
+    if layers is None:
         return False
-    costs.add("compress", costs.statistics(method.needs, 2 * own.windows, 0) + columns(own.walk, sweeps))
+    if method.reads_dense_stats and not own.shards:
+        costs.add("calibrate", costs.statistics(method.needs, own.windows, own.gradient_windows))
+    for stage, seconds in layers.once.items():
+        costs.add(stage, Work(seconds=seconds))
+    if method.drifts:
+        costs.add("compress", costs.pairs_of_inputs(own.windows))
+    elif method.needs and not method.reads_dense_stats:
+        costs.add("compress", costs.forward(2 * own.windows) + costs.sums(method.needs, own.windows, 0))
+    if method.drifts or not method.reads_dense_stats:
+        costs.add("compress", Work(seconds=layers.each_pass), 2 * own.windows / STREAMED)
     return True
 
 

@@ -51,15 +51,23 @@ def learns_scores(method: Method) -> bool:
     return isinstance(method, LearnedMethod) and bool(method.steps or method.newton_steps)
 
 
-def check_sharding(method: Method, asked: bool | None) -> None:
-    """UsageError where weights in parts are asked of one process, or of a method that learns no scores."""
+def check_sharding(method: Method, asked: bool | None, world: int | None = None) -> None:
+    """UsageError where weights in parts are asked of one process, or of a method that learns no scores.
+
+    `world` is how many processes there are, of a run that is only planned; None: as many as have met.
+    """
     if asked and not learns_scores(method):
         raise UsageError(f"--shard-weights: method {method.info.name} learns no scores here; leave it out")
-    if asked and present().alone:
+    if asked and (present().world if world is None else world) == 1:
         raise UsageError(
             "--shard-weights shares weights out among processes, and there is one; start several with torchrun "
             "(docs/several-gpus.md), or leave it out"
         )
+
+
+def in_parts(walk: Walk, itemsize: int, device: torch.device, asked: bool | None) -> bool:
+    """As asked of several processes, else where one GPU should not hold all; a dense number has so many bytes."""
+    return not fits_whole(device, training_bytes(walk, itemsize), TRAIN_SHARE) if asked is None else asked
 
 
 def is_sharded(model: PreTrainedModel, walk: Walk, method: Method, asked: bool | None) -> bool:
@@ -73,8 +81,7 @@ def is_sharded(model: PreTrainedModel, walk: Walk, method: Method, asked: bool |
     if not learns_scores(method) or group.alone:
         return False
     itemsize = weight_of(model.get_submodule(walk.layers[0].name)).element_size()
-    needed = training_bytes(walk, itemsize)
-    sharded = not fits_whole(device_of(model), needed, TRAIN_SHARE) if asked is None else asked
+    sharded = in_parts(walk, itemsize, device_of(model), asked)
     group.refuse_unequal(
         "way to hold its weights", "in parts" if sharded else "whole", "pass --shard-weights or --no-shard-weights"
     )

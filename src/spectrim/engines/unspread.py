@@ -16,10 +16,18 @@ ALONE = "run it as one process (spectrim compress ..., without torchrun)"
 
 
 def refuse_unspread(
-    method: Method, steps: Sequence[Step], factor_bits: int | None, windows: int, gradient_windows: int
+    method: Method,
+    steps: Sequence[Step],
+    factor_bits: int | None,
+    windows: int,
+    gradient_windows: int,
+    world: int | None = None,
 ) -> None:
-    """UsageError where several processes would do the same work each, or have too few windows for all."""
-    world = present().world
+    """UsageError where several processes would do the same work each, or have too few windows for all.
+
+    `world` is how many there are, of a run that is only planned; None: as many as have met.
+    """
+    world = present().world if world is None else world
     if world == 1:
         return
     name = method.info.name

@@ -21,7 +21,7 @@ from spectrim.linalg.bits import VALUE_BYTES, Account, Unit, bias_account, budge
 from spectrim.linalg.factor import Factors
 from spectrim.linalg.quantise import BITS
 from spectrim.linalg.solver import SolverError
-from spectrim.model_method import Job, ModelMethod
+from spectrim.model_method import EACH_PASS, Job, ModelMethod, Piece
 from spectrim.models.walk import Layer, Walk, weight_of
 from spectrim.nn.packed import PackedLinear
 from spectrim.nn.stores import Store
@@ -105,6 +105,20 @@ class PackedMethod(BytesMethod):
         ranks = self.ranks(walk.layers, budget - bases)
         pairs = zip(walk.layers, ranks, strict=True)
         return bases + sum(correction_account(layer.outputs, layer.inputs, rank).total for layer, rank in pairs)
+
+    def rehearsal(self, layer: Layer, weight: Tensor, stats: Stats, keep: float) -> Sequence[Piece]:
+        """The base, the correction where a layer's share of the bytes leaves one, and unpacking."""
+        base = self.store_of(weight, stats, torch.bfloat16)
+        pieces = [
+            Piece("compress", lambda: self.store_of(weight, stats, torch.bfloat16)),
+            Piece(EACH_PASS, lambda: base.matrix(torch.float32), numbers=layer.weight_numbers),
+        ]
+        left = int(keep * VALUE_BYTES * layer.weight_numbers) - self.account(layer).total
+        rank = self.ranks([layer], left)[0] if left > 0 else 0
+        if rank:
+            missing = weight - base.matrix(torch.float64).detach()
+            pieces.append(Piece("compress", lambda: self.correction(missing, stats, rank)))
+        return pieces
 
     def compress(self, job: Job) -> "PreTrainedModel":
         """Layer by layer, or block by block with what the blocks before now make."""

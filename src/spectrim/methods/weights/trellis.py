@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.engines.coded import put_in_form
-from spectrim.engines.forms import DENSE, Form, Menu, code_menu, codes_of, full_menu
+from spectrim.engines.coded import code_pieces, put_in_form
+from spectrim.engines.forms import DENSE, Form, Menu, code_menu, codes_of, full_menu, mixed_codes
 from spectrim.engines.frontier import predicted_frontier
 from spectrim.engines.learned import skeleton
 from spectrim.engines.paired import Moments, in_order
@@ -40,7 +40,7 @@ from spectrim.linalg.predicted import Measured, in_codes
 from spectrim.linalg.solver import LinAlgError, SolverError
 from spectrim.linalg.trellis import WINDOW, WINDOWS
 from spectrim.method import MethodInfo, require_choice, require_range
-from spectrim.model_method import Job, ModelMethod
+from spectrim.model_method import Job, ModelMethod, Piece
 from spectrim.models.walk import Layer, Walk, weight_of
 from spectrim.stats import Stat, Stats
 
@@ -64,6 +64,7 @@ class Trellis(ModelMethod):
     needs: ClassVar = frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
     codecs: ClassVar[tuple[str, ...]] = ("packed", "quantised-factor", "quantised-pivot", "factor", "pivot")
     budget_unit: ClassVar[Unit] = "bytes"
+    drifts: ClassVar[bool] = True
 
     damping: float = DAMPING
     window: int = WINDOW
@@ -151,7 +152,10 @@ class Trellis(ModelMethod):
 
     def menu(self, job: Job, layer: Layer) -> Menu:
         """Step 1."""
-        measured = self.measured(job, layer.name)
+        return self.menu_for(layer, self.measured(job, layer.name))
+
+    def menu_for(self, layer: Layer, measured: Measured) -> Menu:
+        """All forms of a measured layer, or its codes."""
         if self.forms == "codes":
             return code_menu(layer, in_codes(measured, self.window), self.window)
         return full_menu(layer, measured, self.window)
@@ -170,6 +174,22 @@ class Trellis(ModelMethod):
         except SolverError as error:
             raise NumericalError(f"{name}: {error}; use more calibration text") from error
         return Measured(weight, moment, upper, shrink(stats.get(Stat.OUTPUT_GRAD), self.output_shrinkage))
+
+    def rehearsal(self, layer: Layer, weight: Tensor, stats: Stats, keep: float) -> Sequence[Piece]:
+        """Predicting, making up for drift, codes of the two rates that the budget lies between, and decoding."""
+
+        def prepare() -> None:
+            gram = stats.get(Stat.GRAM)
+            self.in_metric(drift_target(weight, gram, gram, mix=self.propagate), stats, layer.name)
+
+        measured = self.in_metric(weight, stats, layer.name)
+        pieces = [
+            Piece("predict", lambda: self.menu_for(layer, self.in_metric(weight, stats, layer.name))),
+            Piece("compress", prepare),
+        ]
+        for code, share in mixed_codes(self.window, 8 * VALUE_BYTES * keep):
+            pieces += code_pieces(code, share, measured, self.damping)
+        return pieces
 
     def placed(
         self, module: nn.Module, layer: Layer, stats: Stats, moments: Moments | None, form: Form, tokens: int
