@@ -252,6 +252,25 @@ def test_status_and_clean_of_the_output_find_its_shards(words: list[str], tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_clean_keeps_complete_shards_unless_their_output_is_named(words: list[str], tmp_path: Path):
+    """One command for a folder of outputs must not take what hours of an array went into."""
+    well(call(*words, "--shard", "1/2"))
+    for target in (shard_target(tmp_path / "out", Shard(2, 2)), tmp_path / "other"):  # not complete, and of no array
+        with locked(target) as folder:
+            write_state(folder.state_path("statistics 0"), 1, {}, {})
+    told = well(call("clean", tmp_path, "--all", "--yes")).out
+    kept = sums_of(tmp_path / "out", 1, 2).parent
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+    assert f"keep    {kept}" in told
+    assert (
+        f"complete: waits for the run with --shard merge/N; to remove it: spectrim clean {tmp_path}/out --all" in told
+    )
+    with locked(tmp_path / "out"):  # a merge is at work: stopped, it would need them again
+        assert "removed 0 folders" in well(call("clean", tmp_path / "out", "--all", "--yes")).out
+    shutil.rmtree(tmp_path / "out.resume")
+    assert "removed 1 folder, of 1 found" in well(call("clean", tmp_path / "out.shard-1-of-2", "--all", "--yes")).out
+
+
 def test_damaged_sums_are_refused_and_measured_again(words: list[str], tmp_path: Path):
     all_of(words, 2)
     path = sums_of(tmp_path / "out", 2, 2)
