@@ -19,12 +19,12 @@ import gc
 import json
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import attempted
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -77,10 +77,7 @@ class Bench:
             self.facts["skipped"].append(name)
         else:
             start = time.perf_counter()
-            try:
-                made = make()
-            except Exception as error:  # one row that fails must not take the others along
-                made = {"error": f"{type(error).__name__}: {str(error)[:500]}", "trace": traceback.format_exc()[-1500:]}
+            made = attempted(make)
             self.facts["rows"].append({"row": name, **made, "took_s": round(time.perf_counter() - start, 1)})
             print(json.dumps({k: v for k, v in self.facts["rows"][-1].items() if k != "choices"}), flush=True)
         if self.out is not None:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from reference_data import (
     tokenise_training,
     unpack_model,
 )
+from rows import attempted
 from shared_closed_forms import ClosedForms
 from tasks import Judge
 
@@ -287,11 +288,12 @@ def run_rows(args: argparse.Namespace) -> None:
         failed = 0
         for number, (row, keep, seed) in enumerate(work_of(args)):
             if time.time() < args.until and claim(args.claims, number):
-                try:
-                    save(args, number, bench.row(row, keep, seed))
-                except Exception as error:  # one row that fails must not take the others along
-                    print(f"{row.label}, keep {keep}, seed {seed}: {type(error).__name__}: {error}", flush=True)
+                found = attempted(partial(bench.row, row, keep, seed))
+                if "error" in found:
+                    print(f"{row.label}, keep {keep}, seed {seed}: {found['error']}", flush=True)
                     failed += 1
+                else:
+                    save(args, number, found)
     if failed:
         sys.exit(f"{failed} rows failed")
 

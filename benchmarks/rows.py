@@ -1,6 +1,7 @@
 """The rows of compare.py: every method as it is run there, in groups; and how a benchmark goes on after a bad row."""
 
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,13 +32,14 @@ TIME_IS_UP = "not started: the time was up"
 def attempted(work: Callable[[], dict[str, Any]], until: float = float("inf")) -> dict[str, Any]:
     """What `work` finds; {"error": why} where it fails, or where `until` (of time.time) came before it was begun.
 
-    One row that fails must not take the others along.
+    One row that fails must not take the others along; where it failed is printed to stderr.
     """
     if time.time() > until:
         return {"error": TIME_IS_UP}
     try:
         return work()
     except Exception as error:  # whatever it is, it belongs into the row
+        traceback.print_exc()
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
 

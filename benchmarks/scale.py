@@ -18,6 +18,7 @@ import scale_drivers
 import scale_low_memory
 import scale_profile
 import torch
+from rows import attempted
 from scale_models import MATRIX_RATE, QUICK, Shape, build, forward_operations, gram_operations, walk_of
 from torch import Tensor
 
@@ -57,10 +58,7 @@ class Rows:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        try:
-            row = work()
-        except Exception as error:  # one row that fails must not take the others along
-            row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        row = attempted(work)
         row["wall_s"] = time.perf_counter() - started
         if torch.cuda.is_available():
             row["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9

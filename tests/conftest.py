@@ -1,14 +1,27 @@
-"""What holds for every test: one thread, seeded property tests, silent libraries, skips with a reason."""
+"""What holds for every test: one thread, seeded property tests, silent libraries, skips with a reason, and results
+that are loaded again in the test's own process.
+"""
 
+import gc
+import logging
 import os
 import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read by transformers when it is first imported
 
 import pytest
 import torch
 from hypothesis import settings
+
+from spectrim import reloaded
+from spectrim.integrations import reload
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is first imported
@@ -25,8 +38,43 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
 
+logging.getLogger().addHandler(logging.NullHandler())  # else warnings go to stderr, into what commands say
+
 settings.register_profile("spectrim", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("spectrim")
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the garbage collector need not look at a million objects of libraries again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def _reload_here() -> Iterator[None]:
+    """A written folder is loaded again by the same code, without a process that imports torch for five seconds."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        code, err = 0, ""
+        with mock.patch.object(sys, "argv", command[2:]):
+            try:
+                reload.main()
+            except Exception:
+                code, err = 1, traceback.format_exc()
+        return subprocess.CompletedProcess(command, code, "", err)
+
+    with mock.patch.object(reloaded, "subprocess", SimpleNamespace(run=run)):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _reload(request: pytest.FixtureRequest, _reload_here: None) -> Iterator[None]:
+    """Tests marked `fresh_process` do what users do."""
+    if request.node.get_closest_marker("fresh_process"):
+        with mock.patch.object(reloaded, "subprocess", subprocess):
+            yield
+    else:
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

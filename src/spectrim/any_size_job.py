@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spectrim.closing import close_report
 from spectrim.data import Windows
 from spectrim.engines.any_size import AnySize, compress_any_size
 from spectrim.engines.clock import timed
@@ -20,14 +21,13 @@ from spectrim.evaluate.language import Quality, evaluate
 from spectrim.evaluate.samples import compare_samples
 from spectrim.fingerprint import text_fields
 from spectrim.integrations.folder import copy_in, round_to, write_nested
-from spectrim.job import foresee_all, peak_memory
+from spectrim.job import foresee_all
 from spectrim.linalg.fallback import Fallback, listening, summary
 from spectrim.method import LayerMethod, Method
 from spectrim.models.load import Source, load_dense, meta_model, pick_device, pick_dtype, resolve
 from spectrim.models.walk import find_layers
-from spectrim.reloaded import LOGIT_TOLERANCE, reload_difference
+from spectrim.reloaded import reload_difference
 from spectrim.report.any_size import build_any_size_report
-from spectrim.report.documents import write_documents
 from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
 from spectrim.resume import Resume, ResumeOptions, resumable
@@ -81,15 +81,8 @@ def _run(
             round_to(default, dtype, allow_nonfinite=skips)
             with timed(clock, "reload"):
                 difference = reload_difference(stage, copy_in(default, dtype), allow_nonfinite=skips)
-            report["reload"] = {
-                "size": request.keep,
-                "relative_logit_difference": difference,
-                "allowed": LOGIT_TOLERANCE,
-            }
-            clock["total"] = time.perf_counter() - started
-            report["peak_memory_bytes"] = peak_memory(device)
-            report["command"] = list(options.command)
-            write_documents(stage, report)
+            report["reload"] = {"size": request.keep}
+            close_report(stage, report, difference=difference, started=started, device=device, command=options.command)
             facts = {"tool": "spectrim", "method": sizes.method.to_config(), "source": source.name, "any_size": True}
             write_manifest(stage, facts={**facts, "quality_gate": report["quality_gate"]})
     report["folder"] = str(out)

@@ -12,6 +12,8 @@ from spectrim.errors import InputError, ResourceError, UsageError
 from spectrim.shard import SHARE, parse_shard, shard_target
 from spectrim.terminal import command_line, emit, stdout
 
+WAITS = "complete: waits for the run with --shard merge/N"
+
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="a folder that spectrim wrote")],
@@ -66,15 +68,23 @@ def describe(leftover: Any) -> list[str]:
         lines.append(f"  how far: {', '.join(f'step {step} of {stage}' for stage, step in leftover.states)}")
     elif leftover.kind == "resume":
         lines.append("  no state was saved yet")
+    if leftover.scratch_bytes and leftover.holder is None and leftover.problem is None:
+        scratch = f"{leftover.scratch_bytes / 2**20:.1f} MiB"
+        lines.append(f"  {scratch} of it are scratch files of a dead run; `spectrim clean` removes them alone")
     if leftover.problem is not None:
         lines.append(f"  left alone: {leftover.problem}")
-    elif leftover.holder is None and any(stage == SHARE for stage, _ in leftover.states):
-        lines.append("  complete: waits for the run with --shard merge/N, which removes it")
+    elif leftover.holder is None and waits_for_merge(leftover):
+        lines.append(f"  {WAITS}, which removes it")
     elif leftover.kind == "resume" and leftover.holder is None:
         lines.append(f"  to go on: {command_line(['resume', str(leftover.out)])}")
         if leftover.words is not None:
             lines.append(f"  that is:  {command_line(leftover.words)}    (in {leftover.folder})")
     return lines
+
+
+def waits_for_merge(leftover: Any) -> bool:
+    """Whether it is the complete sums of a task of a job array."""
+    return any(stage == SHARE for stage, _ in leftover.states)
 
 
 def resume(
@@ -128,27 +138,56 @@ def _last(words: list[str], option: str) -> str | None:
 def clean(
     folder: Annotated[Path, typer.Argument(help="an output, or a folder of outputs")] = Path("."),
     all_: Annotated[
-        bool, typer.Option("--all", help="also the states of stopped runs, and old results set aside")
+        bool,
+        typer.Option(
+            "--all",
+            help="also the states of stopped runs, and old results set aside; complete shards only of an output that "
+            "is named",
+        ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
     json_: Json = False,
 ) -> None:
-    """Remove what killed runs have left, unless a living process works in it."""
-    from spectrim.store.leftovers import find_leftovers, removable, remove_leftover
+    """Remove what killed runs have left, scratch files included, unless a living process works in it."""
+    from spectrim.store.leftovers import find_leftovers, is_named, removable, remove_leftover
 
     if json_ and not yes:
         raise UsageError("--json asks nothing: add --yes, or see `spectrim status --json`")
     found = find_leftovers(folder)
-    chosen = [leftover for leftover in found if removable(leftover, states=all_)]
-    if not json_:
-        for leftover in found:
-            lines = describe(leftover)
-            stdout.print(f"{'remove' if leftover in chosen else 'keep  '}  {lines[0]}", soft_wrap=True, markup=False)
+    chosen: list[tuple[Any, Any]] = []
+    for leftover in found:
+        shares = is_named(leftover, folder) or not waits_for_merge(leftover)
+        part = removable(leftover, states=all_ and shares)
+        if part is not None:
+            chosen.append((leftover, part))
+        if not json_:
+            for line in _fate(leftover, part, asked=all_):
+                stdout.print(line, soft_wrap=True, markup=False)
     if chosen and not yes:
         if not sys.stdin.isatty():
-            raise UsageError(f"{folder}: {len(chosen)} folders to remove and nobody to ask; add --yes")
-        chosen = chosen if typer.confirm(f"Remove {len(chosen)} folders?") else []
-    for leftover in chosen:
-        remove_leftover(leftover)
-    gone = [leftover.facts() for leftover in chosen]
-    emit({"removed": gone}, json_, lambda: stdout.print(f"removed {len(gone)} of {len(found)} folders"))
+            raise UsageError(f"{folder}: {_counted(chosen)} to remove and nobody to ask; add --yes")
+        chosen = chosen if typer.confirm(f"Remove {_counted(chosen)}?") else []
+    for leftover, part in chosen:
+        remove_leftover(leftover, part)
+    gone = [leftover.facts() | {"part": part} for leftover, part in chosen]
+    emit({"removed": gone}, json_, lambda: stdout.print(f"removed {_counted(chosen)}, of {len(found)} found"))
+
+
+def _fate(leftover: Any, part: str | None, *, asked: bool) -> list[str]:
+    """What `clean` will do with one leftover and, of complete shards that were asked for and stay, why."""
+    line = describe(leftover)[0]
+    if part is not None:
+        return [f"remove  {line}" if part == "folder" else f"remove  the {part} in {line}"]
+    lines = [f"keep    {line}"]
+    if asked and waits_for_merge(leftover) and leftover.holder is None and leftover.problem is None:
+        lines.append(f"        {WAITS}; to remove it: {command_line(['clean', str(leftover.whole), '--all'])}")
+    return lines
+
+
+def _counted(chosen: list[tuple[Any, Any]]) -> str:
+    """How much is chosen, in words."""
+    folders = sum(part == "folder" for _, part in chosen)
+    runs = len(chosen) - folders
+    told = [f"{folders} folder{'s' * (folders != 1)}"] if folders or not runs else []
+    told += [f"the scratch files of {runs} run{'s' * (runs != 1)}"] if runs else []
+    return " and ".join(told)

@@ -7,7 +7,6 @@ Its state is kept in OUT.resume until then: resume.py.
 """
 
 import dataclasses
-import resource
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from spectrim.byte_budget import settled
+from spectrim.closing import close_report
 from spectrim.data import Windows
 from spectrim.engines.clock import timed
 from spectrim.engines.layerwise import refuse_large_sides
@@ -53,7 +52,7 @@ from spectrim.models.load import (
 )
 from spectrim.models.walk import find_layers
 from spectrim.processes import present
-from spectrim.reloaded import LOGIT_TOLERANCE, reload_difference
+from spectrim.reloaded import reload_difference
 from spectrim.report.documents import write_documents
 from spectrim.report.facts import build_report
 from spectrim.reproducible import determinism, deterministic
@@ -130,11 +129,10 @@ def run(
             with timed(clock, "reload"):
                 skips = request.allow_nonfinite == "skip"
                 difference = reload_difference(stage, compressed.model, allow_nonfinite=skips)
-            compressed.report["reload"] = {"relative_logit_difference": difference, "allowed": LOGIT_TOLERANCE}
-            clock["total"] = time.perf_counter() - started
-            compressed.report["peak_memory_bytes"] = peak_memory(pick_device(request.device))
-            compressed.report["command"] = list(options.command)
-            write_documents(stage, compressed.report)
+            close_report(
+                stage, compressed.report, difference=difference, started=started, device=pick_device(request.device),
+                command=options.command,
+            )  # fmt: skip
             seal(stage, compressed)
     compressed.report["folder"] = str(out)
     return compressed
@@ -328,14 +326,6 @@ def _is_inside(tensor: str, names: set[str]) -> bool:
     """Whether a tensor belongs to one of the named modules."""
     parts = tensor.split(".")
     return any(".".join(parts[:i]) in names for i in range(1, len(parts)))
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Largest resident memory of this process, and of the GPU where there is one, in bytes."""
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if device.type == "cuda":
-        peak["gpu"] = torch.cuda.max_memory_allocated(device)
-    return peak
 
 
 def _say(progress: Progress | None, stage: str, done: int, total: int) -> None:

@@ -9,6 +9,7 @@ job.py that need whole models (samples of text, learned steps) are not taken; th
 """
 
 import dataclasses
+import math
 import time
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from spectrim.closing import close_report
 from spectrim.data import Windows
 from spectrim.engines.clock import timed
 from spectrim.engines.gradient_windows import default_gradient_windows
@@ -31,15 +33,14 @@ from spectrim.evaluate.language import Quality
 from spectrim.evaluate.streamed import evaluate_streamed
 from spectrim.integrations.folder import finer_than_held
 from spectrim.integrations.streamed_folder import hollow_result, write_streamed
-from spectrim.job import Compressed, count_written, foresee, gate_of, peak_memory, seal
+from spectrim.job import Compressed, count_written, foresee, gate_of, seal
 from spectrim.linalg.fallback import listening, summary
 from spectrim.memory import held_dtype, release
 from spectrim.method import LayerMethod, Method
 from spectrim.models.load import Source, meta_model, pick_device, pick_dtype, resolve
 from spectrim.models.streamed import Streamed, check_finite, open_streamed
 from spectrim.models.walk import find_layers
-from spectrim.reloaded import LOGIT_TOLERANCE, difference_of, few_tokens, logits_elsewhere
-from spectrim.report.documents import write_documents
+from spectrim.reloaded import difference_of, few_tokens, logits_elsewhere
 from spectrim.report.facts import build_report
 from spectrim.reproducible import determinism, deterministic
 from spectrim.request import Request
@@ -107,8 +108,6 @@ def _finish(
     job.scratch.leave_if_stopped()
     report = compressed.report
     report["warnings"] += resume.warnings
-    report["seconds"]["total"] = time.perf_counter() - started
-    report["peak_memory_bytes"] = peak_memory(job.device)
     report["low_memory"] = {
         "gpu_limit_bytes": limit_of(job.device),
         "gpu_reserved_bytes": torch.cuda.max_memory_reserved(job.device) if job.device.type == "cuda" else None,
@@ -116,8 +115,7 @@ def _finish(
         "read_bytes": MOVED.read - job.moved[0],
         "written_bytes": MOVED.written - job.moved[1],
     }
-    report["command"] = list(options.command)
-    write_documents(stage, report)
+    close_report(stage, report, difference=job.difference, started=started, device=job.device, command=options.command)
     seal(stage, compressed)
 
 
@@ -140,6 +138,7 @@ class _Job:
             held_dtype(device, source.dtype, source.checkpoint.numel),
         )
         self.clock: dict[str, float] = {}
+        self.difference = math.nan  # of the logits read back, when they are
         self.warnings: list[str] = []
         self.moved = MOVED.read, MOVED.written
 
@@ -164,13 +163,12 @@ class _Job:
         release()
         with timed(self.clock, "reload"):
             there = logits_elsewhere(stage, few_tokens(dense.model), self.device, streamed=True)
-            difference = difference_of(stage, logits, there)
+            self.difference = difference_of(stage, logits, there)
         self.say("reload", 1, 1)
         with timed(self.clock, "evaluate"):
             quality = self._judge(run, stage, texts.evaluation)
         outcome.seconds, outcome.warnings = self.clock, [*self.warnings, *run.warnings]
         report = self._report(outcome, texts, quality)
-        report["reload"] = {"relative_logit_difference": difference, "allowed": LOGIT_TOLERANCE}
         compressed = Compressed(
             model=outcome.model, outcome=outcome, report=report, source=self.source, extra=dense.extra
         )

@@ -3,6 +3,7 @@
 A method of the tests' own, which keeps the largest rows of each weight in a codec of its own, goes through the same.
 """
 
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from spectrim.nn.codecs import CODECS, StoredLinear, codec_class
 from spectrim.registry import MODEL_METHODS, make_method
 from spectrim.stats import Stat
 from spectrim.store import open_checkpoint
-from tiny_models import VOCABULARY, logits_of, tiny, token_ids
+from tiny_models import VOCABULARY, assert_same_state, logits_of, state_of, tiny, token_ids
 
 KEEP = 0.75
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -136,6 +137,42 @@ def made(name: str, keep: float = KEEP, **options: Any) -> tuple[Any, Outcome]:
     return dense, compress_model(dense, method, keep, token_ids(8), seed=3)
 
 
+@dataclass(frozen=True)
+class Made:
+    """A dense model, what it and its surroundings were before, and what was made of it, which no test may change."""
+
+    dense: Any
+    before: dict[str, Any]
+    outcome: Outcome
+    folder: Path
+
+
+@functools.cache
+def once(name: str, where: Path) -> Made:
+    """One run for all tests that only look at it."""
+    dense = dense_of(name)
+    before, random = state_of(dense), torch.get_rng_state()
+    outcome = compress_model(dense, method_of(name), KEEP, token_ids(8), seed=3)
+    assert torch.equal(random, torch.get_rng_state()), "the global random state was changed"
+    folder = where / name
+    write_folder(folder, finalise(outcome, torch.float32, base_model="tiny"), None)
+    return Made(dense, before, outcome, folder)
+
+
+@pytest.fixture(scope="module")
+def _runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def run(name: str, _runs: Path, rows_codec: None) -> Made:
+    return once(name, _runs)
+
+
+def loaded(run: Made):
+    return AutoModelForCausalLM.from_pretrained(run.folder)
+
+
 def written(outcome: Outcome, folder: Path):
     write_folder(folder, finalise(outcome, torch.float32, base_model="tiny"), None)
     return AutoModelForCausalLM.from_pretrained(folder)
@@ -158,31 +195,17 @@ every_name = pytest.mark.parametrize(
 
 
 @every_name
-def test_the_dense_model_is_left_alone(name):
-    dense = dense_of(name)
-    before = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
-    compress_model(dense, method_of(name), KEEP, token_ids(8), seed=3)
-    after = dense.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+def test_the_dense_model_is_left_alone(run):
+    """Its numbers, the flags of its parameters, its modules and their hooks; and the global random state (`once`)."""
+    assert_same_state(run.before, state_of(run.dense))
 
 
 @every_name
-def test_who_calls_sees_no_flag_and_no_random_state_change(name):
-    dense = dense_of(name)
-    flags, state = [p.requires_grad for p in dense.parameters()], torch.get_rng_state()
-    compress_model(dense, method_of(name), KEEP, token_ids(8), seed=3)
-    assert flags == [p.requires_grad for p in dense.parameters()]
-    assert torch.equal(state, torch.get_rng_state())
-
-
-@every_name
-def test_the_result_can_be_pickled(name, tmp_path):
-    model = made(name)[1].model
-    torch.save(model, tmp_path / "model.pt")
+def test_the_result_can_be_pickled(run, tmp_path):
+    torch.save(run.outcome.model, tmp_path / "model.pt")
     ids = token_ids(2)
     again = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+    assert torch.equal(logits_of(again, ids), logits_of(run.outcome.model, ids))
 
 
 @every_name
@@ -201,20 +224,19 @@ def test_numbers_that_were_not_finite_elsewhere_may_stay(name):
 
 
 @every_name
-def test_the_same_again_gives_the_same(name):
-    first, second = (made(name)[1].model.state_dict() for _ in range(2))
+def test_the_same_again_gives_the_same(name, run):
+    first, second = run.outcome.model.state_dict(), made(name)[1].model.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @every_name
-def test_what_is_written_is_what_was_made_and_within_the_budget(name, tmp_path):
-    _, outcome = made(name)
-    again = written(outcome, tmp_path / "out")
+def test_what_is_written_is_what_was_made_and_within_the_budget(run):
+    outcome = run.outcome
     ids = token_ids(2)
-    assert torch.allclose(logits_of(again, ids), logits_of(outcome.model, ids), atol=1e-5)
+    assert torch.allclose(logits_of(loaded(run), ids), logits_of(outcome.model, ids), atol=1e-5)
     names = {layer.name for layer in outcome.walk.layers}
-    headers = open_checkpoint(tmp_path / "out").tensors
+    headers = open_checkpoint(run.folder).tensors
     stored = [info for key, info in headers.items() if any(key.startswith(f"{n}.") for n in names)]
     assert sum(info.numel for info in stored) == outcome.plan.numbers_after
     unit = outcome.method.budget_unit
@@ -224,17 +246,16 @@ def test_what_is_written_is_what_was_made_and_within_the_budget(name, tmp_path):
 
 
 @every_name
-def test_what_was_loaded_saves_the_same_again(name, tmp_path):
-    again = written(made(name)[1], tmp_path / "one")
-    again.save_pretrained(tmp_path / "two")
-    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+def test_what_was_loaded_saves_the_same_again(run, tmp_path):
+    loaded(run).save_pretrained(tmp_path / "two")
+    first, second = (load_file(folder / "model.safetensors") for folder in (run.folder, tmp_path / "two"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @every_name
-def test_stored_layers_compute_their_dense_weight(name, tmp_path):
-    model = written(made(name)[1], tmp_path / "out")
+def test_stored_layers_compute_their_dense_weight_and_the_model_can_be_made_dense(run):
+    model = loaded(run)
     for path, module in model.named_modules():
         if not isinstance(module, StoredLinear):
             continue
@@ -243,11 +264,6 @@ def test_stored_layers_compute_their_dense_weight(name, tmp_path):
         expected = nn.functional.linear(x, module.dense_weight().float(), bias)
         assert torch.allclose(module(x), expected, atol=1e-4), path
         assert {k: tuple(t.shape) for k, t in module.state_dict().items() if t.numel()} == module.shapes(), path
-
-
-@every_name
-def test_a_stored_model_can_be_made_dense(name, tmp_path):
-    model = written(made(name)[1], tmp_path / "out")
     ids = token_ids(2)
     before = logits_of(model, ids)
     assert torch.allclose(logits_of(make_dense(model), ids), before, atol=1e-4)
@@ -263,10 +279,10 @@ def test_options_round_trip(name):
 
 
 @every_name
-def test_codecs_are_those_that_are_named(name):
+def test_codecs_are_those_that_are_named(name, run):
     method = method_of(name)
     assert isinstance(method, ModelMethod)
-    found = {m.codec for m in made(name)[1].model.modules() if isinstance(m, StoredLinear)}
+    found = {m.codec for m in run.outcome.model.modules() if isinstance(m, StoredLinear)}
     assert found <= set(method.codecs)
     assert all(codec_class(codec).codec == codec for codec in method.codecs)
 

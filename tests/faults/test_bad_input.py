@@ -5,6 +5,7 @@ folder, no partial one, and the source byte for byte what it was.
 """
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -34,7 +35,7 @@ from command_line import (
     small_model,
     small_text,
 )
-from spectrim import job, terminal
+from spectrim import cli, job, reloaded, terminal
 from spectrim.errors import Interrupted
 from spectrim.registry import all_methods
 from spectrim.report import documents
@@ -629,32 +630,48 @@ def wait_for(stage: str, stream: IO[str]) -> str:
     raise AssertionError(f"the child ended before {stage!r}:\n{seen}")
 
 
+def spectrim_in_a_fork(*words: str) -> tuple[int, IO[str]]:
+    """The process that works on a command in a session of its own, and what it says on its standard error."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            os.setsid()
+            os.dup2(write, 2)
+            sys.stdout, sys.stderr = io.StringIO(), open(2, "w", closefd=False)  # noqa: SIM115  as long as the process
+            sys.argv = ["spectrim", *words]
+            with mock.patch.object(reloaded, "subprocess", subprocess):
+                cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(write)
+    return pid, open(read, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stopped]:
-    """Three children side by side (each imports torch for seconds), stopped at the stage that `SIGNALS` names."""
-    children = {}
-    for name, (_, _, options) in SIGNALS.items():
+    """Three children, stopped at the stage that `SIGNALS` names; forks, which need not import torch."""
+    results = {}
+    for name, (number, stage, options) in SIGNALS.items():
         where = tmp_path_factory.mktemp(name.lower())
         model = small_model(where / "model")
         command = [str(model), "--out", str(where / "out"), "--eval", "none", *options]
         before = hashes(model)
-        child = subprocess.Popen(
-            [sys.executable, "-m", "spectrim", "compress", *command],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-        )  # fmt: skip
-        children[name] = (where, command, before, child)
-    results = {}
-    for name, (where, command, before, child) in children.items():
-        number, stage, _ = SIGNALS[name]
-        assert child.stderr is not None
-        err = wait_for(stage, child.stderr)
-        child.send_signal(number)
-        err += child.communicate(timeout=60)[1]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # a killed parent leaves its own child behind
+        pid, stderr = spectrim_in_a_fork("compress", *command)
+        with stderr:
+            err = wait_for(stage, stderr)
+            os.kill(pid, number)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # a killed parent leaves its own child behind, which holds the pipe
+            err += stderr.read()
         names = sorted(path.name for path in where.iterdir())
-        results[name] = Stopped(child.returncode, err, command, names, hashes(where / "model") == before, where / "out")
+        results[name] = Stopped(code, err, command, names, hashes(model) == before, where / "out")
     return results
 
 

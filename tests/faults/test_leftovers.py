@@ -17,6 +17,8 @@ from command_line import call, change_config, change_weights, hashes, shortest_r
 from spectrim import job
 from spectrim.errors import UsageError
 from spectrim.store import lock, points, verify_manifest
+from spectrim.store.leftovers import find_leftovers, remove_leftover
+from spectrim.store.scratch import Scratch
 from spectrim.store.state import write_state
 from spectrim.store.work import locked
 from spectrim.store.writer import staged, write_text
@@ -334,7 +336,7 @@ def test_clean_removes_what_nobody_holds(words: list[str], tmp_path: Path) -> No
         assert (answer.code, answer.out.count("remove  ")) == (2, 2), answer.err
         assert "2 folders to remove and nobody to ask; add --yes" in answer.message
         with mock.patch("sys.stdin.isatty", return_value=True), mock.patch("typer.confirm", return_value=False):
-            assert "removed 0 of 4" in call("clean", tmp_path).out
+            assert "removed 0 folders, of 4 found" in call("clean", tmp_path).out
         assert len(list(tmp_path.glob("*.partial-*"))) == 3
         answer = call("clean", tmp_path, "--yes")
         assert answer.code == 0, answer.err
@@ -362,7 +364,7 @@ def test_clean_takes_nothing_that_spectrim_does_not_write(tmp_path: Path, what: 
     before = sorted(p.name for p in tmp_path.rglob("*") if not p.is_symlink())
     answer = call("clean", tmp_path, "--all", "--yes")
     assert answer.code == 0, answer.err
-    assert "removed 0 of 3" in answer.out
+    assert "removed 0 folders, of 3 found" in answer.out
     assert sorted(p.name for p in tmp_path.rglob("*") if not p.is_symlink()) == before
 
 
@@ -371,9 +373,82 @@ def test_the_only_copy_of_an_old_result_is_kept(tmp_path: Path) -> None:
     aside = tmp_path / "out.old-deadbeef"
     aside.mkdir()
     (aside / "config.json").write_text("{}")
-    assert "removed 0 of 1" in call("clean", tmp_path, "--all", "--yes").out
+    assert "removed 0 folders, of 1 found" in call("clean", tmp_path, "--all", "--yes").out
     (tmp_path / "out").mkdir()
-    assert "removed 1 of 1" in call("clean", tmp_path, "--all", "--yes").out
+    assert "removed 1 folder, of 1 found" in call("clean", tmp_path, "--all", "--yes").out
+
+
+def killed_with_scratch_files(words: list[str], out: Path) -> None:
+    """A run of `--low-memory` that is killed while it works out its first block."""
+    put = Scratch.put
+
+    def last(self: Scratch, tensor: torch.Tensor) -> Any:
+        stored = put(self, tensor)
+        if self._made == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stored
+
+    def body() -> None:
+        with mock.patch.object(Scratch, "put", last):
+            call(*words, "--low-memory", "--out", out)
+
+    assert in_child(body) == -signal.SIGKILL
+
+
+@pytest.mark.fault(25, 43)
+def test_clean_takes_the_scratch_files_of_dead_runs_and_leaves_what_goes_on(words: list[str], tmp_path: Path) -> None:
+    killed_with_scratch_files(words, tmp_path / "out")
+    work = tmp_path / "out.resume"
+    scratch = sorted(work.glob("scratch-*.new"))
+    nbytes = sum(path.stat().st_size for path in scratch)
+    assert nbytes > 1000, scratch
+    assert "of it are scratch files of a dead run; `spectrim clean` removes them alone" in call("status", tmp_path).out
+    assert call("status", tmp_path, "--json").json["found"][-1]["scratch_bytes"] == nbytes
+    answer = call("clean", tmp_path)
+    assert (answer.code, "1 folder and the scratch files of 1 run to remove and nobody" in answer.message) == (2, True)
+    assert sorted(work.glob("scratch-*.new")) == scratch
+    answer = call("clean", tmp_path, "--yes")
+    assert answer.code == 0, answer.err
+    assert f"remove  the scratch files in {work}: " in answer.out
+    assert "removed 1 folder and the scratch files of 1 run, of 2 found" in answer.out
+    assert sorted(path.name for path in work.iterdir()) == ["command.json", "fingerprint.json", "lock"]
+    assert "removed 0 folders, of 1 found" in call("clean", tmp_path, "--yes").out
+    assert call("resume", tmp_path / "out").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.fault(33, 43)
+@pytest.mark.parametrize("holder", ["living", "elsewhere", "written down"])
+def test_scratch_files_stay_while_a_process_may_need_them(tmp_path: Path, holder: str) -> None:
+    """With its lock; of another host, of which nobody here knows; where the filesystem has no locks."""
+    scratch = tmp_path / "out.resume" / "scratch-000000.new"
+    with locked(tmp_path / "out"):
+        scratch.write_bytes(b"x")
+        if holder == "living":
+            assert call("clean", tmp_path, "--yes").out.startswith("keep")
+            assert call("clean", tmp_path, "--all", "--yes").out.startswith("keep")
+    if holder == "elsewhere":
+        write_holder(tmp_path / "out", host="elsewhere", process=1)
+    if holder == "written down":
+        parent = os.getppid()
+        write_holder(tmp_path / "out", process=parent, started=lock.started(parent))
+    if holder != "living":
+        assert call("clean", tmp_path, "--yes").out.startswith("keep")
+    assert scratch.exists()
+
+
+@pytest.mark.fault(43)
+def test_scratch_files_are_of_no_interest_once_their_run_has_ended(tmp_path: Path) -> None:
+    """Between looking and removing another run may have gone on, published and removed its folder, or be at work."""
+    with locked(tmp_path / "out") as folder:
+        (folder.path / "scratch-000000.new").write_bytes(b"x")
+    (found,) = find_leftovers(tmp_path)
+    with locked(tmp_path / "out") as folder:
+        with pytest.raises(UsageError, match="is working on"):
+            remove_leftover(found, "scratch files")
+        folder.remove()
+    remove_leftover(found, "scratch files")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- signals

@@ -1,6 +1,7 @@
 """The rules of SECURITY.md: read from the source, and watched by an audit hook while a model is compressed."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from command_line import PLAIN, small_model, small_text
+from each_file import each
 
 pytestmark = pytest.mark.faults
 
@@ -32,9 +34,10 @@ MAY_REACH_THE_NETWORK = {
     "src/spectrim/data/hub.py": set(),
     "src/spectrim/store/work.py": {"socket"},  # the name of this machine, for the lock
 }
-every_file = pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+every_file = each(ALL)
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -113,7 +116,7 @@ def test_the_rules_bite(line: str) -> None:
 
 
 @pytest.mark.fault(64)
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
+@each(PACKAGE)
 def test_only_named_files_reach_the_network(path: Path) -> None:
     used = {name.split(".")[0] for name in imports_of(tree_of(path))} & NETWORK
     assert used <= MAY_REACH_THE_NETWORK.get(path.relative_to(ROOT).as_posix(), set())

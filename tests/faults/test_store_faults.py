@@ -4,11 +4,13 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import TestCase
 
 import numpy as np
 import pytest
@@ -328,34 +330,30 @@ def test_created_parents_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert synced == [str(tmp_path / "a"), str(tmp_path)]
 
 
-LIMITED = """
-import resource, signal, sys
-sys.path.insert(0, sys.argv[1])
-import numpy as np
-from pathlib import Path
-from safetensors.numpy import save_file
-from spectrim.errors import ResourceError
-from spectrim.store.writer import staged, write_text
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    with staged(Path(sys.argv[2])) as folder:
-        if sys.argv[3] == "safetensors":
-            save_file({"a": np.zeros(10_000)}, folder / "m.safetensors")
-        else:
-            write_text(folder / "a.txt", "x" * 10_000)
-except ResourceError as error:
-    print(error)
-"""
-
-
 @pytest.mark.fault(38)
 @pytest.mark.parametrize("writer", ["safetensors", "text"])
 def test_a_real_limit_on_file_size(tmp_path: Path, writer: str) -> None:
-    command = [sys.executable, "-c", LIMITED, str(PACKAGE.parent), str(tmp_path / "out"), writer]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert "File too large (errno 27) after 0.00 GB (" in run.stdout, run.stderr
-    assert "`ulimit -f` allows no file this large" in run.stdout
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            with staged(tmp_path / "out") as folder:
+                if writer == "safetensors":
+                    save_file({"a": np.zeros(10_000)}, folder / "m.safetensors")
+                else:
+                    write_text(folder / "a.txt", "x" * 10_000)
+        except ResourceError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    with open(read, encoding="utf-8") as told:
+        said = told.read()
+    assert "File too large (errno 27) after 0.00 GB (" in said
+    assert "`ulimit -f` allows no file this large" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -413,17 +411,15 @@ def test_preflight_probes_what_access_does_not_tell(
         preflight(tmp_path / "new" / "out", source=None, overwrite=False, bytes_needed=1)
 
 
-def test_an_old_result_that_cannot_be_removed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_old_result_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     fill_old(out)
     monkeypatch.setattr(disk.shutil, "rmtree", lambda path, ignore_errors: None)
-    with staged(out, overwrite=True) as folder:
+    with TestCase().assertLogs("spectrim") as told, staged(out, overwrite=True) as folder:
         write_text(folder / "new", "new")
     assert contents(out) == {"new": b"new"}
     assert contents(folder) == OLD
-    assert f"{folder}: is the replaced old result and could not be removed" in caplog.text
+    assert f"{folder}: is the replaced old result and could not be removed" in told.output[0]
 
 
 @pytest.mark.fault(33, 21)

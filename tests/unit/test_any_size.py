@@ -486,6 +486,7 @@ def test_too_few_steps_for_the_anchors_are_refused():
 # The command line
 
 
+@pytest.mark.fresh_process
 def test_the_command_line_from_one_run_to_one_size(tmp_path):
     model, text = small_model(tmp_path / "dense"), small_text(tmp_path / "text.txt")
     common = ("--calib", text, "--eval", text, *QUICK)

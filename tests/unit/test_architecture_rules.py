@@ -4,17 +4,18 @@ Read from the source by `ast`, so nothing is imported and imports inside functio
 """
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from each_file import each
 
 ROOT = Path(__file__).resolve().parents[2] / "src" / "spectrim"
 FILES = sorted(ROOT.rglob("*.py"))
 MOST_LINES = 350
 FORBIDDEN_NAMES = {"utils.py", "util.py", "helpers.py", "helper.py", "manager.py", "common.py", "misc.py"}
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+every_file = each(FILES)
 
 
 def module_name(path: Path) -> str:
@@ -32,6 +33,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 

@@ -284,6 +284,7 @@ REQUEST: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.fresh_process
 def test_a_folder_that_plain_transformers_loads(tmp_path: Path) -> None:
     made = run(Request(model="builtin:tiny", method="svd", **REQUEST), tmp_path / "low")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "low", local_files_only=True).eval()

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import pytest
@@ -31,34 +33,48 @@ from spectrim.request import Request
 from spectrim.stats import Stats
 from tiny_models import logits_of, tiny
 
-TESTS = Path(__file__).resolve().parents[1]
-WORKER = TESTS / "several_worker.py"
-
 
 class Ended(NamedTuple):
     code: int
     err: str
 
 
-def start_all(words: Sequence[str], world: int = 2, timeout_s: float = 500) -> list[Ended]:
-    """`python WORDS` in so many processes, as a launcher would start them; how each ended, by rank."""
-    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, *words], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        return [Ended(p.wait(timeout_s), "" if p.stderr is None else p.stderr.read()) for p in started]
-    finally:
+def rank_of(out: Path, case: str, environment: dict[str, str], said: int) -> None:
+    """One of the processes, which need not import torch again."""
+    os.environ.update(environment)
+    os.dup2(said, 2)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  as long as the process
+    sys.argv = [several_worker.__file__, str(out), case]
+    os._exit(several_worker.main())
+
+
+def start_all(out: Path, case: str, world: int = 2, timeout_s: float = 500) -> list[Ended]:
+    """A case of several_worker.py in so many forks, as a launcher would start them; how each ended, by rank."""
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ended = []
+    with ExitStack() as files:
+        said = [files.enter_context(TemporaryFile("w+")) for _ in range(world)]
+        started = [
+            get_context("fork").Process(
+                target=rank_of,
+                args=(out, case, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, file.fileno()),
+            )
+            for rank, file in enumerate(said)
+        ]
         for process in started:
-            process.kill()
-            process.wait()
-            if process.stderr is not None:
-                process.stderr.close()
+            process.start()
+        try:
+            for process, file in zip(started, said, strict=True):
+                process.join(timeout_s)
+                assert process.exitcode is not None, "it does not end"
+                file.seek(0)
+                ended.append(Ended(process.exitcode, file.read()))
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
+                process.close()
+    return ended
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +85,7 @@ def products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two")
-    for ended in start_all([str(WORKER), str(out), "compare"]):
+    for ended in start_all(out, "compare"):
         assert ended.code == 0, ended.err
     return out
 
@@ -120,7 +136,7 @@ def agrees_with_one_process(method: str, found: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.slow
 def test_large_models_are_those_of_one_process(tmp_path: Path):
-    for ended in start_all([str(WORKER), str(tmp_path), "large"]):
+    for ended in start_all(tmp_path, "large"):
         assert ended.code == 0, ended.err
     for method in several_worker.LARGE:
         ranks = [load_file(tmp_path / f"{method} {rank}.safetensors") for rank in range(2)]
@@ -214,7 +230,7 @@ def test_work_goes_to_the_least_loaded_the_dearest_first():
     ],
 )
 def test_when_a_rank_fails_the_other_leaves_with_its_name(tmp_path: Path, case: str, code: int, says: str):
-    first, second = start_all([str(WORKER), str(tmp_path), case])
+    first, second = start_all(tmp_path, case)
     assert second.code == (-signal.SIGKILL if case == "killed" else code), second.err
     assert first.code == code, first.err
     assert "rank 1 (process" in first.err

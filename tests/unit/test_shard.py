@@ -29,12 +29,17 @@ from tiny_models import token_ids
 assert spectrim  # registers the format that the results are in
 SIZES = ("--calib-windows", "24", "--gradient-windows", "12", "--calib-length", "16")
 """A third of either kind of window is one batch on a CPU."""
-METHODS = {
-    "svd-llm": (),
-    "two-sided": ("coupling=sequence", "rounds=1"),
-    "soco": ("steps=0", "newton=1", "rounds=1"),
-    "gptq": (),
+LESS = ("--keep", "0.6")
+BITS = ("--keep", "0.2", "--set")
+RUNS = {
+    "svd-llm": (*LESS, "--method", "svd-llm"),
+    "two-sided": (*LESS, "--method", "two-sided", "--set", "coupling=sequence", "--set", "rounds=1"),
+    "soco": (*LESS, "--method", "soco", "--set", "steps=0", "--set", "newton=1", "--set", "rounds=1"),
+    "gptq": ("--keep", "0.4", "--set", "group_size=16", "--method", "gptq"),
+    "trellis": (*BITS, "window=8", "--method", "trellis"),
+    "bytes": ("--keep-bytes", "0.955", "--dtype", "bfloat16", "--set", "window=8"),
 }
+"""Options by what is tried. A budget in bytes takes trellis, and is settled in every task alike."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +53,15 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A command that takes a second; --out and --method are missing."""
+    """A command that takes a second; --out, --keep and --method are missing."""
     where = tmp_path_factory.mktemp("input")
     model, text = small_model(where / "model"), small_text(where / "text.txt")
-    return ["compress", str(model), "--keep", "0.6", "--calib", str(text), "--eval", "none", *SIZES]
+    return ["compress", str(model), "--calib", str(text), "--eval", "none", *SIZES]
 
 
 @pytest.fixture
 def words(given: list[str], tmp_path: Path) -> list[str]:
-    return [*given, "--method", "two-sided", "--set", "rounds=1", "--out", str(tmp_path / "out")]
+    return [*given, *LESS, "--method", "two-sided", "--set", "rounds=1", "--out", str(tmp_path / "out")]
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -81,28 +86,22 @@ def sums_of(out: Path, number: int, of: int = 3) -> Path:
 # ---- the result
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] if m == "soco" else []) for m in METHODS])
-def test_three_tasks_make_what_one_process_makes(given: list[str], tmp_path: Path, method: str):
-    options = [word for option in METHODS[method] for word in ("--set", option)]
-    if method == "gptq":
-        given = [*given[:2], *given[4:], "--keep", "0.4"]
-        options += ["--set", "group_size=16"]
-    words = [*given, "--method", method, *options, "--out"]
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] if run == "soco" else []) for run in RUNS])
+def test_three_tasks_make_what_one_process_makes(given: list[str], tmp_path: Path, run: str):
+    words = [*given, *RUNS[run], "--out"]
     well(call(*words, tmp_path / "one"))
     all_of([*words, str(tmp_path / "out")], 3)
     assert not (tmp_path / "out").exists()
     with mock.patch.object(measuring, "add_up", wraps=measuring.add_up) as add_up:
         well(call(*words, tmp_path / "out", "--shard", "merge/3"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    steps = [
-        {"stage": f"shard {i}/3", "step": 8 * i if method in ("svd-llm", "gptq") else 12 + 4 * i} for i in (1, 2, 3)
-    ]
+    steps = [{"stage": f"shard {i}/3", "step": 8 * i if run in ("svd-llm", "gptq") else 12 + 4 * i} for i in (1, 2, 3)]
     assert [told for told in report["resumed"] if told["stage"].startswith("shard")] == steps
     assert add_up.call_args_list[0].kwargs["stage"] == "statistics 0"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]
     one, found = logits(tmp_path / "one"), logits(tmp_path / "out")
     dense = logits(Path(given[1]))
-    assert float((one - dense).abs().max() / dense.abs().max()) > 1e-2
+    assert float((one - dense).abs().max() / dense.abs().max()) > 2e-3
     assert float((found - one).abs().max() / one.abs().max()) < 1e-6
 
 
@@ -252,6 +251,25 @@ def test_status_and_clean_of_the_output_find_its_shards(words: list[str], tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_clean_keeps_complete_shards_unless_their_output_is_named(words: list[str], tmp_path: Path):
+    """One command for a folder of outputs must not take what hours of an array went into."""
+    well(call(*words, "--shard", "1/2"))
+    for target in (shard_target(tmp_path / "out", Shard(2, 2)), tmp_path / "other"):  # not complete, and of no array
+        with locked(target) as folder:
+            write_state(folder.state_path("statistics 0"), 1, {}, {})
+    told = well(call("clean", tmp_path, "--all", "--yes")).out
+    kept = sums_of(tmp_path / "out", 1, 2).parent
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+    assert f"keep    {kept}" in told
+    assert (
+        f"complete: waits for the run with --shard merge/N; to remove it: spectrim clean {tmp_path}/out --all" in told
+    )
+    with locked(tmp_path / "out"):  # a merge is at work: stopped, it would need them again
+        assert "removed 0 folders" in well(call("clean", tmp_path / "out", "--all", "--yes")).out
+    shutil.rmtree(tmp_path / "out.resume")
+    assert "removed 1 folder, of 1 found" in well(call("clean", tmp_path / "out.shard-1-of-2", "--all", "--yes")).out
+
+
 def test_damaged_sums_are_refused_and_measured_again(words: list[str], tmp_path: Path):
     all_of(words, 2)
     path = sums_of(tmp_path / "out", 2, 2)
@@ -314,7 +332,7 @@ def test_what_cannot_be_shared_out_is_refused_by_name(words: list[str], tmp_path
 
 
 def test_a_method_that_measures_behind_its_own_layers_is_refused(given: list[str], tmp_path: Path):
-    words = [*given, "--out", str(tmp_path / "out"), "--method", "gptq", "--set", "sequential=true"]
+    words = [*given, *LESS, "--out", str(tmp_path / "out"), "--method", "gptq", "--set", "sequential=true"]
     answer = call(*words, "--shard", "1/2")
     assert answer.code == 2, answer.err
     assert "measures layers behind those that it has compressed" in answer.message

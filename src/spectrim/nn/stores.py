@@ -76,6 +76,14 @@ class Store(nn.Module):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of its tensors by key."""
 
+    def make_empty(self, *codes: str, device: Any = None, dtype: Any = None) -> None:
+        """Its own tensors, zeros of the shapes that it says: `codes` are buffers of bytes, all others parameters."""
+        for key, shape in self.shapes().items():
+            if key in codes:
+                self.register_buffer(key, torch.zeros(shape, dtype=torch.uint8, device=device))
+            elif "." not in key:  # those of a store inside are there
+                self.register_parameter(key, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
+
     def after_load(self) -> None:
         """ValueError for tensors that cannot be right."""
 
@@ -84,11 +92,12 @@ class PlainStore(Store):
     """Numbers as they are."""
 
     kind = "plain"
+    numbers: nn.Parameter
 
     def __init__(self, outputs: int, inputs: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.outputs, self.inputs = outputs, inputs
-        self.numbers = nn.Parameter(torch.zeros(outputs, inputs, device=device, dtype=dtype))
+        self.make_empty(device=device, dtype=dtype)
 
     @classmethod
     def holding(cls, matrix: Tensor) -> Self:

@@ -20,6 +20,10 @@ class BilevelStore(Store):
     codes: Tensor
     scale_codes: Tensor
     zero_codes: Tensor
+    scale_steps: nn.Parameter
+    scale_lows: nn.Parameter
+    zero_steps: nn.Parameter
+    zero_lows: nn.Parameter
 
     def __init__(
         self,
@@ -37,12 +41,7 @@ class BilevelStore(Store):
         self.outputs, self.inputs = outputs, inputs
         self.bits, self.group_size, self.statistic_bits, self.rows = bits, group_size, statistic_bits, rows
         self.groups = group_count(inputs, group_size)
-        shapes = self.shapes()
-        for key in ("codes", "scale_codes", "zero_codes"):
-            self.register_buffer(key, torch.zeros(shapes[key], dtype=torch.uint8, device=device))
-        grids = {key: torch.zeros(shapes[key], device=device, dtype=dtype) for key in shapes if "codes" not in key}
-        self.scale_steps, self.scale_lows = (nn.Parameter(grids[f"scale_{part}"]) for part in ("steps", "lows"))
-        self.zero_steps, self.zero_lows = (nn.Parameter(grids[f"zero_{part}"]) for part in ("steps", "lows"))
+        self.make_empty("codes", "scale_codes", "zero_codes", device=device, dtype=dtype)
 
     @classmethod
     def holding(

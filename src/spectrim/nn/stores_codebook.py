@@ -16,13 +16,12 @@ class CodebookStore(Store):
 
     kind = "codebook"
     codes: Tensor
+    table: nn.Parameter
 
     def __init__(self, outputs: int, inputs: int, *, bits: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.outputs, self.inputs, self.bits = outputs, inputs, bits
-        shapes = self.shapes()
-        self.register_buffer("codes", torch.zeros(shapes["codes"], dtype=torch.uint8, device=device))
-        self.table = nn.Parameter(torch.zeros(shapes["table"], device=device, dtype=dtype))
+        self.make_empty("codes", device=device, dtype=dtype)
 
     @classmethod
     def holding(cls, codebook: Codebook, *, bits: int, dtype: torch.dtype) -> Self:

@@ -21,7 +21,7 @@ class GroupStore(Store):
         self.outputs, self.inputs = outputs, inputs
         self.groups = inputs // kept.inputs
         self.kept = kept
-        self.register_buffer("bitmap", torch.zeros(self.shapes()["bitmap"], dtype=torch.uint8, device=device))
+        self.make_empty("bitmap", device=device)
 
     @classmethod
     def holding(cls, kept: Store, mask: Tensor) -> Self:

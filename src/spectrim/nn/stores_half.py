@@ -21,7 +21,7 @@ class HalfStore(Store):
         super().__init__()
         self.outputs, self.inputs = values.outputs, 2 * values.inputs
         self.values = values
-        self.register_buffer("places", torch.zeros(self.shapes()["places"], dtype=torch.uint8, device=device))
+        self.make_empty("places", device=device)
 
     @classmethod
     def holding(cls, values: Store, places: Tensor) -> Self:

@@ -17,15 +17,13 @@ class NormalStore(Store):
     kind = "normal"
     codes: Tensor
     scale_codes: Tensor
+    scales: nn.Parameter
 
     def __init__(self, outputs: int, inputs: int, form: Form, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.outputs, self.inputs, self.form = outputs, inputs, form
         self.blocks, _ = blocks_in(outputs, inputs, form)
-        shapes = self.shapes()
-        self.register_buffer("codes", torch.zeros(shapes["codes"], dtype=torch.uint8, device=device))
-        self.register_buffer("scale_codes", torch.zeros(shapes["scale_codes"], dtype=torch.uint8, device=device))
-        self.scales = nn.Parameter(torch.zeros(shapes["scales"], device=device, dtype=dtype))
+        self.make_empty("codes", "scale_codes", device=device, dtype=dtype)
 
     @classmethod
     def holding(cls, rounded: NormalRounded, form: Form, *, dtype: torch.dtype) -> Self:

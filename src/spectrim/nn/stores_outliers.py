@@ -17,15 +17,15 @@ class OutlierStore(Store):
     """
 
     kind = "outliers"
+    numbers: nn.Parameter
     gaps: Tensor
 
     def __init__(self, inner: Store, entries: int, gap_bytes: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.outputs, self.inputs = inner.outputs, inner.inputs
         self.entries, self.gap_bytes = entries, gap_bytes
-        self.numbers = nn.Parameter(torch.zeros(entries, device=device, dtype=dtype))
-        self.register_buffer("gaps", torch.zeros(gap_bytes, dtype=torch.uint8, device=device))
         self.inner = inner
+        self.make_empty("gaps", device=device, dtype=dtype)
 
     @classmethod
     def holding(cls, inner: Store, entries: Entries, *, dtype: torch.dtype) -> Store:

@@ -22,15 +22,14 @@ class TrellisStore(Store):
 
     kind = "trellis"
     codes: Tensor
+    scales: nn.Parameter
     claimed: int | None = None
     """What the file's entry says `check` to be; None where it has none, and of stores that were not loaded."""
 
     def __init__(self, outputs: int, inputs: int, rate: Rate, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.outputs, self.inputs, self.rate = outputs, inputs, rate
-        shapes = self.shapes()
-        self.register_buffer("codes", torch.zeros(shapes["codes"], dtype=torch.uint8, device=device))
-        self.scales = nn.Parameter(torch.zeros(shapes["scales"], device=device, dtype=dtype))
+        self.make_empty("codes", device=device, dtype=dtype)
 
     @classmethod
     def holding(cls, coded: Coded, inputs: int, rate: Rate, *, dtype: torch.dtype) -> Self:

@@ -15,6 +15,7 @@ class UniformStore(Store):
 
     kind = "uniform"
     codes: Tensor
+    scales: nn.Parameter
     zeros: Tensor | None
 
     def __init__(
@@ -32,11 +33,9 @@ class UniformStore(Store):
         self.outputs, self.inputs = outputs, inputs
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.groups = group_count(inputs, group_size)
-        shapes = self.shapes()
-        self.register_buffer("codes", torch.zeros(shapes["codes"], dtype=torch.uint8, device=device))
-        self.scales = nn.Parameter(torch.zeros(shapes["scales"], device=device, dtype=dtype))
-        zeros = None if symmetric else torch.zeros(shapes["zeros"], dtype=torch.uint8, device=device)
-        self.register_buffer("zeros", zeros)
+        self.make_empty("codes", "zeros", device=device, dtype=dtype)
+        if symmetric:
+            self.register_buffer("zeros", None)
 
     @classmethod
     def holding(cls, rounded: Rounded, *, bits: int, group_size: int, dtype: torch.dtype) -> Self:

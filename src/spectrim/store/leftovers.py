@@ -4,7 +4,8 @@
     OUT.partial-XXXXXXXX  a result that was being written, or, after `--overwrite`, the old one that was replaced
     OUT.old-XXXXXXXX      the old result, set aside for a moment where a filesystem has no atomic exchange
 
-Nothing here is removed that a living process works in, and nothing that holds what spectrim does not write.
+Nothing here is removed that a living process works in, and nothing that holds what spectrim does not write. What a dead
+run alone could use (scratch files of `--low-memory`, writes that were not finished) goes although its states stay.
 """
 
 import os
@@ -23,6 +24,7 @@ from spectrim.store.target import absolute
 from spectrim.store.work import COMMAND, SUFFIX, WorkFolder, locked, read_command, refuse_foreign
 
 Kind = Literal["resume", "partial", "old"]
+Part = Literal["folder", "scratch files"]
 _NAME = re.compile(rf"(?P<out>.+?)(?:(?P<resume>{re.escape(SUFFIX)})|\.(?P<kind>partial|old)-[0-9a-f]{{8}})", re.DOTALL)
 _TASK = re.compile(r"\.shard-\d+-of-\d+$")
 """Behind the name of an output: that of a task of a job array (shard.py), whose sums are for this output."""
@@ -43,7 +45,13 @@ class Leftover:
     states: list[tuple[str, int]] = field(default_factory=list)  # (stage, step), the newest last
     words: list[str] | None = None  # of the command that goes on, after `spectrim`
     folder: str | None = None  # in which that command was typed
+    scratch_bytes: int = 0  # of `nbytes`: files that only the run that wrote them could use
     problem: str | None = None  # why it is not removed by us, or what cannot be read in it
+
+    @property
+    def whole(self) -> Path:
+        """`out`; of a task of a job array the output that its sums are for."""
+        return _whole(self.out)
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -57,6 +65,7 @@ class Leftover:
             "states": [{"stage": stage, "step": step} for stage, step in self.states],
             "command": self.words,
             "command_folder": self.folder,
+            "scratch_bytes": self.scratch_bytes,
             "problem": self.problem,
         }
 
@@ -96,13 +105,26 @@ def _resume(common: dict[str, Any]) -> Leftover:
     path: Path = common["path"]
     try:
         refuse_foreign(path)
-        states = sorted((_changed(state), *read_step(state)) for state in WorkFolder(path).states())
+        work = WorkFolder(path)
+        states = sorted((_changed(state), *read_step(state)) for state in work.states())
         words, folder = read_command(path) if os.path.lexists(path / COMMAND) else (None, None)
-        holder = _holder(path / LOCK)
+        scratch = sum(map(_size, work.unfinished()))
+        holder = _holder(path / LOCK) or _merging(common["out"])
     except (InputError, UsageError) as error:
         return Leftover(**common, holder=None, problem=str(error))
     told = [(stage, step) for _, stage, step in states]
-    return Leftover(**common, holder=holder, states=told, words=words, folder=folder)
+    return Leftover(**common, holder=holder, states=told, words=words, folder=folder, scratch_bytes=scratch)
+
+
+def _merging(out: Path) -> str | None:
+    """Who works on the output that a task's sums are for, in words: a merge that is stopped needs them again."""
+    whole = _whole(out)
+    return None if whole == out else _holder(whole.with_name(f"{whole.name}{SUFFIX}") / LOCK)
+
+
+def _whole(out: Path) -> Path:
+    """The output of a job array, of the name of one of its tasks too."""
+    return out.with_name(_TASK.sub("", out.name))
 
 
 def _result(common: dict[str, Any]) -> Leftover:
@@ -147,16 +169,35 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def removable(leftover: Leftover, *, states: bool) -> bool:
-    """Whether `clean` takes it: no process, nothing strange in it; states and old results only when asked for."""
-    return leftover.holder is None and leftover.problem is None and (states or leftover.kind == "partial")
+def _size(path: Path) -> int:
+    try:
+        return os.lstat(path).st_size
+    except OSError:  # a living run has let it go
+        return 0
 
 
-def remove_leftover(leftover: Leftover) -> None:
-    """Removes it, unless a process has taken it up since it was found."""
+def is_named(leftover: Leftover, where: Path) -> bool:
+    """Whether `where` is the very output that it is of, or of which it is a task, and not a folder of outputs."""
+    return absolute(where) in (leftover.out, leftover.whole)
+
+
+def removable(leftover: Leftover, *, states: bool) -> Part | None:
+    """What `clean` takes of it: nothing of what a process holds, or that has something strange in it; states and old
+    results only when asked for.
+    """
+    if leftover.holder is not None or leftover.problem is not None:
+        return None
+    if states or leftover.kind == "partial":
+        return "folder"
+    return "scratch files" if leftover.scratch_bytes else None
+
+
+def remove_leftover(leftover: Leftover, part: Part = "folder") -> None:
+    """Removes it, or its scratch files alone, unless a process has taken it up since it was found."""
     if leftover.kind == "resume":
-        with locked(leftover.out) as folder:
-            gone = folder.remove()
+        with locked(leftover.out) as folder:  # which removes the scratch files
+            empty = [path.name for path in folder.path.iterdir()] == [LOCK]  # its run has ended just now
+            gone = folder.remove() if part == "folder" or empty else not folder.unfinished()
     else:
         if disk.is_held(leftover.path):
             raise UsageError(f"{leftover.path}: a process works in it now; wait for it")

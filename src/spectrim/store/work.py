@@ -118,6 +118,10 @@ class WorkFolder:
         """The states that are there now, complete or damaged."""
         return sorted(path for path in self.path.iterdir() if path.suffix == ".safetensors")
 
+    def unfinished(self) -> list[Path]:
+        """What the process that works here, or one that was killed, has not finished writing, and its scratch files."""
+        return [path for path in self.path.iterdir() if _UNFINISHED.fullmatch(path.name)]
+
     def clear(self) -> None:
         """Everything but the lock is removed: the newest states first, so that what is left after a kill can always be
         gone on from, and the fingerprint last, so that no state is ever left without.
@@ -132,9 +136,8 @@ class WorkFolder:
 
     def sweep(self) -> None:
         """What a killed process had not finished writing is removed: it is named by nobody and takes space."""
-        for path in self.path.iterdir():
-            if _UNFINISHED.fullmatch(path.name):
-                disk.remove(path)
+        for path in self.unfinished():
+            disk.remove(path)
 
     def remove(self) -> bool:
         """Whether the folder is gone. Never raises: the result is published, or another error is under way."""
