@@ -10,16 +10,19 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import scale_drivers
 import scale_low_memory
 import scale_profile
+import scale_stages
 import torch
 from rows import attempted
 from scale_models import MATRIX_RATE, QUICK, Shape, build, forward_operations, gram_operations, walk_of
+from scale_rotary import rotary
 from torch import Tensor
 
 from spectrim.engines import recompute, way
@@ -35,9 +38,11 @@ from spectrim.report.plot import line_chart
 
 Row = dict[str, Any]
 WHAT = ("drivers", "fast", "soco-steps", "growth", "profile")
-ON_ASKING = ("low-memory-files", "low-memory")
-"""Needs disk for a model in files; see scale_low_memory.py."""
-ALLOWED = {"fast": {"seconds": 240, "gpu_gb": 60}}
+ON_ASKING = ("rotary", "low-memory-files", "low-memory")
+"""The last two need disk for a model in files; see scale_low_memory.py."""
+ALLOWED = {"fast": {"seconds": 240, "gpu_gb": 60, "host_gb": 60}}
+FLOOR_SHARE = 0.60
+"""Of the floor of its operations, what calibration is to reach."""
 
 
 class Rows:
@@ -61,7 +66,8 @@ class Rows:
         row = attempted(work)
         row["wall_s"] = time.perf_counter() - started
         if torch.cuda.is_available():
-            row["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            peaks = row.get("gpu_peaks_gb", {}).values()  # of stages, after each of which torch counts anew
+            row["gpu_gb"] = max([torch.cuda.max_memory_allocated() / 1e9, *peaks])
             row["gpu_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         row["host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         self._keep(name, row)
@@ -110,11 +116,11 @@ def fast(shape: Shape, device: torch.device, count: int, length: int, told: Path
     walk = walk_of(model)
     ids = windows(count, length, shape.vocabulary)
     configured = make_method("soco", preset="fast")
-    stages = Stages(told)
+    stages, peaks = Stages(told), scale_stages.Peaks()
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    with listening() as fallbacks:
+    with listening() as fallbacks, peaks.noted():
         outcome = compress_model(model, configured, 0.8, ids, progress=stages)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -129,6 +135,7 @@ def fast(shape: Shape, device: torch.device, count: int, length: int, told: Path
     return {
         "seconds": took,
         "stages": {k: round(v, 3) for k, v in outcome.seconds.items()},
+        "gpu_peaks_gb": {k: round(v, 2) for k, v in peaks.gigabytes.items()},
         "calibrate_floor_s": {"forward": forward, "recompute and backward": way_back, "statistics": grams},
         "calibrate_of_floor": (forward + way_back + grams) / measured if measured else None,
         "keep": outcome.plan.keep,
@@ -277,11 +284,28 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows = Rows(given.out, {"device": name, "torch": torch.__version__, "quick": given.quick}, given.seconds)
     on_disk(given, rows, device)
-    if given.quick or given.depth is not None or {"profile", "growth"} & {*given.what}:  # the way of large models
+    always = given.quick or given.depth is not None or {"profile", "growth"} & {*given.what}
+    with block_by_block() if always else nullcontext():
+        measure_parts(rows, given, device)
+
+
+def measure_parts(rows: Rows, given: argparse.Namespace, device: torch.device) -> None:
+    """Each of PARTS that was asked for."""
+    for what in [w for w in ("rotary", "profile", "fast", "soco-steps", "growth", "drivers") if w in given.what]:
+        PARTS[what](rows, given, device)
+
+
+@contextmanager
+def block_by_block() -> Iterator[None]:
+    """Models go the way of large ones meanwhile."""
+    own = way.fits_whole
+    try:
         for module in (way, recompute):
             module.fits_whole = lambda *_: False
-    for what in [w for w in ("profile", "fast", "soco-steps", "growth", "drivers") if w in given.what]:
-        PARTS[what](rows, given, device)
+        yield
+    finally:
+        for module in (way, recompute):
+            module.fits_whole = own
 
 
 def _whole(given: argparse.Namespace) -> tuple[Shape, int, int]:
@@ -292,12 +316,21 @@ def _whole(given: argparse.Namespace) -> tuple[Shape, int, int]:
 
 def _fast(rows: Rows, given: argparse.Namespace, device: torch.device) -> None:
     shape, count, length = _whole(given)
-    if given.warm_up:  # libraries load and kernels compile on the first use
-        rows.add("warm up", lambda: fast(Shape(1024, 2816, 2, 1000), device, 8, 512))
+    if given.warm_up:  # libraries load and kernels compile on the first use, those for heads of this number and size
+        small = shape._replace(inner=shape.inner // 4, depth=2, vocabulary=1000)
+        with block_by_block():
+            rows.add("warm up", lambda: fast(small, device, 8, length))
     told = given.out / "fast-stages.json"
     row = rows.add(f"fast, {shape.depth} blocks", lambda: fast(shape, device, count, length, told))
     if row is not None:
-        print({key: (row.get(key), "at most", most) for key, most in ALLOWED["fast"].items()})
+        print(scale_stages.table(row))
+        limits = {key: (row.get(key), "at most", most) for key, most in ALLOWED["fast"].items()}
+        print(limits | {"calibrate_of_floor": (row["calibrate_of_floor"], "at least", FLOOR_SHARE)})
+
+
+def _rotary(rows: Rows, given: argparse.Namespace, device: torch.device) -> None:
+    tokens, heads, size = (128, 4, 16) if given.quick else (65_536, 32, 128)
+    rows.add("rotation of queries and keys", lambda: rotary(tokens, heads, size, device))
 
 
 def _profile(rows: Rows, given: argparse.Namespace, device: torch.device) -> None:
@@ -325,6 +358,7 @@ def _drivers(rows: Rows, given: argparse.Namespace, device: torch.device) -> Non
 PARTS: dict[str, Callable[[Rows, argparse.Namespace, torch.device], None]] = {
     "profile": _profile,
     "fast": _fast,
+    "rotary": _rotary,
     "soco-steps": _soco_steps,
     "growth": lambda rows, given, device: growth(rows, device, given.quick, given.only),
     "drivers": _drivers,

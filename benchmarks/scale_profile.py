@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from spectrim.engines import large, measure_blocks, newton, pipeline, propagate, relay, run, shelf, stream
+from spectrim.engines import large, measure_blocks, newton_blocks, pipeline, propagate, relay, run, shelf, stream
 from spectrim.engines.ferry import ferry_of
 from spectrim.linalg import factor, pivot
 from spectrim.linalg.curvature import add_gram
+from spectrim.nn import scored
 
 PARTS: list[tuple[Any, str, str]] = [
     (torch.linalg, "eigh", "eigenproblems"),
@@ -54,9 +55,10 @@ PARTS: list[tuple[Any, str, str]] = [
     (measure_blocks, "add_gradient", "sums over output gradients"),
     (measure_blocks._Run, "_put", "finishing sums"),
     (torch.autograd, "grad", "blocks, backward"),
-    (newton, "relax", "scored layers"),
-    (newton, "score_gradients", "gradient of the scores"),
-    (newton, "best_length", "length of the step"),
+    (newton_blocks, "_entered", "states of the dense model"),
+    (newton_blocks, "_gradients", "gradient of the scores"),
+    (newton_blocks, "_losses", "lengths of the step"),
+    (scored.ScoredLinear, "settle", "scored layers"),
     (pivot, "_generic_basis", "basis of the rows"),
     (pivot, "_start", "LU"),
     (pivot, "_swap_until_bounded", "swaps of rows"),

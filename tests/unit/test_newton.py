@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectrim.engines import measure
+from spectrim.engines import measure, recompute
 from spectrim.engines.layerwise import decompose_all
 from spectrim.engines.learned import relax, skeleton, step_loss
 from spectrim.engines.measure import frozen
@@ -18,8 +18,11 @@ from spectrim.engines.newton import (
     newton_scores,
     score_gradients,
 )
+from spectrim.engines.newton_blocks import newton_blocks
 from spectrim.engines.pipeline import compress_model
 from spectrim.engines.ranks import Plan, plan_ranks
+from spectrim.engines.relay import Relay
+from spectrim.engines.shelf import SpectraShelf
 from spectrim.errors import NumericalError
 from spectrim.evaluate.language import evaluate
 from spectrim.linalg.factor import Spectrum, truncate
@@ -148,3 +151,27 @@ def test_a_gradient_that_is_not_finite_names_its_layer(monkeypatch: pytest.Monke
     monkeypatch.setattr(SoCo, "loss", lambda self, a, ids, b: real(self, a, ids, b) * torch.nan)
     with pytest.raises(NumericalError, match=r"model\.layers\.\d.*gradient of its scores is not finite.*newton=0"):
         newton_scores(METHOD, model, walk, spectra, plan, IDS, steps=1, batch_size=8)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_there_and_back_block_by_block_is_the_same_step(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "fits_whole", lambda *_: not narrow)
+    model, walk, made, plan = prepared()
+
+    def kept(name: str) -> int | None:
+        return None if plan.targets[name].codec == "dense" else plan.targets[name].rank
+
+    whole, parts = (SpectraShelf(torch.device("cpu"), kept) for _ in range(2))
+    for shelf in (whole, parts):
+        shelf.update(made)
+    before = {key: tensor.clone() for key, tensor in parts.shelf.kept.items()}
+    state = state_of(model)
+    told = {"steps": 2, "batch_size": 3}
+    wanted = newton_scores(METHOD, model, walk, whole, plan, IDS, **told)
+    found = newton_blocks(METHOD, Relay(model, walk), walk, parts, plan, IDS, **told)
+    assert found == wanted
+    assert max(found) > 0
+    assert_same_state(state, state_of(model))
+    for key, tensor in parts.shelf.kept.items():
+        torch.testing.assert_close(tensor, whole.shelf.kept[key], rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in parts.shelf.kept.items())

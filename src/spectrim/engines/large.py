@@ -6,6 +6,7 @@ Which models these are: way.py.
     spectra       in float32 (shelf.py); once ranks are planned, only the components that are kept
     decisions     before propagation, which decomposes every weight again, the last plan needs energies alone
     measure again in a student of plain layers: nothing is stored that is only looked at
+    scores        Newton's step there and back, one block of the student at a time (newton_blocks.py)
 
 Of several processes each measures its windows, and keeps the statistics and the spectra of the layers that it owns to
 the end: a layer is handed round for the moment in which all place it.
@@ -24,18 +25,21 @@ from spectrim.engines.clock import timed
 from spectrim.engines.layerwise import decompose_all, energies_of_layer, place_cut
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure_blocks import measure_blocks
+from spectrim.engines.newton_blocks import newton_blocks
 from spectrim.engines.norms import fused_norms
 from spectrim.engines.propagate import propagate
 from spectrim.engines.ranks import Plan, plan_ranks
-from spectrim.engines.relay import entered
+from spectrim.engines.relay import Hold, Relay, entered
+from spectrim.engines.rotary import fused_rotary
 from spectrim.engines.run import Run
 from spectrim.engines.shelf import SpectraShelf, StatsShelf, energies_in
 from spectrim.engines.spread import energies_of_all, handed_some, holders_of, is_own, layers_of, means_of_all, owners_of
 from spectrim.engines.stream import Stream
 from spectrim.linalg.factor import Spectrum
 from spectrim.memory import release
-from spectrim.method import SEARCHED
+from spectrim.method import SEARCHED, LearnedMethod
 from spectrim.models.walk import Walk, device_of, weight_of
+from spectrim.processes import present
 from spectrim.stats import Stats
 
 
@@ -48,8 +52,8 @@ class LargeRun(Run):
         return self.method.windows_trained > 0
 
     def closed_form(self, ids: Tensor) -> tuple[MutableMapping[str, Spectrum], Plan]:
-        """As of Run; norms run as one kernel each, in the model and in the students that are made of it meanwhile."""
-        with fused_norms(self.dense):
+        """As of Run; norms and rotations run as one kernel each, in the model and in its students."""
+        with fused_norms(self.dense), fused_rotary(self.dense):
             return super().closed_form(ids)
 
     def statistics(
@@ -151,9 +155,16 @@ class LargeRun(Run):
             else:
                 decompose_all(asked, self.dense, self.walk, stats, into=spectra, progress=self.progress)
                 energies = spectra.energies
-        release()
+        self.settle(stats)
         with timed(self.clock, "allocate"):
             return spectra, plan_ranks(asked, self.walk, energies_of_all(self.dense, self.walk, energies), self.keep)
+
+    @staticmethod
+    def settle(stats: Mapping[str, Stats]) -> None:
+        """Let go of what came to the device for the layer that was looked at last, and of what torch keeps in hand."""
+        assert isinstance(stats, StatsShelf)
+        stats.recent = {}
+        release()
 
     def propagate(
         self, spectra: MutableMapping[str, Spectrum], plan: Plan, stats: Mapping[str, Stats], ids: Tensor
@@ -170,4 +181,25 @@ class LargeRun(Run):
         with timed(self.clock, "propagate"):
             told = {"progress": self.progress, "begin": self.begin}
             self.warnings += self.batch.run("propagate", lambda size: propagate(*given, batch_size=size, **told))
+        self.settle(stats)
+
+    def newton(
+        self, method: LearnedMethod, spectra: MutableMapping[str, Spectrum], plan: Plan, windows: Tensor
+    ) -> None:
+        """Scores of what is kept, block by block; processes that have parts of the spectra take newton.py's way."""
+        if not present().alone:
+            super().newton(method, spectra, plan, windows)
+            return
+        assert isinstance(spectra, SpectraShelf)
+        relay = Relay(self.dense, self.walk)
+        relay.check()
+        self.newton_from(relay, method, spectra, plan, windows)
         release()
+
+    def newton_from(
+        self, relay: Relay, method: LearnedMethod, spectra: SpectraShelf, plan: Plan, windows: Tensor, hold: Hold = list
+    ) -> None:
+        """There and back over the blocks of a checked `relay`; `hold` keeps hidden states."""
+        given = (method, relay, self.walk, spectra, plan, windows)
+        told = {"steps": method.newton_steps, "hold": hold, "progress": self.progress}
+        self.batch.run("newton", lambda size: newton_blocks(*given, batch_size=size, **told))

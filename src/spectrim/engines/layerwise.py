@@ -251,7 +251,9 @@ def width_of(module: nn.Module) -> int:
 
 
 def build_linear(replacement: Replacement, inputs: int | None = None) -> nn.Module:
-    """The low-rank module that holds a replacement's tensors; of a layer that shares, `inputs` says what it reads."""
+    """The low-rank module that holds a replacement's tensors: these, not copies; of its bias, which the dense layer may
+    hold too, a copy. Of a layer that shares, `inputs` says what it reads.
+    """
     tensors = replacement.tensors
     own: dict[str, Any] = {"bias": replacement.bias is not None}
     if replacement.codec in SHARED:
@@ -267,8 +269,8 @@ def build_linear(replacement: Replacement, inputs: int | None = None) -> nn.Modu
         sizes, bias_name = (like.shape[1], len(like) + len(tensors["rest.weight"]), replacement.rank), "bias"
     module: Any = codec_class(replacement.codec)
     module = module(*sizes, **own, device=like.device, dtype=like.dtype)
-    bias = {} if replacement.bias is None else {bias_name: replacement.bias}
-    module.load_state_dict({**tensors, "weight": module.weight, **bias})
+    bias = {} if replacement.bias is None else {bias_name: replacement.bias.clone()}
+    module.load_state_dict({**tensors, "weight": module.weight, **bias}, assign=True)
     return module
 
 

@@ -24,7 +24,6 @@ from spectrim.engines.large import LargeRun
 from spectrim.engines.layerwise import decompose_layer, energies_of_layer, place_cut
 from spectrim.engines.learned import skeleton
 from spectrim.engines.low_memory_way import FEWER, STATES_SHARE, limit_of
-from spectrim.engines.newton_blocks import newton_blocks
 from spectrim.engines.ranks import Plan, plan_ranks
 from spectrim.engines.relay import Relay, entered
 from spectrim.engines.shelf import SpectraShelf, StatsShelf
@@ -246,8 +245,6 @@ class LowMemoryRun(LargeRun):
     ) -> None:
         """Scores of what is kept, block by block, there and back."""
         assert isinstance(spectra, SpectraShelf)
-        given = (method, self.relay, self.walk, spectra, plan, windows)
-        told = {"steps": method.newton_steps, "hold": self.hold, "progress": self.progress}
-        self.batch.run("newton", lambda size: newton_blocks(*given, batch_size=size, **told))
+        self.newton_from(self.relay, method, spectra, plan, windows, self.hold)
         self.streamed.home.let_go()
         release()

@@ -67,7 +67,7 @@ def propagate(
 
     With a `checkpoint` finished blocks are kept in parts; going on, both models pass them again without measuring.
     `after` says by a hash what the spectra were at first: a try that failed has replaced some of them. `begin` makes
-    the streams of both models (relay.entered runs no block for that).
+    the streams of both models (relay.entered runs no block for that). Of the compressed model one block is there at a time.
     """
     layers = {layer.name: layer for layer in walk.layers}
     unpaired: list[str] = []
@@ -83,9 +83,12 @@ def propagate(
             here = [group for group in groups if layers[group[0]].block == block]
             leaders = [layers[group[0]] for group in here]
             known = inputs_of(full, block, [la.name for la in leaders]) if _has_room(full, leaders) else {}
+            before = {name: student.get_submodule(name) for group in here for name in group}
             for group in here:
-                given = (full, small, block, group[0], known.pop(group[0], None))
-                moments = None if block < finished else _moments(*given, len(mine) / len(ids))
+                seen, moments = known.pop(group[0], None), None
+                if block >= finished:
+                    moments = _moments(full, small, block, group[0], seen, len(mine) / len(ids))
+                del seen  # inputs of all windows, as large as the matrices that are decomposed next
                 if block >= finished:
                     unpaired += group if moments is None else []
                     own = [layers[name] for name in group if name in stats]
@@ -98,6 +101,8 @@ def propagate(
                 _keep(parts, [name for group in here for name in group if name not in unpaired], unpaired, spectra)
             for stream in (full, small):
                 stream.advance(block)
+            for name, module in before.items():  # no later block runs this one: what was placed in it goes
+                student.set_submodule(name, module)
             if progress is not None:
                 progress("propagate", block + 1, len(walk.block_names))
     parts.finish()
