@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memory_checkpoint import Killed, MemoryCheckpoint, kill_at
-from spectrim.engines.layerwise import apply_plan, decompose_all
+from spectrim.engines.layerwise import apply_plan, decompose_all, place_cut
 from spectrim.engines.learned import skeleton
 from spectrim.engines.measure import measure
 from spectrim.engines.pipeline import Outcome, compress_model
@@ -357,3 +358,40 @@ def test_the_batch_size_does_not_matter():
     dense = tiny("llama-gqa-bias")
     one, other = (propagated(dense, batch_size=size)[0] for size in (24, 5))
     torch.testing.assert_close(logits_of(one, IDS), logits_of(other, IDS), atol=1e-3, rtol=1e-3)
+
+
+def test_of_the_compressed_model_one_block_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[weakref.ref[nn.Module]] = []
+
+    def noted(student: PreTrainedModel, dense: PreTrainedModel, name: str, *rest: Any) -> None:
+        place_cut(student, dense, name, *rest)
+        assert student.get_submodule(name) is not dense.get_submodule(name)
+        placed.append(weakref.ref(student.get_submodule(name)))
+
+    def progress(_stage: str, done: int, _total: int) -> None:
+        alive = sum(module() is not None for module in placed)
+        held.append((len(placed), alive))
+        assert done == len(held)
+
+    held: list[tuple[int, int]] = []
+    monkeypatch.setattr("spectrim.engines.propagate.place_cut", noted)
+    dense = tiny("llama")
+    state = state_of(dense)
+    propagated(dense, progress=progress)
+    assert held == [(7, 0), (14, 0)]
+    assert_same_state(state, state_of(dense))
+
+
+@pytest.mark.parametrize("storage", ["factor", "pivot"])
+def test_a_stored_layer_holds_the_tensors_it_was_made_of_and_a_bias_of_its_own(storage: str) -> None:
+    dense = tiny("llama-gqa-bias")
+    outcome = compress_model(dense, make_method("svd", options={"storage": storage}), 0.5, IDS)
+    for name, placed in outcome.placed.items():
+        assert placed.codec == storage
+        own = outcome.model.get_submodule(name).state_dict()
+        assert placed.bias is not None
+        for key, tensor in placed.tensors.items():
+            assert own[key].data_ptr() == tensor.data_ptr(), key
+        key = "U.bias" if storage == "factor" else "bias"
+        assert torch.equal(own[key], placed.bias)
+        assert own[key].data_ptr() != dense.get_submodule(name).bias.data_ptr()  # type: ignore[union-attr,operator]

@@ -1,7 +1,8 @@
 """The most memory of a run that goes block by block (large.py): what is alive in each stage, in bytes.
 
     GPU     weights as they are held, one block's sums in float64, hidden states of all windows, spectra while there is
-            room for them; while scores are learned, components and formed weights in 16 bits
+            room for them; while scores are learned, components and formed weights in 16 bits. Of the compressed model
+            all blocks while it is measured, one in propagation and in Newton's step
     host    packed statistics and what of the spectra has no room on the GPU, in float32
 
 Runs that train masks, or serve all sizes, are not counted: `large_peak_of` is then None.
@@ -32,6 +33,9 @@ from spectrim.stats import GRADIENT_STATS, Stat
 WORK_MATRICES = 10
 """Of the largest side, in float64, while a weight is decomposed."""
 
+FORMED = 10
+"""Bytes for a weight of a scored layer: what it is added to, both factors and the sum in 16 bits, and a gradient."""
+
 
 class _Held(NamedTuple):
     """What is there through most stages."""
@@ -39,7 +43,8 @@ class _Held(NamedTuple):
     number: int  # bytes of a weight's number
     dense: int
     student: int
-    spectra: int  # on the GPU
+    room: int  # that spectra have on the GPU
+    kept: int  # of it, once they are cut to their ranks
 
 
 def large_peak_of(
@@ -55,14 +60,17 @@ def large_peak_of(
     dense = number * total
     narrow = spectra_bytes(sizes.walk) // 2 // sizes.world  # of several processes each keeps those of its own layers
     room = 0 if method.windows_trained else min(narrow, max(0, int(SHELF_SHARE * gpu) - dense))
-    held = _Held(number, dense, int(number * sizes.weights * sizes.keep), room)
+    # The student that is measured holds whole weights: it computes what the stored layers do.
+    held = _Held(number, dense, number * sizes.weights, room, min(room, _components(method, sizes)))
+    block = held.student // max(1, len(sizes.walk.block_names))
     stages = {
         "calibrate": dense + held.student + _calibration(method, sizes, held, int(SHELF_SHARE * gpu)),
         "decompose": dense + room + _matrices(sizes),
-        "propagate": dense + held.student + room + _matrices(sizes) + 2 * _states(sizes, sizes.gradient_windows, held),
+        "propagate": dense + block + held.kept + _matrices(sizes) + 2 * _states(sizes, sizes.gradient_windows, held),
         "learn": dense + _learning(method, sizes, held),
         "recover": dense + recovery(sizes, on_gpu=True),
-        "evaluate": dense + room + judging(sizes),
+        "encode": dense + held.kept + int(number * sizes.weights * sizes.keep),
+        "evaluate": dense + held.kept + judging(sizes),
     }
     kept = _packed(method, sizes) + narrow - room
     return Peak(resident() + TEXT_BYTES + max(2 * sizes.bytes_read, kept), max(stages.values())), stages
@@ -104,11 +112,24 @@ def _matrices(sizes: Sizes) -> int:
     return WORK_MATRICES * 8 * max(max(la.outputs, la.inputs) ** 2 for la in sizes.walk.layers)
 
 
+def _components(method: LayerMethod, sizes: Sizes) -> int:
+    """Of all layers, in float32, at the rank at which each stores the share that is kept."""
+    numbers = 0.0
+    for layer in sizes.walk.layers:
+        sides, stored = layer.outputs + layer.inputs, sizes.keep * layer.weight_numbers
+        numbers += (sides - math.sqrt(sides**2 - 4 * stored)) / 2 * sides if method.storage == "pivot" else stored
+    return int(4 * numbers)
+
+
 def _learning(method: LayerMethod, sizes: Sizes, held: _Held) -> int:
-    """Components (all in 16 bits; for Newton the kept ones in 32), formed weights, inputs of blocks, a batch."""
+    """Training: all components (all in 16 bits; for Newton of several processes the kept ones in 32), formed weights,
+    inputs of all blocks of a batch. Newton of one process: see below.
+    """
     if not isinstance(method, LearnedMethod) or not (method.steps or method.newton_steps):
         return 0
     steps = method.steps > 0
+    if not steps and sizes.world == 1:
+        return _newton(sizes, held)
     components = spectra_bytes(sizes.walk) // 4 if steps else int(4 * sizes.weights * sizes.keep)
     windows = -(-method.batch_size // sizes.world) if steps else _batch(sizes, sizes.gradient_windows)
     blocks = len(sizes.walk.block_names)
@@ -120,6 +141,17 @@ def _learning(method: LayerMethod, sizes: Sizes, held: _Held) -> int:
     formed = anchors + 8 * sizes.weights // blocks + gathered
     passing = _states(sizes, windows * blocks, held) + activations(sizes, windows) // blocks
     return components + formed + passing + trained_vocabulary(sizes, windows)
+
+
+def _newton(sizes: Sizes, held: _Held) -> int:
+    """Kept components, one block's weights as they are formed (newton_blocks.py), states before twice as many blocks as
+    lie between two kept ones, and a batch in one block or at the loss.
+    """
+    blocks = len(sizes.walk.block_names)
+    windows = _batch(sizes, sizes.gradient_windows)
+    states = 2 * math.ceil(math.sqrt(blocks)) * _states(sizes, sizes.gradient_windows, held)
+    formed = FORMED * sizes.weights // blocks
+    return held.kept + formed + states + max(activations(sizes, windows) // blocks, trained_vocabulary(sizes, windows))
 
 
 def _packed(method: LayerMethod, sizes: Sizes) -> int:

@@ -67,7 +67,9 @@ def propagate(
 
     With a `checkpoint` finished blocks are kept in parts; going on, both models pass them again without measuring.
     `after` says by a hash what the spectra were at first: a try that failed has replaced some of them. `begin` makes
-    the streams of both models (relay.entered runs no block for that). Of the compressed model one block is there at a time.
+    the streams of both models (relay.entered runs no block for that).
+
+    Of the compressed model one block is there at a time.
     """
     layers = {layer.name: layer for layer in walk.layers}
     unpaired: list[str] = []

@@ -1,10 +1,10 @@
 """Positions of queries and keys put in by one kernel each, where that is what a model's own function computes.
 
 Models turn both in single steps (two products, halves put beside each other, a sum), each of which reads and writes all
-of them, on the way back too (benchmarks/scale.py --what rotary). transformers has that function, `apply_rotary_pos_emb`,
-in the file of each architecture. It is only replaced where both give the same on a probe but for rounding, there and
-back: pairs of neighbours (Cohere), or another order of the arguments, keep their own steps. Where a call is of another
-kind than the probe was (part of each head, another precision, other dimensions), it goes the model's own way, too.
+of them, on the way back too (`benchmarks/scale.py --what rotary`). transformers has a function for it in the file of
+each architecture, `apply_rotary_pos_emb`. It is only replaced where both give the same on a probe but for rounding,
+there and back: pairs of neighbours (Cohere), or another order of the arguments, keep their own steps. A call of another
+kind than the probe was (part of each head, another precision, other dimensions) goes the model's own way.
 """
 
 import inspect
@@ -29,7 +29,7 @@ Rotary = Callable[..., Any]
 
 @contextmanager
 def fused_rotary(model: nn.Module, *, on: str = "cuda") -> Iterator[list[str]]:
-    """Rotations of `model`, if it lies `on` such a device, run as one kernel meanwhile; the names of their Python modules.
+    """Rotations of `model`, if it lies `on` such a device, run as one kernel meanwhile; their Python modules by name.
 
     So do those of its copies, and of every model of that architecture in this process: the function is the module's.
     """

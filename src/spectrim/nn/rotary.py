@@ -58,15 +58,16 @@ class _Rotation(torch.autograd.Function):
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     """One launch; what it gives lies in memory as x does."""
-    from spectrim.nn.kernels.rotation import rotate
+    from spectrim.nn.kernels import rotation
 
+    kernel: Any = rotation.rotate
     batch, heads, length, size = x.shape
     y = torch.empty_like(x)
     half = size // 2
     columns = _power_of_two(half)
     at_once = min(_power_of_two(heads), max(1, NUMBERS // columns))
     shared = cos.shape[0] == 1  # by all of the batch
-    rotate[batch * length, -(-heads // at_once)](
+    kernel[batch * length, -(-heads // at_once)](
         x, cos, sin, y, length, heads, half, *x.stride()[:3], *y.stride()[:3],
         0 if shared else cos.stride(0), cos.stride(1), 0 if shared else sin.stride(0), sin.stride(1),
         BACK=back, HEADS=at_once, HALF=columns,
