@@ -53,10 +53,21 @@ def test_the_kernel_gives_the_numbers_of_single_steps_there_and_back(
         found.append((y.detach(), *torch.autograd.grad(y, x, normal(3, *y.shape, dtype=dtype))))
     assert found[0][0].stride() == found[1][0].stride()
     for wanted, made in zip(*found, strict=True):
-        if dtype == torch.float32:  # a product and a sum may be rounded once
-            torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
-        else:
-            assert torch.equal(made, wanted)
+        assert torch.equal(made, wanted)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled_for_a_gpu_no_product_goes_unrounded_into_a_sum(dtype: torch.dtype) -> None:
+    """At the size of a 7B model's heads: results up to about 8, of which an fma changes some thousands."""
+    x = as_attention_has_it(0, 2, 32, 2048, 128, dtype).requires_grad_(True)
+    angles = torch.outer(torch.arange(2048.0), 1e4 ** -(torch.arange(0, 128, 2) / 128)).repeat(1, 2)[None]
+    cos, sin = (part.to(DEVICE, dtype) for part in (angles.cos(), angles.sin()))
+    up = normal(1, *x.shape, dtype=dtype)
+    wanted, made = rotated_in_torch(x, cos, sin), rotated(x, cos, sin)
+    assert torch.equal(made, wanted)
+    assert torch.equal(*(torch.autograd.grad(y, x, up)[0] for y in (made, wanted)))
 
 
 @needs_triton

@@ -2,9 +2,9 @@
 
 Models turn both in single steps (two products, halves put beside each other, a sum), each of which reads and writes all
 of them, on the way back too (`benchmarks/scale.py --what rotary`). transformers has a function for it in the file of
-each architecture, `apply_rotary_pos_emb`. It is only replaced where both give the same on a probe but for rounding,
-there and back: pairs of neighbours (Cohere), or another order of the arguments, keep their own steps. A call of another
-kind than the probe was (part of each head, another precision, other dimensions) goes the model's own way.
+each architecture, `apply_rotary_pos_emb`. It is only replaced where both give the same numbers on a probe, bit for
+bit, there and back: pairs of neighbours (Cohere), another precision inside, or another order of the arguments, keep
+their own steps. A call of another kind than the probe was (part of each head, other dimensions) goes the model's way.
 """
 
 import inspect
@@ -21,8 +21,6 @@ from spectrim.nn.kernels.launch import missing
 from spectrim.nn.rotary import DTYPES, rotated, suits
 
 NAME = "apply_rotary_pos_emb"
-ROUNDINGS = 4
-"""Units in the last place of the largest number by which the two may differ."""
 
 Rotary = Callable[..., Any]
 
@@ -78,14 +76,7 @@ def _agrees(own: Rotary, like: Tensor) -> bool:
             except (RuntimeError, TypeError, ValueError, IndexError):  # its own kind of arguments
                 return False
             found.append([part.detach() for part in (*results, *back)])
-    return all(_same(a, b) for a, b in zip(*found, strict=True))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    allowed = ROUNDINGS * torch.finfo(a.dtype).eps * float(a.abs().max())
-    return float((a.double() - b.double()).abs().max()) <= allowed
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def _fused(own: Rotary, dtype: torch.dtype) -> Rotary:

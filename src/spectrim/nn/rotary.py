@@ -70,7 +70,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     kernel[batch * length, -(-heads // at_once)](
         x, cos, sin, y, length, heads, half, *x.stride()[:3], *y.stride()[:3],
         0 if shared else cos.stride(0), cos.stride(1), 0 if shared else sin.stride(0), sin.stride(1),
-        BACK=back, HEADS=at_once, HALF=columns,
+        BACK=back, HEADS=at_once, HALF=columns, enable_fp_fusion=False,
     )  # fmt: skip
     return y
 
