@@ -130,10 +130,16 @@ def memory_in_use(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
+def room_left(device: torch.device) -> int | None:
+    """Bytes that large results may still take of a GPU; None of what has no memory of its own."""
+    total = total_memory(device)
+    return None if total is None else int(SHELF_SHARE * total) - memory_in_use(device)
+
+
 def has_room(device: torch.device, nbytes: int) -> bool:
     """Whether a result of so many bytes stays on the device."""
-    total = total_memory(device)
-    return total is None or memory_in_use(device) + nbytes <= SHELF_SHARE * total
+    left = room_left(device)
+    return left is None or nbytes <= left
 
 
 def fits_whole(device: torch.device, nbytes: int, share: float = WHOLE_SHARE) -> bool:

@@ -66,24 +66,47 @@ def test_statistics_are_those_of_all_layers_at_once(architecture: str, batch_siz
             assert off_by(shelf[name].measured()[key], value) < 1e-5, (name, key)
 
 
-@pytest.mark.parametrize(("room", "passes"), [(set(), 5 + 3 + 5), ({1, 4}, 5 + 1 + 5), ({1, 2, 3, 4}, 5 + 0 + 5)])
+@pytest.mark.parametrize(("room", "again"), [(0, 3), (3, 2), (4, 1), (9, 0)])
 def test_blocks_whose_states_are_kept_are_not_passed_again(
-    room: set[int], passes: int, monkeypatch: pytest.MonkeyPatch
+    room: int, again: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 5 blocks the states before 0 and 3 are kept in any case."""
     model, needs = tiny("llama", num_hidden_layers=5), frozenset({Stat.GRAM, Stat.OUTPUT_GRAD})
     walk, run = find_layers(model), Relay.run
     wanted = measure(model, walk, IDS[:3], needs, gradient_windows=3, seed=5)
-    asked, passed = [1, 2, 4], []  # blocks whose states need not be kept, in running order
-    monkeypatch.setattr(measure_blocks, "_room_for", lambda _: asked.pop(0) in room)
+    passed: list[int] = []
+    monkeypatch.setattr(measure_blocks, "_room_for", lambda _: room)
     monkeypatch.setattr(Relay, "run", lambda self, *given: (passed.append(given[0]), run(self, *given))[1])
     monkeypatch.setattr(Relay, "check", lambda _: None)
     shelf = StatsShelf(torch.device("cpu"))
     measure_blocks.measure_blocks(model, walk, IDS[:3], needs, shelf, batch_size=3, gradient_windows=3, seed=5)
-    assert len(passed) == passes
+    assert len(passed) == 5 + again + 5
     for name, own in wanted.items():
         for key, value in own.measured().items():
             assert off_by(shelf[name].measured()[key], value) < 1e-5, (name, key)
+
+
+@pytest.mark.parametrize(("blocks", "stride"), [(1, 1), (5, 3), (32, 6), (33, 6), (80, 9)])
+def test_states_that_are_made_again_find_those_of_later_blocks_gone(blocks: int, stride: int) -> None:
+    fewest = len(range(0, blocks, stride))
+    for room in range(blocks + 3):
+        kept = measure_blocks.kept_before(blocks, stride, room)
+        assert {*range(0, blocks, stride)} <= kept <= {*range(blocks)}
+        assert len(kept) == min(blocks, max(fewest, room))
+        stop, most = blocks, 0
+        for start in sorted(kept, reverse=True):  # as `backward` goes
+            most = max(most, len([b for b in kept if b < start]) + stop - start)
+            stop = start
+        assert most <= max(len(kept), 2 * stride - 1)
+
+
+def test_what_there_is_room_for_is_counted_in_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.zeros(2, 3, 4), torch.zeros(1, 3, 4)]
+    assert measure_blocks._room_for(states) == 0  # a CPU's memory is not ours to fill
+    each = sum(state.nbytes for state in states)
+    monkeypatch.setattr(measure_blocks, "room_left", lambda _: 10 * each + 1)
+    assert measure_blocks._room_for(states) == 10 - measure_blocks.SPARE
+    assert measure_blocks._room_for([]) == 0
 
 
 def test_a_share_is_taken_once_however_often_a_measurement_starts_again() -> None:

@@ -21,6 +21,7 @@ from spectrim.request import Request
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 MEASURED = json.loads((RESULTS / "scale-h200.json").read_text(encoding="utf-8"))["rows"]
 SEVERAL = json.loads((RESULTS / "several-gpus.json").read_text(encoding="utf-8"))["rows"]
+FAST = json.loads((RESULTS / "scale-fast-h200.json").read_text(encoding="utf-8"))["rows"]["fast, 32 blocks"]
 H200 = 150_000_000_000
 RATES = Rates(
     device="cuda", computing_dtype="bfloat16", products=6e14, full_products=5e13, copied=3e12, softmax=1e11, eigen=1e-12
@@ -51,6 +52,26 @@ def planned(
         "part": Part(world),
     }
     return estimate(cast(Source, source), request.check(), request, **told)
+
+
+def test_each_stage_of_the_closed_form_takes_what_it_was_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned_stages = planned(monkeypatch, H200, 32, preset="fast")["memory_by_stage"]
+    took = FAST["gpu_peaks_gb"]
+    for stage, measured in (("decompose", "decompose"), ("propagate", "propagate"), ("learn", "newton")):
+        assert planned_stages[stage] / 1e9 == pytest.approx(took[measured], rel=0.07)
+    assert planned_stages["encode"] / 1e9 == pytest.approx(took["encode"], rel=0.05)
+    # The second measurement kept the first blocks' states then, and came to more; now the first one is the larger.
+    first = next(row["gpu_gb"] for row in FAST["told"] if row["stage"] == "calibrate 64/64")
+    assert planned_stages["calibrate"] / 1e9 == pytest.approx(first, rel=0.03)
+    assert first < took["calibrate"]
+
+
+def test_the_second_measurement_is_counted_in_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one window more than those that give gradients, the first one is hardly larger than what is passed again."""
+    told = {"preset": "fast", "calib_windows": 65}
+    twice = planned(monkeypatch, H200, 32, **told)["memory_by_stage"]["calibrate"]
+    once = planned(monkeypatch, H200, 32, options={"rounds": 0}, **told)["memory_by_stage"]["calibrate"]
+    assert once < twice < once + 13e9  # the student, without the states that have no room beside it
 
 
 def test_the_closed_form_takes_about_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """The statistics of measure.py for models too large to measure all layers at once: block by block, there and back.
 
     forward    all windows pass a block before the next one is looked at: sums over inputs, of this block alone.
-               Every ceil(sqrt(blocks))-th block, the states of the windows that give gradients are kept; on a GPU those
-               of the other blocks too, while it has room.
+               Every ceil(sqrt(blocks))-th block, the states of the windows that give gradients are kept; on a GPU
+               those of the last blocks too, as many as it has room for.
     backward   the last states give the loss and its gradient; the blocks between two kept states are passed once more,
                and then, last block first, once more with gradients: sums over output gradients, of this block alone.
 
@@ -36,7 +36,7 @@ from spectrim.engines.spread import bring_together, is_own, layers_of, own_spans
 from spectrim.engines.stream import Call
 from spectrim.engines.sums import Sums
 from spectrim.errors import InputError
-from spectrim.memory import has_room
+from spectrim.memory import room_left
 from spectrim.models.walk import Layer, Walk, device_of, shared_inputs
 from spectrim.processes import present
 from spectrim.stats import GRADIENT_STATS, INPUT_STATS, Stat
@@ -45,8 +45,8 @@ ONE_WAY = 4
 """How many times as many windows are in a batch that gives no gradients, where memory is not to be spared."""
 
 SPARE = 4
-"""Times as much as the states before one block that stays free where they need not be kept: passing a block takes that,
-and more."""
+"""Times as much as the states before one block that is left of the room for results when states are kept that need not
+be."""
 
 
 class Batch(NamedTuple):
@@ -117,11 +117,26 @@ def measure_blocks(
             run.backward([batches[i] for i in given], last, kept, generator)
 
 
-def _room_for(states: list[Tensor]) -> bool:
-    """Whether states stay on a GPU that need not; several processes, each with a memory of its own, go the same way."""
-    if not states or not states[0].is_cuda or not present().alone:
-        return False
-    return has_room(states[0].device, (1 + SPARE) * sum(state.nbytes for state in states))
+def kept_before(blocks: int, stride: int, room: int) -> set[int]:
+    """The blocks before which states are kept: every `stride`-th, and the last ones until there are `room` of all.
+
+    The last ones, since the way back begins with them: they are gone before the states between two kept ones are made
+    again. With the first ones kept, both would lie side by side.
+    """
+    kept = set(range(0, blocks, stride))
+    others = [block for block in reversed(range(blocks)) if block not in kept]
+    return kept | set(others[: max(0, room - len(kept))])
+
+
+def _room_for(states: list[Tensor]) -> int:
+    """How often a GPU has room for such states; several processes, each with a memory of its own, keep what they must.
+
+    These themselves are there, and stay as the first of those that are kept.
+    """
+    if not states or not present().alone:
+        return 0
+    left = room_left(states[0].device)
+    return 0 if left is None else left // sum(state.nbytes for state in states) - SPARE
 
 
 class _Run:
@@ -155,9 +170,11 @@ class _Run:
         kept: dict[int, MutableSequence[Tensor]] = {}
         wanted = self.needs & INPUT_STATS
         given = [i for i, batch in enumerate(batches) if batch.gives_gradient]
+        # What is held elsewhere (spill.py) has a room of its own.
+        room = _room_for([hidden[i] for i in given]) if self.hold is list else 0
+        keeps = kept_before(len(self.layers), self.stride, room)
         for block, layers in enumerate(self.layers):
-            # What is held elsewhere (spill.py) has a room of its own.
-            if block % self.stride == 0 or (self.hold is list and _room_for([hidden[i] for i in given])):
+            if block in keeps:
                 kept[block] = self.hold(hidden[i] for i in given)
             sums = {layer.name: Sums() for layer in layers if self.leader[layer.name] == layer.name}
             self.shelf.expect(sums, wanted, again=self.again)

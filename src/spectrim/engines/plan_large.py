@@ -3,6 +3,10 @@
     GPU     weights as they are held, one block's sums in float64, hidden states of all windows, spectra while there is
             room for them; while scores are learned, components and formed weights in 16 bits. Of the compressed model
             all blocks while it is measured, one in propagation and in Newton's step
+
+Work beside what is kept (DECOMPOSING, PASSING, what a batch takes) is fitted to `fast` on 32 blocks of 7B shape
+(docs/large-models.md), stage by stage.
+
     host    packed statistics and what of the spectra has no room on the GPU, in float32
 
 Runs that train masks, or serve all sizes, are not counted: `large_peak_of` is then None.
@@ -11,7 +15,8 @@ Runs that train masks, or serve all sizes, are not counted: `large_peak_of` is t
 import math
 from typing import NamedTuple
 
-from spectrim.engines.measure_blocks import SPARE
+from spectrim.engines.measure_blocks import ONE_WAY, SPARE, kept_before
+from spectrim.engines.newton import HELD_OUT
 from spectrim.engines.plan_costs import Sizes, distinct_inputs
 from spectrim.engines.plan_memory import (
     LOGITS_SAMPLED,
@@ -31,7 +36,13 @@ from spectrim.method import LayerMethod, LearnedMethod
 from spectrim.stats import GRADIENT_STATS, Stat
 
 WORK_MATRICES = 10
-"""Of the largest side, in float64, while a weight is decomposed."""
+"""Of the largest side, in float64, while a weight is decomposed beside the moments of its inputs in both models."""
+
+DECOMPOSING = 5
+"""The same without moments, beyond the room for spectra, of which some of this work was counted when it was filled."""
+
+PASSING = 0.4
+"""Of what a pass keeps for the way back, what one without a way back holds."""
 
 FORMED = 10
 """Bytes for a weight of a scored layer: what it is added to, both factors and the sum in 16 bits, and a gradient."""
@@ -64,13 +75,17 @@ def large_peak_of(
     held = _Held(number, dense, number * sizes.weights, room, min(room, _components(method, sizes)))
     block = held.student // max(1, len(sizes.walk.block_names))
     stages = {
-        "calibrate": dense + held.student + _calibration(method, sizes, held, int(SHELF_SHARE * gpu)),
-        "decompose": dense + room + _matrices(sizes),
-        "propagate": dense + block + held.kept + _matrices(sizes) + 2 * _states(sizes, sizes.gradient_windows, held),
+        "calibrate": dense + _calibration(method, sizes, held, int(SHELF_SHARE * gpu) - dense),
+        "decompose": dense + room + DECOMPOSING * _matrix(sizes),
+        "propagate": dense
+        + block
+        + held.kept
+        + WORK_MATRICES * _matrix(sizes)
+        + 2 * _states(sizes, sizes.gradient_windows, held),
         "learn": dense + _learning(method, sizes, held),
         "recover": dense + recovery(sizes, on_gpu=True),
         "encode": dense + held.kept + int(number * sizes.weights * sizes.keep),
-        "evaluate": dense + held.kept + judging(sizes),
+        "evaluate": dense + held.kept + judging(sizes, number),
     }
     kept = _packed(method, sizes) + narrow - room
     return Peak(resident() + TEXT_BYTES + max(2 * sizes.bytes_read, kept), max(stages.values())), stages
@@ -85,31 +100,53 @@ def _batch(sizes: Sizes, windows: int) -> int:
     return min(windows, max(1, GPU_BATCH * SHORT // max(SHORT, sizes.length)))
 
 
-def _calibration(method: LayerMethod, sizes: Sizes, held: _Held, share: int) -> int:
-    """The larger of both ways through the blocks; states before blocks are kept while all is within `share` bytes."""
-    walk = sizes.walk
+def _one_block(sizes: Sizes, windows: int, held: _Held) -> int:
+    """What a pass of so many windows through one block keeps for the way back; in float32 it would be twice that of
+    16 bits.
+    """
+    return activations(sizes, windows) * held.number // 4 // len(sizes.walk.block_names)
+
+
+def _calibration(method: LayerMethod, sizes: Sizes, held: _Held, room: int) -> int:
+    """The larger of both measurements; `room` for results is what the dense model leaves of it."""
     if not method.needs:
         return 0
+    first = _measurement(method, sizes, held, sizes.windows, room)
+    if not method.rounds or sizes.keep >= 1:
+        return first
+    # Again in the student, over the windows that give gradients.
+    again = _measurement(method, sizes, held, sizes.gradient_windows, room - held.student)
+    return max(first, held.student + again)
+
+
+def _measurement(method: LayerMethod, sizes: Sizes, held: _Held, windows: int, room: int) -> int:
+    """The larger of both ways through the blocks, beside the model: see measure_blocks.py, which keeps states."""
+    walk = sizes.walk
+    blocks = len(walk.block_names)
     steep = sizes.gradient_windows if method.needs & GRADIENT_STATS else 0
-    apart = math.ceil(math.sqrt(len(walk.block_names)))
-    one = activations(sizes, _batch(sizes, sizes.windows)) // len(walk.block_names)
+    batch = _batch(sizes, windows)
+    state, states = _states(sizes, steep, held), _states(sizes, windows, held)
+    stride = math.ceil(math.sqrt(blocks))
+    fits = (room - states) // state - SPARE if steep and sizes.world == 1 else 0  # several keep what they must
+    kept = len(kept_before(blocks, stride, fits)) if steep else 0
     inputs = 8 * max(sum(n**2 for n in block) for block in distinct_inputs(walk))
-    one_state = _states(sizes, steep, held)
-    every = len(walk.block_names) * one_state
-    kept = min(every, max(apart * one_state, share - held.dense - held.student - SPARE * one_state))
-    there = inputs + _states(sizes, sizes.windows, held) + kept + one
+    only_forward = min(ONE_WAY * batch, windows - steep)
+    passing = max(int(PASSING * _one_block(sizes, n, held)) for n in (batch, only_forward))
+    there = inputs + states + kept * state + passing
     if not steep:
         return there
-    outputs = dict.fromkeys(range(len(walk.block_names)), 0)
+    outputs = dict.fromkeys(range(blocks), 0)
     full = bool(method.needs & {Stat.FISHER, Stat.SLOPE})
     for layer in walk.layers:
         outputs[layer.block] += 8 * (layer.outputs**2 + (layer.weight_numbers if full else 0))
-    states = min(kept + apart * one_state, every) + one_state
-    return max(there, max(outputs.values()) + states + one + vocabulary(sizes, 1, LOGITS_SAMPLED["cuda"]))
+    back = (max(kept, 2 * stride - 1) + 1) * state  # and the gradient
+    at_loss = (kept + 2) * state + vocabulary(sizes, 1, LOGITS_SAMPLED["cuda"])
+    return max(there, max(outputs.values()) + back + _one_block(sizes, batch, held), at_loss)
 
 
-def _matrices(sizes: Sizes) -> int:
-    return WORK_MATRICES * 8 * max(max(la.outputs, la.inputs) ** 2 for la in sizes.walk.layers)
+def _matrix(sizes: Sizes) -> int:
+    """Of the largest side, in float64."""
+    return 8 * max(max(la.outputs, la.inputs) ** 2 for la in sizes.walk.layers)
 
 
 def _components(method: LayerMethod, sizes: Sizes) -> int:
@@ -148,10 +185,11 @@ def _newton(sizes: Sizes, held: _Held) -> int:
     lie between two kept ones, and a batch in one block or at the loss.
     """
     blocks = len(sizes.walk.block_names)
-    windows = _batch(sizes, sizes.gradient_windows)
-    states = 2 * math.ceil(math.sqrt(blocks)) * _states(sizes, sizes.gradient_windows, held)
+    steep = sizes.gradient_windows - max(1, sizes.gradient_windows // HELD_OUT)
+    windows = _batch(sizes, steep)
+    states = 2 * math.ceil(math.sqrt(blocks)) * _states(sizes, steep, held)
     formed = FORMED * sizes.weights // blocks
-    return held.kept + formed + states + max(activations(sizes, windows) // blocks, trained_vocabulary(sizes, windows))
+    return held.kept + formed + states + max(_one_block(sizes, windows, held), trained_vocabulary(sizes, windows))
 
 
 def _packed(method: LayerMethod, sizes: Sizes) -> int:

@@ -190,7 +190,7 @@ def recovery(sizes: Sizes, *, on_gpu: bool) -> int:
     return factors + needed
 
 
-def judging(sizes: Sizes) -> int:
-    """The compressed model beside the dense one, and both distributions of a batch."""
+def judging(sizes: Sizes, number: int = 4) -> int:
+    """The compressed model beside the dense one, numbers of so many bytes, and both distributions of a batch."""
     windows = min(EVALUATED, sizes.eval_windows)
-    return int(4 * sizes.weights * sizes.keep) + vocabulary(sizes, windows, LOGITS_COMPARED)
+    return int(number * sizes.weights * sizes.keep) + vocabulary(sizes, windows, LOGITS_COMPARED)
