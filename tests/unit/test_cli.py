@@ -28,6 +28,7 @@ from spectrim.job import Request
 from spectrim.linalg import divergence
 from spectrim.methods.weights import soco
 from spectrim.registry import all_methods
+from spectrim.reloaded import LOGIT_TOLERANCE
 from spectrim.report import documents
 from spectrim.store import leftovers, verify_manifest
 
@@ -204,7 +205,7 @@ def test_the_recipe_gives_the_same_bytes_again(run: Run, tmp_path: Path, quick_r
 
 
 def test_the_reloaded_model_was_compared_with_the_one_in_memory(embedded: Run) -> None:
-    assert embedded.report["reload"]["allowed"] == job.LOGIT_TOLERANCE
+    assert embedded.report["reload"]["allowed"] == LOGIT_TOLERANCE
     assert 0 <= embedded.report["reload"]["relative_logit_difference"] <= 1e-5
 
 

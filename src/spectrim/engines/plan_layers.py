@@ -61,7 +61,7 @@ def own_work(method: Method, request: Request, walk: Walk, device: torch.device)
         return None
     assert isinstance(method, LayerMethod)
     asked = FactorCodes(request.factor_bits, request.factor_group_size, request.keep)
-    return clock_factors(method.storage, asked, walk, device)
+    return clock_factors(method.alone, asked, walk, device)
 
 
 def clock_layers(method: ModelMethod, walk: Walk, keep: float, device: torch.device) -> LayerSeconds | str | None:
