@@ -25,6 +25,10 @@ MOST_LAYERS = 3
 """Layers that share a launch, at most."""
 
 
+MOST_BLOCKS = 2**16
+"""Blocks of rows of weights in one launch, where programs divide the inputs."""
+
+
 class Tile(NamedTuple):
     """How a launch cuts its work; `rows`, `columns` and `warps` are powers of two."""
 
@@ -33,6 +37,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     pdl: int = 0  # 1: launches overlap (Hopper)
+    splits: int = 0  # programs among which a weight's inputs are divided: `rows.py`; 0: kernels that divide none
 
 
 class Side(NamedTuple):
@@ -230,6 +235,9 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     }  # fmt: skip
     if tile.pdl:
         flags["launch_pdl"] = True
+    if tile.splits:
+        _launch_rows(given, flags, side, tile, blocks, ahead=ahead)
+        return
     if side.bits:
         _launch_coded(given, flags, side, tile, blocks, ahead=ahead)
         return
@@ -244,20 +252,56 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     )
 
 
+def _launch_rows(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool) -> None:
+    """2 to 16 rows, inputs divided among warps and `tile.splits` programs."""
+    from spectrim.nn.kernels import rows
+
+    x = given[0]
+    divided = tile.splits > 1
+    assert not divided or blocks <= MOST_BLOCKS
+    part = x.new_empty(blocks * tile.splits * MOST_LINES * tile.rows if divided else 1, dtype=torch.float32)
+    tail = [part, counts_of(x.device) if divided else part, tile.splits]
+    flags |= {"PDL": (2 if ahead else 1) if tile.pdl else 0, "WARPS": tile.warps, "DIVIDED": divided}
+    del flags["STAGES"]
+    grid = (blocks * tile.splits,)
+    if side.bits:
+        kernel: Any = rows.coded_rows
+        kernel[grid](*given, *_coded_extra(side), *tail, SYMMETRIC=not len(side.zeros), BITS=side.bits,
+                     GROUP=side.group, SHARED=_shared(side), **flags)  # fmt: skip
+    else:
+        kernel = rows.plain_rows
+        even = all(width % tile.columns == 0 for width in side.widths)
+        kernel[grid](*given, *tail, EVEN=even, BLOCK_K=tile.columns, **flags)
+
+
 def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool) -> None:
     from spectrim.nn.kernels import coded
 
-    counts = [scales.shape[1] for scales in side.scales]
-    extra = [*_three(side.scales, side.scales[0]), *_three(side.zeros, side.weights[0]), *_three(counts, counts[0])]
     one = given[-1] == 1
     at_once = tile.columns if one else 1
     kernel: Any = coded.coded if one else coded.coded_few
     kernel[(blocks,)](
-        *given, *extra, PDL=(2 if ahead and one else 1) if tile.pdl else 0, SYMMETRIC=not len(side.zeros),
+        *given, *_coded_extra(side), PDL=(2 if ahead and one else 1) if tile.pdl else 0, SYMMETRIC=not len(side.zeros),
         BITS=side.bits, COUNT=8 if side.bits == 3 else 32 // side.bits, GROUP=side.group, GROUPS=at_once,
         EVEN=all(width % (side.group * at_once) == 0 for width in side.widths),
-        SHARED=any(count * side.group < width for count, width in zip(counts, side.widths, strict=True)), **flags,
+        SHARED=_shared(side), **flags,
     )  # fmt: skip
+
+
+def _coded_extra(side: Side) -> list[Any]:
+    counts = [scales.shape[1] for scales in side.scales]
+    return [*_three(side.scales, side.scales[0]), *_three(side.zeros, side.weights[0]), *_three(counts, counts[0])]
+
+
+def _shared(side: Side) -> bool:
+    """Whether several of the kernel's groups have one scale."""
+    return any(s.shape[1] * side.group < width for s, width in zip(side.scales, side.widths, strict=True))
+
+
+@cache
+def counts_of(device: torch.device) -> Tensor:
+    """Counts of programs, all 0: a kernel that counts in them leaves 0. Kernels that run one after another share them."""
+    return torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
 
 
 def as_words(codes: Tensor) -> Tensor:
