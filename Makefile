@@ -63,7 +63,8 @@ $(VENV)-kernels/installed: $(STAMP)
 	touch $@
 
 kernels: $(VENV)-kernels/installed
-	PYTHONPATH=src TRITON_INTERPRET=1 $(VENV)-kernels/bin/python -m pytest -rs tests/unit/test_kernels.py tests/unit/test_many_rows.py tests/unit/test_rotary.py
+	PYTHONPATH=src TRITON_INTERPRET=1 $(VENV)-kernels/bin/python -m pytest -rs tests/unit/test_kernels.py tests/unit/test_coded_rows.py \
+		tests/unit/test_many_rows.py tests/unit/test_rotary.py
 
 # Known vulnerabilities in what is installed; fails too where it cannot find out. .ci/run goes on without it.
 audit: $(STAMP)

@@ -18,12 +18,11 @@ from spectrim.nn.kernels.launch import MOST_LAYERS, MOST_LINES, Tile
 MATVEC_TILES = (Tile(2, 1024, 4, 1), Tile(4, 512, 4, 3), Tile(4, 1024, 4, 2), Tile(8, 512, 4, 3), Tile(1, 2048, 4, 2), Tile(8, 1024, 8, 2))  # noqa: E501  # fmt: skip
 LINES_TILES = (Tile(16, 256, 4, 3), Tile(16, 512, 4, 3), Tile(32, 256, 4, 3), Tile(16, 512, 8, 2))
 CODED_TILES = tuple(
-    Tile(*sizes, 1) for sizes in (
-        (8, 8, 4), (16, 8, 4), (16, 4, 2), (8, 4, 2), (4, 8, 2), (8, 16, 4), (32, 4, 4), (16, 4, 4), (4, 4, 1),
-        (2, 8, 1),
-    )
-)  # fmt: skip
-CODED_LINES_TILES = (Tile(16, 1, 4, 2), Tile(32, 1, 4, 2), Tile(32, 1, 4, 3), Tile(64, 1, 4, 3), Tile(16, 1, 2, 3))
+    Tile(*sizes, 1)
+    for sizes in ((8, 8, 4), (16, 8, 4), (16, 4, 2), (8, 4, 2), (4, 8, 2), (8, 16, 4), (32, 4, 4), (2, 8, 1))
+)
+CODED_LINES_TILES = tuple(Tile(32, 1, 4, 1, splits=splits) for splits in (1, 2, 4, 8))
+"""Two kernels to compile for each of a layer's products: `splits` above 1 share one."""
 TIMED_GROUPS = 12
 """Groups of the same shapes in one timing, at most: more tell nothing new."""
 MARGIN = 0.98

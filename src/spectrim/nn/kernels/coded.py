@@ -1,4 +1,4 @@
-"""Triton: rows times up to three weights in codes of 2, 3, 4 or 8 bits (linalg/quantise.py), decoded in registers.
+"""Triton: one row times up to three weights in codes of 2, 3, 4 or 8 bits (linalg/quantise.py), decoded in registers.
 
     y_n = sum_v s_nv ( sum_k (2^b + code_nk) x_k  -  (2^b + zero_nv) sum_k x_k )    v: groups of inputs, k: one's
 
@@ -7,8 +7,7 @@ top of the fraction of the float 2^b, it is 2^b + code, exactly, and the 2^b goe
 is a shift, a bitwise operation and a multiplication for each weight. A program takes BLOCK_N rows and GROUPS groups of
 GROUP inputs at a time (a group here may be a part of one of the file: `per` of them share a scale).
 
-`coded` is for one row of x and multiplies in registers; `coded_few` is for 2 to 16 and multiplies on the matrix units,
-one group at a time. Sums are in float32.
+It multiplies in registers, too; `rows.py`, for 2 rows and more, on the matrix units. Sums are in float32.
 """
 
 import triton  # pyright: ignore[reportMissingImports]  # not in builds of torch for the CPU
@@ -172,50 +171,3 @@ def coded(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1, b2
         words, index, scale, zero = after, ahead, scale_after, zero_after
     value = tl.sum(total, 1)[None, :]
     keep(value, tl.arange(0, 1), rows, M, n, raw, y, place, bias, stride, RAW, OUT, PLACED, BIAS)
-
-
-@triton.jit
-def coded_few(x0, x1, x2, w0, w1, w2, r0, r1, r2, y0, y1, y2, p0, p1, p2, b0, b1, b2, n0, n1, n2, k0, k1, k2,
-              s0, s1, s2, M, c0, c1, c2, z0, z1, z2, g0, g1, g2, RAW: tl.constexpr, OUT: tl.constexpr,
-              PLACED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr, SYMMETRIC: tl.constexpr,
-              BITS: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr,
-              SHARED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Up to 16 rows, a group at a time: GROUPS is 1 and EVEN true whatever the weight."""
-    UNIT: tl.constexpr = GROUP // COUNT
-    block = tl.program_id(0)
-    x, w, raw, y, place, bias, n, k, stride = x0, w0, r0, y0, p0, b0, n0, k0, s0
-    scales, zeros, g = c0, z0, g0
-    first, second = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
-    if block >= first + second:
-        x, w, raw, y, place, bias, n, k, stride = x2, w2, r2, y2, p2, b2, n2, k2, s2
-        scales, zeros, g = c2, z2, g2
-        block -= first + second
-    elif block >= first:
-        x, w, raw, y, place, bias, n, k, stride = x1, w1, r1, y1, p1, b1, n1, k1, s1
-        scales, zeros, g = c1, z1, g1
-        block -= first
-    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    real = tl.minimum(rows, n - 1)
-    lines = tl.arange(0, 16)
-    groups = k // GROUP
-    per = groups // g
-    step: tl.constexpr = GROUP * BITS // 32
-    codes = w + real.to(tl.int64) * (groups * step)
-    inputs = x + lines[:, None] * k + tl.arange(0, GROUP)[None, :]
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    total = tl.zeros([16, BLOCK_N], tl.float32)
-    for start in tl.range(0, groups, num_stages=STAGES):
-        words = _words(codes, start * step, UNIT, groups * step, BITS, True)
-        # Codes themselves here: 2^8 + code has a bit more than bfloat16 holds.
-        numbers = (_numbers(words, BITS) - (1 << BITS)).to(x.dtype.element_ty)
-        given = tl.load(inputs + start * GROUP, mask=(lines < M)[:, None], other=0.0)
-        found = tl.dot(given, tl.trans(numbers), input_precision="ieee")
-        seen = tl.sum(given.to(tl.float32), 1)
-        index = real * g + start // per if SHARED else real * g + start
-        scale = tl.load(scales + index).to(tl.float32)
-        word = _zeros(zeros, index, rows >= 0, (n * g * BITS + 7) // 8, SYMMETRIC, BITS)
-        zero = _zero(word, index, SYMMETRIC, BITS) - (1 << BITS)
-        total += scale[None, :] * (found - zero[None, :] * seen[:, None])
-    keep(total, lines, rows, M, n, raw, y, place, bias, stride, RAW, OUT, PLACED, BIAS)

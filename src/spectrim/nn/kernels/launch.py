@@ -23,8 +23,6 @@ MOST_LINES = 16
 """Rows of x, at most: above it the products of torch are as fast."""
 MOST_LAYERS = 3
 """Layers that share a launch, at most."""
-
-
 MOST_BLOCKS = 2**16
 """Blocks of rows of weights in one launch, where programs divide the inputs."""
 
@@ -37,7 +35,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     pdl: int = 0  # 1: launches overlap (Hopper)
-    splits: int = 0  # programs among which a weight's inputs are divided: `rows.py`; 0: kernels that divide none
+    splits: int = 1  # programs among which a weight's inputs are divided: `rows.py` alone divides them
 
 
 class Side(NamedTuple):
@@ -223,6 +221,7 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     if not blocks:
         return  # pivot layers of full rank have no other rows
     lines, placed = len(x[0]), len(ends.places) > 0
+    assert lines <= MOST_LINES, f"{lines} rows; the kernels are for at most {MOST_LINES}"
     weights = [as_words(w) for w in side.weights] if side.bits else side.weights
     given: list[Any] = [
         *_three(x, x[0]), *_three(weights, weights[0]), *_three(ends.mid, x[0]), *_three(ends.y, ends.y[0]),
@@ -235,11 +234,9 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     }  # fmt: skip
     if tile.pdl:
         flags["launch_pdl"] = True
-    if tile.splits:
-        _launch_rows(given, flags, side, tile, blocks, ahead=ahead)
-        return
     if side.bits:
-        _launch_coded(given, flags, side, tile, blocks, ahead=ahead)
+        launch = _launch_coded if lines == 1 else _launch_coded_rows
+        launch(given, flags, side, tile, blocks, ahead=ahead)
         return
     from spectrim.nn.kernels import plain
 
@@ -247,44 +244,39 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     gather = side.order is not None
     even = not gather and all(width % tile.columns == 0 for width in side.widths)
     given += [side.order if gather else x[0], x[0].shape[1]]
-    kernel[(blocks,)](
-        *given, GATHER=gather, EVEN=even, PDL=(2 if ahead else 1) if tile.pdl else 0, BLOCK_K=tile.columns, **flags
-    )
+    kernel[(blocks,)](*given, GATHER=gather, EVEN=even, PDL=_pdl(tile, ahead=ahead), BLOCK_K=tile.columns, **flags)
 
 
-def _launch_rows(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool) -> None:
-    """2 to 16 rows, inputs divided among warps and `tile.splits` programs."""
-    from spectrim.nn.kernels import rows
-
-    x = given[0]
-    divided = tile.splits > 1
-    assert not divided or blocks <= MOST_BLOCKS
-    part = x.new_empty(blocks * tile.splits * MOST_LINES * tile.rows if divided else 1, dtype=torch.float32)
-    tail = [part, counts_of(x.device) if divided else part, tile.splits]
-    flags |= {"PDL": (2 if ahead else 1) if tile.pdl else 0, "WARPS": tile.warps, "DIVIDED": divided}
-    del flags["STAGES"]
-    grid = (blocks * tile.splits,)
-    if side.bits:
-        kernel: Any = rows.coded_rows
-        kernel[grid](*given, *_coded_extra(side), *tail, SYMMETRIC=not len(side.zeros), BITS=side.bits,
-                     GROUP=side.group, SHARED=_shared(side), **flags)  # fmt: skip
-    else:
-        kernel = rows.plain_rows
-        even = all(width % tile.columns == 0 for width in side.widths)
-        kernel[grid](*given, *tail, EVEN=even, BLOCK_K=tile.columns, **flags)
+def _pdl(tile: Tile, *, ahead: bool) -> int:
+    return (2 if ahead else 1) if tile.pdl else 0
 
 
 def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool) -> None:
+    """One row: a program's groups of inputs beside each other."""
     from spectrim.nn.kernels import coded
 
-    one = given[-1] == 1
-    at_once = tile.columns if one else 1
-    kernel: Any = coded.coded if one else coded.coded_few
+    kernel: Any = coded.coded
     kernel[(blocks,)](
-        *given, *_coded_extra(side), PDL=(2 if ahead and one else 1) if tile.pdl else 0, SYMMETRIC=not len(side.zeros),
-        BITS=side.bits, COUNT=8 if side.bits == 3 else 32 // side.bits, GROUP=side.group, GROUPS=at_once,
-        EVEN=all(width % (side.group * at_once) == 0 for width in side.widths),
-        SHARED=_shared(side), **flags,
+        *given, *_coded_extra(side), PDL=_pdl(tile, ahead=ahead), COUNT=8 if side.bits == 3 else 32 // side.bits,
+        GROUPS=tile.columns, EVEN=all(width % (side.group * tile.columns) == 0 for width in side.widths),
+        **_coded_flags(side), **flags,
+    )  # fmt: skip
+
+
+def _launch_coded_rows(
+    given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool
+) -> None:
+    """2 to 16 rows: inputs divided among warps and `tile.splits` programs."""
+    from spectrim.nn.kernels import rows
+
+    x, divided = given[0], tile.splits > 1
+    assert not divided or blocks <= MOST_BLOCKS, f"{blocks} blocks; counts are for at most {MOST_BLOCKS}"
+    part = x.new_empty(blocks * tile.splits * MOST_LINES * tile.rows if divided else 1, dtype=torch.float32)
+    del flags["STAGES"]
+    kernel: Any = rows.coded_rows
+    kernel[(blocks * tile.splits,)](
+        *given, *_coded_extra(side), part, counts_of(x.device) if divided else part, tile.splits,
+        PDL=_pdl(tile, ahead=ahead), WARPS=tile.warps, DIVIDED=divided, **_coded_flags(side), **flags,
     )  # fmt: skip
 
 
@@ -293,14 +285,18 @@ def _coded_extra(side: Side) -> list[Any]:
     return [*_three(side.scales, side.scales[0]), *_three(side.zeros, side.weights[0]), *_three(counts, counts[0])]
 
 
-def _shared(side: Side) -> bool:
-    """Whether several of the kernel's groups have one scale."""
-    return any(s.shape[1] * side.group < width for s, width in zip(side.scales, side.widths, strict=True))
+def _coded_flags(side: Side) -> dict[str, Any]:
+    """SHARED: several of the kernel's groups have one scale."""
+    shared = any(s.shape[1] * side.group < width for s, width in zip(side.scales, side.widths, strict=True))
+    return {"SYMMETRIC": not len(side.zeros), "BITS": side.bits, "GROUP": side.group, "SHARED": shared}
 
 
 @cache
 def counts_of(device: torch.device) -> Tensor:
-    """Counts of programs, all 0: a kernel that counts in them leaves 0. Kernels that run one after another share them."""
+    """Counts of programs, all 0: a kernel that counts in them leaves 0.
+
+    Kernels that run one after another share them, so products of one device must not run on two streams at once.
+    """
     return torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
 
 
