@@ -17,7 +17,6 @@ import argparse
 import copy
 import gc
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,16 +84,13 @@ class Bench:
             self.out.write_text(json.dumps(self.facts, indent=1) + "\n")
 
     def clock(self, run: Callable[[], Any], *, replays: int = 5) -> float:
-        """Seconds of `run`: as a CUDA graph, or by the clock on the CPU."""
+        """Seconds of `run`: as a CUDA graph, or once by the clock on the CPU."""
         if self.device.type == "cuda":
             return seconds_in_graph(run, replays=replays)
         run()
-        took = []
-        for _ in range(3):
-            start = time.perf_counter()
-            run()
-            took.append(time.perf_counter() - start)
-        return statistics.median(took)
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
 
 
 def ceilings(bench: Bench) -> dict[str, Any]:
@@ -438,7 +434,9 @@ def candidates(bench: Bench, names: list[str]) -> None:
     able = missing() is None and not bench.quick
     long = 32 if bench.quick else 2048
     bench.row("ceilings", lambda: ceilings(bench))
-    bench.row("dense", lambda: in_torch(bench, 1.0, "dense"))
+    few = (1, 4, 16)
+    dense_prefill = long if "prefill" in names else 0
+    bench.row("dense", lambda: whole(bench, 1.0, "dense", kernels=False, rows=few, prefill=dense_prefill))
 
     def model(storage: str, *, keep: float = 0.5, kernels: bool = True, **given: Any) -> None:
         kernels = kernels and able
@@ -449,15 +447,16 @@ def candidates(bench: Bench, names: list[str]) -> None:
         model("pivot", rows=(), prefill=long)
         model("pivot", rows=(), prefill=long, kernels=False)
     if "codes" in names:
-        model("factor-4", rows=(1, 16), prefill=0)
-        model("factor-8", rows=(1,), prefill=0)
+        model("factor-4", rows=few, prefill=0)
     if "packed" in names:
         model("packed-4", rows=(1, 16), prefill=0)
     if "codes" in names:
-        model("pivot-4", rows=(1,), prefill=0)
+        model("factor", rows=(1, 16), prefill=0)
+        model("factor-8", rows=(1, 16), prefill=0)
+        model("pivot-4", rows=(1, 16), prefill=0)
     if "packed" in names:
-        model("packed-8", rows=(1,), prefill=0)
-        model("packed-3", rows=(1,), prefill=0)
+        model("packed-8", rows=(1, 16), prefill=0)
+        model("packed-3", rows=(1, 16), prefill=0)
     for row in bench.facts["rows"]:
         for line in row.get("chosen", ()):
             print(f"{row['row']}: {line}"[:300])
@@ -489,10 +488,12 @@ def table(bench: Bench) -> None:
     found = [row for row in bench.facts["rows"] if "keep" in row]
     dense = next((row for row in found if row["keep"] == 1.0), {})
     print(f"memory {bench.copy_rate / 1e12:.2f} TB/s, matmul {bench.matmul_rate / 1e12:.0f} TFLOP/s; x: times dense")
-    print(f"{'':34}{'GB':>7} {'batch 1':>24} {'batch 16':>24} {'prefill':>24}")
+    columns = ("decode_1", "decode_4", "decode_16", "prefill")
+    parts = [part for part in columns if any(part in row for row in found)]
+    print(f"{'':34}{'GB':>7} " + " ".join(f"{part.replace('decode_', 'batch '):>24}" for part in parts))
     for row in found:
         cells = []
-        for part in ("decode_1", "decode_16", "prefill"):
+        for part in parts:
             if part not in row:
                 cells.append(f"{'':24}")
                 continue

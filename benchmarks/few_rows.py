@@ -1,4 +1,4 @@
-"""Kernels for few rows, shape by shape: microseconds of all linear layers of a decoder layer, and what is wrong in them.
+"""Kernels for few rows, tile by tile: microseconds of all linear layers of a decoder layer, and errors of the results.
 
     python benchmarks/few_rows.py --seconds 100 --out results/few-rows.json     one GPU
     TRITON_INTERPRET=1 python benchmarks/few_rows.py --quick                   small shapes on the CPU: does it run
@@ -6,17 +6,15 @@
 Twelve decoder layers of 7B shape with random weights; each group of layers that read one input is timed by itself, over
 all twelve in one CUDA graph, so that weights come from memory. Kernels are compiled first, by several processes into
 Triton's cache; those that do not compile, or not in time, are named and left out. Then the tiles of the first launch
-are tried, and with the best of them those of the second. For 1 and 16 rows all tiles, for the numbers between them the
-best of those. Every tile's numbers are compared with float64 (largest error of a group, relative). The JSON file is
-written after each row.
+are tried, and with the best of them those of the second: for 1 and 16 rows all tiles, also such as `speed_up` does not
+try, for the numbers between them the best of those of 16. Every tile's numbers are compared with float64 (largest error
+of a group, relative). The JSON file is written after each row.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 from decode import Bench, build, ceilings, groups_of, stored_bytes
 
 from spectrim.nn.codecs import StoredLinear
-from spectrim.nn.kernels.choice import CODED_LINES_TILES, CODED_TILES, LINES_TILES, MATVEC_TILES, dense_us
+from spectrim.nn.kernels.choice import CODED_TILES, LINES_TILES, MATVEC_TILES, dense_us
 from spectrim.nn.kernels.few import FewRows, coded_parts, group_of, plain_parts
 from spectrim.nn.kernels.launch import Tile, missing
 from spectrim.nn.linears import LowRankLinear, PivotLinear
@@ -41,19 +39,15 @@ WRONG = 0.02
 """Relative error of a result in bfloat16 beyond which it counts as wrong."""
 
 
-def new_tiles(storage: str) -> list[Tile]:
-    """Of the kernels whose warps divide the inputs."""
-    columns = (1,) if "-" in storage else (64, 128)
-    heights = (32, 64) if "-" in storage else (16, 32)
-    splits = (1, 2, 4, 8) if OVERLAP else (2,)
-    return [Tile(n, k, w, 1, OVERLAP, s) for w in (4, 8)[-OVERLAP - 1 :] for n in heights for k in columns for s in splits]
+WIDE_TILES = tuple(Tile(n, 1, warps, 1, splits=splits) for warps in (4, 8) for n in (32, 64) for splits in (1, 2, 4, 8))
+"""Of codes, for 2 rows and more."""
 
 
-def old_tiles(storage: str, rows: int) -> list[Tile]:
-    """Of the kernels in front of which the new ones must be."""
-    one, some = (CODED_TILES, CODED_LINES_TILES) if "-" in storage else (MATVEC_TILES, LINES_TILES)
-    most = (one[:6] if rows == 1 else some[:4]) if rows in (1, 16) else ()
-    return [tile._replace(pdl=OVERLAP) for tile in (most if OVERLAP else most[:1])]
+def tiles_for(storage: str, rows: int) -> list[Tile]:
+    """All that are tried; one in the interpreter."""
+    one, some = (CODED_TILES, WIDE_TILES) if "-" in storage else (MATVEC_TILES, LINES_TILES)
+    tiles = one if rows == 1 else some
+    return [tile._replace(pdl=OVERLAP) for tile in (tiles if OVERLAP else tiles[1:2])]
 
 
 @cache
@@ -113,21 +107,20 @@ class Compiled:
     def __init__(self, storages: list[str], rows: list[int], *, quick: bool, limit: float) -> None:
         self.failed: dict[str, str] = {}
         self.able: set[tuple[str, Tile]] = set()
-        asked = []
-        for storage in storages:
-            new = {tile._replace(splits=min(tile.splits, 2)): None for tile in new_tiles(storage)}
-            asked += [(storage, kind, tile, 16) for tile in new for kind in (1, 3)]
-            asked += [(storage, kind, tile, n) for n in rows for tile in old_tiles(storage, n) for kind in (1, 3)]
+        asked = [
+            (storage, kind, tile, n)
+            for storage in storages for n in sorted({min(n, 2) for n in rows})
+            for tile in dict.fromkeys(map(as_compiled, tiles_for(storage, n))) for kind in (1, 3)
+        ]  # fmt: skip
         if quick:
             outcomes = [(job, compile_one(*job, True)) for job in asked]
         else:
             outcomes = self._beside(asked, limit)
-        wrong = {job[::2][:2] for job, said in outcomes if said is not None}
-        for job, said in outcomes:
+        for (storage, _, tile, _), said in outcomes:
             if said is not None:
-                self.failed[f"{job[0]} {tuple(job[2])}"] = said
-            elif job[::2][:2] not in wrong:
-                self.able.add((job[0], job[2]))
+                self.failed[f"{storage} {tuple(tile)}"] = said
+            self.able.add((storage, tile))
+        self.able -= {(storage, tile) for (storage, _, tile, _), said in outcomes if said is not None}
 
     def _beside(self, asked: list[Any], limit: float) -> list[Any]:
         count = max(1, min(14, (os.cpu_count() or 2) - 2))
@@ -147,7 +140,12 @@ class Compiled:
         return outcomes
 
     def takes(self, storage: str, tile: Tile) -> bool:
-        return (storage, tile._replace(splits=min(tile.splits, 2))) in self.able
+        return (storage, as_compiled(tile)) in self.able
+
+
+def as_compiled(tile: Tile) -> Tile:
+    """The tile whose kernel it shares: how many programs divide the inputs is no part of the code."""
+    return tile._replace(splits=min(tile.splits, 2))
 
 
 class Search:
@@ -199,36 +197,33 @@ def row(bench: Bench, storage: str, rows: list[int], compiled: Compiled) -> dict
     """All four kinds of one storage: 1 and 16 rows by all tiles, the others by the best of those."""
     kinds = groups_for(storage, bench.quick, bench.shape["num_hidden_layers"])
     one = storage.startswith("packed")
-    made: dict[str, Any] = {"storage": storage, "us": {}, "old_us": {}, "dense_us": {}, "kinds": []}
+    made: dict[str, Any] = {"storage": storage, "us": {}, "dense_us": {}, "kinds": []}
     for name, groups in zip(NAMES, kinds, strict=True):
         tried: list[tuple[Tile, Tile]] = []
         for count in sorted(rows, key=lambda n: (n not in (16, 1), n)):
-            searches = {"us": Search(bench, groups, count), "old_us": Search(bench, groups, count)}
+            search = Search(bench, groups, count)
             with torch.no_grad():
                 if count in (1, 16) or not tried:
-                    searches["us"].over([t for t in new_tiles(storage) if compiled.takes(storage, t)], one=one)
-                    old = [t for t in old_tiles(storage, count) if compiled.takes(storage, t)]
-                    searches["old_us"].over(old, one=one)
-                    tried += searches["us"].best(BETWEEN)
+                    search.over([t for t in tiles_for(storage, count) if compiled.takes(storage, t)], one=one)
                 else:
-                    for pair in dict.fromkeys(tried):
-                        searches["us"].clock(pair)
-                dense = None if bench.quick else dense_us([group.layers for group in groups], searches["us"].x)
-            facts: dict[str, Any] = {"kind": name, "rows": count, "dense_us": dense,
-                                     "bytes": sum(stored_bytes(layer) for layer in groups[0].layers)}  # fmt: skip
-            for which, search in searches.items():
-                best = search.best()
-                least = search.found[best[0]] if best else None
-                facts |= {which: least, f"{which}_tiles": best[0] if best else None, f"{which}_error": search.error}
-                facts[f"{which}_all"] = [[*map(tuple, pair), round(us, 2)] for pair, us in search.found.items()]
-                facts[f"{which}_notes"] = search.notes[:6]
-                made[which][count] = None if least is None or made[which].get(count, 0.0) is None \
-                    else made[which].get(count, 0.0) + least  # fmt: skip
-            made["dense_us"][count] = None if dense is None else made["dense_us"].get(count, 0.0) + dense
-            made["kinds"].append(facts)
-            print(f"{storage:10}{name:10}{count:4} rows: " + ", ".join(
-                f"{which} {facts[which]:.1f} {tuple(map(tuple, facts[f'{which}_tiles']))}" if facts[which] else f"{which} -"
-                for which in searches) + f", dense {dense or float('nan'):.1f}", flush=True)  # fmt: skip
+                    for pair in tried:
+                        search.clock(pair)
+                if count > 1 and not tried:
+                    tried = search.best(BETWEEN)
+                dense = None if bench.quick else dense_us([group.layers for group in groups], search.x)
+            best = search.best()
+            least = search.found[best[0]] if best else None
+            made["kinds"].append({
+                "kind": name, "rows": count, "us": least, "tiles": best[0] if best else None, "error": search.error,
+                "dense_us": dense, "bytes": sum(stored_bytes(layer) for layer in groups[0].layers),
+                "all": [[*map(tuple, pair), round(us, 2)] for pair, us in search.found.items()],
+                "notes": search.notes[:6],
+            })  # fmt: skip
+            for which, us in (("us", least), ("dense_us", dense)):
+                before = made[which].get(count, 0.0)
+                made[which][count] = None if us is None or before is None else before + us
+            shown = "-" if least is None else f"{least:.1f} us {tuple(map(tuple, best[0]))}"
+            print(f"{storage:10}{name:10}{count:4} rows: {shown}, dense {dense or float('nan'):.1f} us", flush=True)
     return made
 
 
@@ -250,16 +245,16 @@ def main(bench: Bench, storages: list[str], rows: list[int]) -> None:
 
 
 def table(bench: Bench, rows: list[int]) -> None:
-    """Microseconds of the linear layers of a decoder layer: new kernels / old ones / dense."""
-    print(f"us of the linear layers of a decoder layer: new / old / dense; rows {rows}")
+    """Microseconds of the linear layers of a decoder layer: kernels / dense."""
+    print(f"us of the linear layers of a decoder layer: kernels / dense; rows {rows}")
 
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f}"
 
     for made in bench.facts["rows"]:
         if "storage" in made:
-            cells = [" / ".join(cell(made[k].get(n)) for k in ("us", "old_us", "dense_us")) for n in rows]
-            print(f"{made['storage']:10}" + "".join(f"{c:>24}" for c in cells))
+            cells = [" / ".join(cell(made[k].get(n)) for k in ("us", "dense_us")) for n in rows]
+            print(f"{made['storage']:10}" + "".join(f"{c:>18}" for c in cells))
         elif "error" in made:
             print(f"{made['row']}: {made['error']}")
     print(f"no time for: {bench.facts['skipped'] or 'none'}", flush=True)
@@ -269,10 +264,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=100.0)
-    parser.add_argument("--storages", nargs="+", default=list(STORAGES[:4]), choices=STORAGES)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--storages", nargs="+", choices=STORAGES, help=f"default: {' '.join(STORAGES[:4])}")
+    parser.add_argument("--rows", nargs="+", type=int, help="default: 1 2 4 8 16")
+    parser.add_argument("--quick", action="store_true", help="two storages, 1 and 3 rows, where none are named")
     parsed = parser.parse_args()
+    parsed.storages = parsed.storages or list(STORAGES[: 2 if parsed.quick else 4])
+    parsed.rows = parsed.rows or ([1, 3] if parsed.quick else [1, 2, 4, 8, 16])
     reason = missing()
     if reason is not None:
         parser.error(f"{reason}; with --quick, set TRITON_INTERPRET=1")
