@@ -19,7 +19,7 @@ def speed_up(model: PreTrainedModel, rows: Sequence[int] = (1,), prefill: int | 
     """Time the kernels against torch's products for batches of `rows` and use them where they win; what was measured.
 
     Where even the best form of a kind of layer takes longer than dense weights would, its choice says so
-    (`slower_than_dense`): codes with 16 rows are such.
+    (`slower_than_dense`). Models that were sped up must not decode on two streams of one device at once.
     `prefill`, a number of tokens, also times ways to put the outputs of pivot layers in their places for so many rows;
     what wins is used from half as many rows on. Nothing else changes: other numbers of rows, training, saving and
     exporting are as before. The timing is of these layers on this device; it takes seconds, and kernels that were built
