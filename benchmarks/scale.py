@@ -66,9 +66,9 @@ class Rows:
         row = attempted(work)
         row["wall_s"] = time.perf_counter() - started
         if torch.cuda.is_available():
-            peaks = row.get("gpu_peaks_gb", {}).values()  # of stages, after each of which torch counts anew
-            row["gpu_gb"] = max([torch.cuda.max_memory_allocated() / 1e9, *peaks])
-            row["gpu_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+            # Where a row lets torch count anew after each stage, torch knows the last one only; the row knows all.
+            row["gpu_gb"] = max(torch.cuda.max_memory_allocated() / 1e9, row.get("gpu_gb", 0.0))
+            row["gpu_reserved_gb"] = max(torch.cuda.max_memory_reserved() / 1e9, row.get("gpu_reserved_gb", 0.0))
         row["host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         self._keep(name, row)
         return None if "error" in row else row
@@ -82,7 +82,8 @@ class Rows:
 
 
 def _short(row: Row) -> str:
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "wall_s")
+    told = {k: v for k, v in row.items() if k not in ("wall_s", "stages_table")}
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in told.items())
 
 
 class Stages:
@@ -136,6 +137,8 @@ def fast(shape: Shape, device: torch.device, count: int, length: int, told: Path
         "seconds": took,
         "stages": {k: round(v, 3) for k, v in outcome.seconds.items()},
         "gpu_peaks_gb": {k: round(v, 2) for k, v in peaks.gigabytes.items()},
+        "gpu_gb": max(peaks.gigabytes.values(), default=0.0),
+        "gpu_reserved_gb": peaks.reserved,
         "calibrate_floor_s": {"forward": forward, "recompute and backward": way_back, "statistics": grams},
         "calibrate_of_floor": (forward + way_back + grams) / measured if measured else None,
         "keep": outcome.plan.keep,

@@ -211,7 +211,7 @@ def low_memory(
         "seconds": took,
         "stages": stages,
         "outside_of_stages_s": took - sum(v for k, v in report["seconds"].items() if k != "total"),
-        "gpu_allocated_gb": progress.most("gpu_gb"),
+        "gpu_gb": progress.most("gpu_gb"),
         "gpu_reserved_gb": progress.most("gpu_reserved_gb"),
         "host_own_gb": seen["most"] / 1e9,
         "host_before_gb": before / 1e9,
@@ -230,6 +230,7 @@ def low_memory(
         "kl": report["quality"]["compressed"]["kl"],
         "model_written": made,
         "warnings": report["warnings"],
+        "stages_table": progress.rows,
     }  # fmt: skip
     shutil.rmtree(out)
     return row

@@ -11,10 +11,11 @@ BETWEEN = "between stages"
 
 
 class Peaks:
-    """The most bytes that torch had allocated in each stage, in GB; none on a CPU."""
+    """The most that torch had allocated in each stage, and reserved in all of them, in GB; nothing on a CPU."""
 
     def __init__(self) -> None:
         self.gigabytes: dict[str, float] = {}
+        self.reserved = 0.0
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -28,6 +29,7 @@ class Peaks:
         if torch.cuda.is_available():
             most = torch.cuda.max_memory_allocated() / 1e9
             self.gigabytes[stage] = max(most, self.gigabytes.get(stage, 0.0))
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved() / 1e9)
             torch.cuda.reset_peak_memory_stats()
 
 
