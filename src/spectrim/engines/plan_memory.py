@@ -1,6 +1,7 @@
 """The most memory of a run: what is alive in each stage, in bytes; the largest stage decides.
 
-On a CPU it starts from what this process holds already (Python, torch, transformers); on a GPU that is on the host.
+On a CPU it starts from what this process holds already (Python, torch, transformers); on a GPU that is on the host,
+and what a run has there beyond a plan that has clocked the same device comes on top.
 Statistics and spectra are float64, weights float32, logits float32 and several of them at a time.
 """
 
@@ -34,6 +35,11 @@ NOT_GIVEN_BACK = 0.5
 KERNEL_BYTES, MOST_KERNELS = int(0.45 * 2**20), 1024
 """On a CPU: what its library (oneDNN) compiles for a product of a shape that it has not met, and of how many shapes it
 keeps that at a time."""
+
+DECOMPOSED_BYTES, BACK_BYTES = 350 * 2**20, 220 * 2**20
+"""On the host of a GPU, beyond what a plan holds there once it has clocked passes and eigenvalues: of a run that
+decomposes weights, and more of one that goes back for gradients. Fitted to one run each on an H200 (docs/plan.md): what
+torch and CUDA's libraries keep, whatever the model. Which of them does has not been looked into."""
 
 
 class Peak(NamedTuple):
@@ -71,8 +77,17 @@ def peak_memory_of(method: Method, sizes: Sizes, total: int, *, on_gpu: bool) ->
     most = max(stages.values())
     start = resident() + TEXT_BYTES
     if on_gpu:  # the weights pass through the host, and the result is written from it
-        return Peak(start + 2 * sizes.bytes_read, most), stages
+        return Peak(start + 2 * sizes.bytes_read + beside_a_gpu(method, sizes), most), stages
     return Peak(start + most, 0), stages
+
+
+def beside_a_gpu(method: Method, sizes: Sizes) -> int:
+    """Bytes of the host that a run on a GPU takes for what it does there, and a plan does not do."""
+    decomposes = isinstance(method, LayerMethod) and not sizes.task
+    scored = isinstance(method, LearnedMethod) and method.newton_steps > 0
+    learns = scored or method.windows_trained > 0 or any(step.steps for step in sizes.steps)
+    goes_back = bool(method.needs & GRADIENT_STATS) or (learns and not sizes.task)
+    return decomposes * DECOMPOSED_BYTES + goes_back * BACK_BYTES
 
 
 def resident() -> int:

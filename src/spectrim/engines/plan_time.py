@@ -31,7 +31,7 @@ BUILTIN_TOKENS = 430_000
 ENCODE = 1.0
 """Putting a weight in its codec, in units of the eigenvalues of as many cubed rows."""
 CALL_S = {"cpu": 1e-3, "cuda": 5e-4}
-"""Of a layer with two products where there was one, in passes of few tokens."""
+"""Of a layer with two products where there was one, in passes of few tokens. Of a GPU: between what two runs took."""
 STREAMED = 4
 """Windows at a time of passes in running order (engines/paired.py, engines/blockwise.py)."""
 
