@@ -14,6 +14,7 @@ from spectrim.cli_eval import eval_
 from spectrim.cli_export import export
 from spectrim.cli_generate import generate
 from spectrim.cli_left import clean, resume, status, verify
+from spectrim.cli_notes import say_if_slow
 from spectrim.cli_options import (
     Deterministic,
     Json,
@@ -78,10 +79,11 @@ def compress(
 ) -> None:
     """Compress a model and write a folder that plain transformers loads."""
     del quality_gate, seed, deterministic, shard_weights  # they are in the request
-    request.check()  # before transformers is imported: a mistake is told at once
+    method = request.check()  # before transformers is imported: a mistake is told at once
     check_push_to(push_to)
     trackers = check_trackers(track)
     part = None if shard is None else parse_shard(shard)
+    say_if_slow(request, method, quiet=json_ or (part is not None and part.number is not None))
     from spectrim.evaluate.gate import refuse_failed
     from spectrim.report.card import table
     from spectrim.report.forms import FORMS_HEADER, forms_rows

@@ -68,11 +68,16 @@ def training_windows(request: Request, method: Method) -> int:
     """How many windows learning may use: those asked for, else as many as the longest trained stage goes through."""
     if request.train_windows is not None:
         return request.train_windows
+    most = max(windows_by_stage(request, method))
+    return min(most, MOST_SAMPLED) if request.calib == "self" else most
+
+
+def windows_by_stage(request: Request, method: Method) -> list[int]:
+    """Windows that the method's own training and each recovery step go through, each as often as it is used."""
     own = method.windows_trained
     if own and request.any_size and isinstance(method, TrainedMethod):
         own = request.any_size_steps * method.batch_size
-    most = max([own, *((step.steps or 0) * RECOVERY_BATCH for step in recovery_of(method, request.recover))])
-    return min(most, MOST_SAMPLED) if request.calib == "self" else most
+    return [own, *((step.steps or 0) * RECOVERY_BATCH for step in recovery_of(method, request.recover))]
 
 
 def has_steps(request: Request, method: Method) -> bool:
