@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 OPERATIONS = 8.0
 """For a number of the model and a token of a training step: both models forward, one back to its inputs and weights."""
 LONG = 1e13
-"""Operations of a run that takes minutes: `balanced` was measured to do 7e10 of them a second on one core
+"""Operations of a run that takes minutes: `balanced` was measured to do 8e10 of them a second on one core
 (benchmarks/results/plan-accuracy-cpu.json, 10 steps of 8 windows of 128 tokens in 8.5 s)."""
 
 
