@@ -137,7 +137,7 @@ def product_of(layer: SharedLinear, x: Tensor) -> Tensor:
     It is kept with `x`, and goes with it. Only where nothing can come between: no gradient, no training, no CUDA graph,
     no wrapper or hook at `V`, neither `x` nor the basis changed, the same precision and stream. Tensors made under
     `torch.inference_mode()` do not count their changes, so there each layer multiplies. While a graph is traced changes
-    cannot be asked for: the owner multiplies at each call, and layers that come after it with the same tensor take that.
+    cannot be asked for: the owner multiplies at each call, and those that come after it with the same tensor take that.
     """
     owner = layer.owner
     basis = owner.V

@@ -47,10 +47,13 @@ class FewRows:
     def takes(self, x: Tensor) -> bool:
         """Whether the kernels won for this many rows, no gradient is asked for, and results can be shared safely.
 
+        The kernels read weights and call no module, so what is put around one (an adapter) has the torch products back.
         Tensors made under `torch.inference_mode()` do not count their changes, so no two layers share one.
         """
         as_timed = x.dtype == self.dtype and x.device == self.device
         if not as_timed or x.numel() // x.shape[-1] not in self.tiles or torch.is_grad_enabled():
+            return False
+        if not all(is_bare(layer) for layer in self.layers):
             return False
         return len(self.layers) == 1 or torch.compiler.is_compiling() or not x.is_inference()
 
@@ -95,6 +98,17 @@ class FewRows:
             if layer.U is not None and layer.V is not None:
                 made[index] = made[index] + layer.U(layer.V(lines))
         return made
+
+
+def is_bare(layer: StoredLinear) -> bool:
+    """Whether the linear layers inside compute what their weights say: nothing is wrapped around them or hooked in."""
+    if not isinstance(layer, PLAIN):
+        return True
+    parts = [*layer._modules.values(), *([layer.owner.V] if isinstance(layer, SharedLinear) else [])]
+    return all(
+        type(part) in (nn.Linear, InputPivots) and not part._forward_hooks and not part._forward_pre_hooks
+        for part in parts
+    )
 
 
 def version_of(x: Tensor) -> int | None:
@@ -158,8 +172,8 @@ def unsuited(layers: Sequence[StoredLinear]) -> str | None:
     kind = type(layers[0])
     if any(type(layer) is not kind for layer in layers) or not isinstance(layers[0], PLAIN + CODED + WHOLE):
         return f"no kernel for {', '.join(sorted({layer.codec for layer in layers}))}"
-    if any(isinstance(layer, SharedLinear) and type(layer.owner.V) not in (nn.Linear, InputPivots) for layer in layers):
-        return "a shared factor that something is wrapped around"
+    if not all(is_bare(layer) for layer in layers):
+        return "a factor that something is wrapped around or hooked to"
     if kind is SharedPivotLinear and len({id(layer.owner) for layer in layers if isinstance(layer, SharedLinear)}) > 1:
         return "shared factors of several groups"
     if len({layer.has_bias for layer in layers}) > 1:

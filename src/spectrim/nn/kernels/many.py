@@ -8,6 +8,7 @@ What `StoredLinear.many` refers to. Chosen by the clock for one number of rows, 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.kernels.choice import MARGIN, TIMED_GROUPS, Choice, dense_us, differs, seconds_in_graph, shapes_of
+from spectrim.nn.kernels.few import is_bare
 from spectrim.nn.kernels.launch import Tile
 from spectrim.nn.linears import PivotLinear
 from spectrim.nn.quantised import QuantisedPivotLinear
@@ -45,14 +47,21 @@ class ManyRows:
     def product(self, layer: StoredLinear, x: Tensor) -> Tensor:
         """y (..., O) of x (..., I)."""
         assert isinstance(layer, PIVOTS)
-        plain = isinstance(layer, PivotLinear)
-        first, second = (layer.pivot.weight, layer.rest.weight) if plain else layer.matrices()
-        pivots = nn.functional.linear(x.reshape(-1, x.shape[-1]), first)
-        bias = [] if layer.bias is None else [layer.bias]
-        if self.form == "merge":
-            y = merged(pivots, nn.functional.linear(pivots, second), self.index, bias, list(self.tile))
+        flat, bias = x.reshape(-1, x.shape[-1]), [] if layer.bias is None else [layer.bias]
+        if isinstance(layer, PivotLinear):
+            # Modules, not weights: something may be wrapped around them.
+            first, second, weight = layer.pivot, layer.rest, layer.rest.weight
         else:
-            y = scattered(pivots, second, self.index, bias, list(self.tile))
+            rows, weight = layer.matrices()
+            first, second = partial(nn.functional.linear, weight=rows), partial(nn.functional.linear, weight=weight)
+        pivots = first(flat)
+        if self.form == "merge":
+            y = merged(pivots, second(pivots), self.index, bias, list(self.tile))
+        elif is_bare(layer):
+            y = scattered(pivots, weight, self.index, bias, list(self.tile))
+        else:
+            y = torch.cat([pivots, second(pivots)], -1).index_select(-1, layer.order)
+            y = y if layer.bias is None else y + layer.bias
         return y.view(*x.shape[:-1], layer.out_features)
 
 
