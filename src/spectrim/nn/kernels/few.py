@@ -40,9 +40,8 @@ class FewRows:
     device: torch.device
     places: list[Tensor] = field(default_factory=list)
     shared: bool = False  # all have one right factor, whose product is made once
-    seen: Tensor | None = None
-    version: int | None = None  # of `seen` when the results were made
-    made: list[Tensor] = field(default_factory=list)
+    kept: tuple[Tensor, int | None, list[Tensor]] | None = None
+    """The input seen last, its version when the results were made, and these; one field, since threads may run this."""
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernels won for this many rows, no gradient is asked for, and results can be shared safely.
@@ -60,13 +59,12 @@ class FewRows:
     def product(self, layer: StoredLinear, x: Tensor) -> Tensor:
         """y (..., O) of one layer of the group for x (..., I)."""
         index = next(i for i, member in enumerate(self.layers) if member is layer)
-        made, version = self.made, version_of(x)
-        if self.seen is not x or self.version != version:
-            made = self.all_of(x)
-            self.made, self.seen, self.version = made, x, version
-        y = made[index]
+        kept, version = self.kept, version_of(x)
+        if kept is None or kept[0] is not x or kept[1] != version:
+            kept = self.kept = x, version, self.all_of(x)
+        y = kept[2][index]
         if index == len(self.layers) - 1:
-            self.made, self.seen = [], None  # or results would live until the next token
+            self.kept = None  # or results would live until the next token
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def all_of(self, x: Tensor, tiles: Tiles | None = None) -> list[Tensor]:

@@ -73,10 +73,11 @@ def merged(pivots: Tensor, others: Tensor, order: Tensor, bias: Sequence[Tensor]
     cut = Tile(*tile)
     y = pivots.new_empty(len(pivots), len(order))
     kernel: Any = place.merge
-    kernel[_grid(y, cut)](
-        pivots, others, order, bias[0] if bias else y, y, len(y), pivots.shape[1], len(order),
-        BIAS=bool(bias), ROWS=cut.rows, COLUMNS=cut.columns, num_warps=cut.warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(pivots):  # Triton launches on the current device
+        kernel[_grid(y, cut)](
+            pivots, others, order, bias[0] if bias else y, y, len(y), pivots.shape[1], len(order),
+            BIAS=bool(bias), ROWS=cut.rows, COLUMNS=cut.columns, num_warps=cut.warps,
+        )  # fmt: skip
     return y
 
 
@@ -88,11 +89,16 @@ def _(pivots, others, order, bias, tile):
 @torch.library.custom_op("spectrim::scattered", mutates_args=())
 def scattered(pivots: Tensor, second: Tensor, places: Tensor, bias: Sequence[Tensor], tile: Sequence[int]) -> Tensor:
     """y (T, O): pivots (T, R) and pivots second^T, second (O - R, R), at their `places` (O,) int32, + bias."""
+    y = pivots.new_empty(len(pivots), len(places))
+    with torch.cuda.device_of(pivots):
+        _scatter(pivots, second, places, bias, Tile(*tile), y)
+    return y
+
+
+def _scatter(pivots: Tensor, second: Tensor, places: Tensor, bias: Sequence[Tensor], cut: Tile, y: Tensor) -> None:
     from spectrim.nn.kernels import place
 
-    cut = Tile(*tile)
     rank = pivots.shape[1]
-    y = pivots.new_empty(len(pivots), len(places))
     sizes = (len(y), rank, len(places))
     added = bias[0] if bias else y
     copy: Any = place.spread
@@ -101,7 +107,7 @@ def scattered(pivots: Tensor, second: Tensor, places: Tensor, bias: Sequence[Ten
         COLUMNS=MERGE_TILES[0].columns, num_warps=MERGE_TILES[0].warps,
     )  # fmt: skip
     if not len(second):
-        return y  # a layer of full rank has no other rows
+        return  # a layer of full rank has no other rows
     blocks = -(-len(y) // cut.rows) * -(-len(second) // cut.columns)
     kernel: Any = place.scatter
     kernel[(blocks,)](
@@ -109,7 +115,6 @@ def scattered(pivots: Tensor, second: Tensor, places: Tensor, bias: Sequence[Ten
         BIAS=bool(bias), EVEN=rank % SCATTER_K == 0, ROWS=cut.rows, COLUMNS=cut.columns, BLOCK_K=SCATTER_K,
         STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
-    return y
 
 
 @scattered.register_fake
