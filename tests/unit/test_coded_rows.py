@@ -186,6 +186,38 @@ def test_it_is_chosen_for_two_rows_and_more_where_the_clock_says_so(kind, bits, 
 # ---------- on a GPU
 
 
+@pytest.mark.gpu
+@needs_cuda
+def test_every_stream_counts_for_itself_and_graphs_together():
+    device = torch.device("cuda", 0)
+    here = counts_of(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        there = counts_of(device)
+    found = []
+    for _ in range(2):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            found.append(counts_of(device))
+            found[-1].sum()
+    assert here is counts_of(device)
+    assert there is not here
+    assert found[0] is found[1]
+    assert found[0] is not here
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU, or none")
+def test_layers_on_another_than_the_current_device():
+    with torch.cuda.device(1):
+        (group, _) = groups_on_gpu(4)
+        layer, x = group.layers[0], normal(5, 4, 4096, dtype=HALF).to("cuda")
+    tile = CODED_LINES_TILES[-1]
+    with torch.no_grad():
+        expected = layer.to("cuda:1")(x.to("cuda:1")).double()
+        made = group.all_of(x.to("cuda:1"), (tile, tile))[0].double()
+    assert float((made - expected).norm() / expected.norm()) < 0.02
+
+
 def groups_on_gpu(bits: int) -> list[FewRows]:
     """A pivot layer and a whole weight, of sizes for which many programs run at once."""
     mask = torch.zeros(4096, dtype=torch.bool)

@@ -62,6 +62,15 @@ def test_prefill_is_chosen_for_all_layers_where_it_is_asked_for(monkeypatch):
         speed_up(model, prefill=63)
 
 
+def test_a_model_on_several_devices_is_refused(monkeypatch):
+    monkeypatch.setattr(few_rows, "missing", lambda: None)
+    monkeypatch.setattr(few_rows, "device_of", lambda _: torch.device("cuda"))
+    model = small_llama()
+    model.model.layers[1].to("meta")
+    with pytest.raises(UsageError, match=r"layers are on cpu, meta; .* load it with device_map=0"):
+        speed_up(model)
+
+
 def test_eval_says_where_the_small_model_is_slower():
     assert speed_note(10.0, 10.0) is None
     assert "at 0.50 of the dense model's speed (5.0 and 10.0 tokens/s" in str(speed_note(5.0, 10.0))

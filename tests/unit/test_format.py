@@ -329,6 +329,14 @@ def test_a_format_config_for_a_dense_checkpoint_is_refused(tmp_path):
         load(tmp_path, quantization_config=SpectrimConfig())
 
 
+def test_a_codec_that_is_not_known_may_be_of_a_newer_spectrim():
+    entry = {"codec": "factor", "rank": 2, "bias": False}
+    with pytest.raises(InputError, match="a newer spectrim may have written it: upgrade"):
+        SpectrimConfig(modules={"a": {**entry, "codec": "braided"}})
+    with pytest.raises(InputError, match=r"bias true or false$"):
+        SpectrimConfig(modules={"a": {**entry, "rank": 0}})
+
+
 # Loading in many ways
 
 

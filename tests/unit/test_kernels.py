@@ -249,6 +249,45 @@ def test_other_numbers_of_rows_and_gradients_take_the_torch_products():
     assert float(x.grad.abs().sum()) > 0
 
 
+class Doubled(nn.Module):
+    """As an adapter does: the layer is inside, and its weight is seen from outside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.inner.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.inner.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("factor", "U"), ("pivot", "rest"), ("shared", "V"), ("shared-pivot", "U")])
+def test_what_is_wrapped_around_a_factor_later_counts(kind, part):
+    layers, x = siblings(kind), normal(1, 1, 1, INPUTS)
+    attach(group_of(layers, {1: (ONE, ONE)}))
+    with torch.no_grad():
+        assert layers[-1].few.takes(x)
+        handle = getattr(layers[0], part).register_forward_hook(lambda *given: None)
+        assert not layers[-1].few.takes(x)
+        handle.remove()
+        before = copy.deepcopy(layers)
+        for layer in before:
+            layer.few = None
+        for owner in (layers[0], before[0]):
+            setattr(owner, part, Doubled(getattr(owner, part)))
+        for layer, plain in zip(layers, before, strict=True):
+            torch.testing.assert_close(layer(x), plain(x))
+
+
 @needs_triton
 def test_a_group_is_no_part_of_what_is_saved_and_copies_with_its_model():
     layers = siblings("pivot")

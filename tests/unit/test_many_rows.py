@@ -200,3 +200,31 @@ def test_few_rows_gradients_other_dtypes_and_new_masks_take_the_torch_products()
     assert float(layer.pivot.weight.grad.abs().sum()) > 0
     layer.refresh_order()
     assert layer.many is None
+
+
+class Doubled(torch.nn.Module):
+    """As an adapter does: the layer is inside, and its weight is seen from outside."""
+
+    def __init__(self, inner: torch.nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+@needs_triton
+@pytest.mark.parametrize("part", ["pivot", "rest"])
+@pytest.mark.parametrize("form", ["merge", "scatter"])
+def test_what_is_wrapped_around_a_part_later_counts(form, part):
+    layer = pivot()
+    layer.many = form_of(layer, form, TILES[form], ROWS)
+    setattr(layer, part, Doubled(getattr(layer, part)))
+    with torch.no_grad():
+        found = layer(rows())
+        layer.many = None
+        torch.testing.assert_close(found, layer(rows()), rtol=1e-5, atol=1e-5)

@@ -1,5 +1,7 @@
 """Storage that layers share: who shares what under a budget, what is stored, loaded, trained, and refused."""
 
+import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -345,6 +347,47 @@ def test_the_basis_is_multiplied_once_for_a_group_and_again_when_anything_change
         y = torch.randn(3, 12)
         owner(y), borrower(y)
         assert len(counted) == 4
+
+
+@pytest.mark.parametrize("storage", ["shared", "shared-pivot"])
+def test_what_is_kept_with_an_input_is_not_taken_where_it_may_be_another(storage):
+    owner, borrower = group(storage)
+
+    def check(x: Tensor) -> None:
+        expected = torch.nn.functional.linear(x, borrower.dense_weight(), borrower.bias)
+        assert torch.allclose(borrower(x), expected, atol=1e-5)
+
+    with torch.no_grad():
+        x = torch.randn(3, 12)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            owner(x)
+        check(x)  # in another precision
+        x.data = torch.randn(3, 12)
+        check(x)
+        found = torch.func.vmap(lambda bias: torch.func.functional_call(borrower, {"U.bias": bias}, (x,)))
+        assert found(torch.zeros(2, 6)).shape == (2, 3, 6)
+        if storage == "shared":
+            found = torch.func.vmap(lambda basis: torch.func.functional_call(owner, {"V.weight": basis}, (x,)))
+            assert found(torch.zeros(2, 4, 12)).shape == (2, 3, 8)  # tensors without memory of their own
+    with torch.inference_mode():
+        owner, borrower = group(storage)
+    with torch.no_grad():
+        check(torch.randn(3, 12))  # a basis that does not count its changes
+
+
+def test_an_input_is_saved_and_copied_without_what_is_kept_with_it():
+    owner, borrower = group("shared")
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        owner(x)
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=True), copy.deepcopy(x)):
+        assert torch.equal(other, x)
+        assert not any(isinstance(kept, tuple) for kept in vars(other).values())
+        with torch.no_grad():
+            assert torch.equal(borrower(other), borrower(x))
 
 
 @pytest.mark.parametrize("storage", ["shared", "shared-pivot"])

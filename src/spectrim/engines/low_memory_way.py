@@ -77,10 +77,6 @@ def _of_the_method(method: Method) -> list[str]:
         wrong.append(f"method {name} solves for its factors again at the planned rank; use one of {METHODS}")
     if method.allocation in SEARCHED:
         wrong.append(f"allocation={method.allocation} tries ranks in the whole model; use --set allocation=global")
-    if method.shares:
-        wrong.append(
-            f"storage={method.storage} decides about groups of layers at once; use --set storage={method.alone}"
-        )
     return wrong
 
 

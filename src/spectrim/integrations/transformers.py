@@ -94,9 +94,11 @@ def _check_entry(path: str, entry: Any, codecs: list[str]) -> None:
         and isinstance(entry.get("bias"), bool)
     )
     if not ok:
+        named = isinstance(entry, dict) and isinstance(entry.get("codec"), str) and entry["codec"] not in codecs
+        newer = "; a newer spectrim may have written it: upgrade" if named else ""
         raise InputError(
             f"config.json: quantization_config.modules[{path!r}] is {entry!r}; "
-            f"expected codec in {codecs}, rank >= 1 and bias true or false"
+            f"expected codec in {codecs}, rank >= 1 and bias true or false{newer}"
         )
 
 

@@ -67,11 +67,12 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     columns = _power_of_two(half)
     at_once = min(_power_of_two(heads), max(1, NUMBERS // columns))
     shared = cos.shape[0] == 1  # by all of the batch
-    kernel[batch * length, -(-heads // at_once)](
-        x, cos, sin, y, length, heads, half, *x.stride()[:3], *y.stride()[:3],
-        0 if shared else cos.stride(0), cos.stride(1), 0 if shared else sin.stride(0), sin.stride(1),
-        BACK=back, HEADS=at_once, HALF=columns, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        kernel[batch * length, -(-heads // at_once)](
+            x, cos, sin, y, length, heads, half, *x.stride()[:3], *y.stride()[:3],
+            0 if shared else cos.stride(0), cos.stride(1), 0 if shared else sin.stride(0), sin.stride(1),
+            BACK=back, HEADS=at_once, HALF=columns, enable_fp_fusion=False,
+        )  # fmt: skip
     return y
 
 

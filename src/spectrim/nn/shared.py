@@ -13,8 +13,9 @@ Layers of a group that read the very same tensor, one after the other, multiply 
 (`product_of`); under torch.compile they are one expression that the compiler computes once.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -134,9 +135,9 @@ def product_of(layer: SharedLinear, x: Tensor) -> Tensor:
     """`V x` (..., R) of the group's basis, once for all layers that ask for it with the same tensor.
 
     It is kept with `x`, and goes with it. Only where nothing can come between: no gradient, no training, no CUDA graph,
-    no wrapper or hook at `V`, neither `x` nor the basis changed. Tensors made under `torch.inference_mode()` do not
-    count their changes, so there each layer multiplies. While a graph is traced changes cannot be asked for: the owner
-    multiplies at each call, and layers that come after it with the same tensor take that.
+    no wrapper or hook at `V`, neither `x` nor the basis changed, the same precision and stream. Tensors made under
+    `torch.inference_mode()` do not count their changes, so there each layer multiplies. While a graph is traced changes
+    cannot be asked for: the owner multiplies at each call, and those that come after it with the same tensor take that.
     """
     owner = layer.owner
     basis = owner.V
@@ -146,24 +147,47 @@ def product_of(layer: SharedLinear, x: Tensor) -> Tensor:
     if basis._forward_hooks or basis._forward_pre_hooks:
         return basis(x)
     traced = torch.compiler.is_compiling()
-    if not traced and (x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing())):
-        return basis(x)  # of a graph, a replay must not read what was made outside
     state = None if traced else _state_of(basis, x)
+    if state is None and not traced:
+        return basis(x)
     kept = getattr(x, KEPT, None) if not traced or not layer.owns else None
-    if kept is not None and kept[0] is owner and (traced or kept[1] == state):
-        return kept[2]
+    if isinstance(kept, Kept) and kept.owner is owner and (traced or kept.state == state):
+        return kept.product
     z = basis(x)
-    setattr(x, KEPT, (owner, state, z))
+    setattr(x, KEPT, Kept(owner, state, z))
     return z
 
 
 KEPT = "_spectrim_basis_product"
 
 
-def _state_of(basis: nn.Module, x: Tensor) -> tuple[Any, ...]:
-    """What changes when the input or the basis does."""
-    tensors = (*basis.parameters(), *basis.buffers())
-    return (x._version, *((t.data_ptr(), t._version) for t in tensors))
+class Kept(NamedTuple):
+    """What `product_of` keeps with an input. It stays behind when that is copied or written to a file."""
+
+    owner: SharedLinear
+    state: tuple[Any, ...] | None
+    product: Tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # which torch.load knows; the model is no part of one of its inputs
+
+
+def _state_of(basis: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
+    """What changes when the input, the basis or the way of computing does; None where that cannot be asked for."""
+    tensors = (x, *basis.parameters(), *basis.buffers())
+    if any(t.is_inference() for t in tensors):
+        return None
+    kind = x.device.type
+    try:
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        seen = [(t.data_ptr(), t._version) for t in tensors]
+    except RuntimeError:  # tensors without memory of their own: meta, of torch.func, of several devices
+        return None
+    if not x.is_cuda:
+        return precision, *seen
+    if torch.cuda.is_current_stream_capturing():  # a replay must not read what was made outside
+        return None
+    return precision, torch.cuda.current_stream(x.device).cuda_stream, *seen
 
 
 class InputPivots(nn.Module):

@@ -40,30 +40,31 @@ class FewRows:
     device: torch.device
     places: list[Tensor] = field(default_factory=list)
     shared: bool = False  # all have one right factor, whose product is made once
-    seen: Tensor | None = None
-    version: int | None = None  # of `seen` when the results were made
-    made: list[Tensor] = field(default_factory=list)
+    kept: tuple[Tensor, int | None, list[Tensor]] | None = None
+    """The input seen last, its version when the results were made, and these; one field, since threads may run this."""
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernels won for this many rows, no gradient is asked for, and results can be shared safely.
 
+        The kernels read weights and call no module, so what is put around one (an adapter) has the torch products back.
         Tensors made under `torch.inference_mode()` do not count their changes, so no two layers share one.
         """
         as_timed = x.dtype == self.dtype and x.device == self.device
         if not as_timed or x.numel() // x.shape[-1] not in self.tiles or torch.is_grad_enabled():
+            return False
+        if not all(is_bare(layer) for layer in self.layers):
             return False
         return len(self.layers) == 1 or torch.compiler.is_compiling() or not x.is_inference()
 
     def product(self, layer: StoredLinear, x: Tensor) -> Tensor:
         """y (..., O) of one layer of the group for x (..., I)."""
         index = next(i for i, member in enumerate(self.layers) if member is layer)
-        made, version = self.made, version_of(x)
-        if self.seen is not x or self.version != version:
-            made = self.all_of(x)
-            self.made, self.seen, self.version = made, x, version
-        y = made[index]
+        kept, version = self.kept, version_of(x)
+        if kept is None or kept[0] is not x or kept[1] != version:
+            kept = self.kept = x, version, self.all_of(x)
+        y = kept[2][index]
         if index == len(self.layers) - 1:
-            self.made, self.seen = [], None  # or results would live until the next token
+            self.kept = None  # or results would live until the next token
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def all_of(self, x: Tensor, tiles: Tiles | None = None) -> list[Tensor]:
@@ -95,6 +96,17 @@ class FewRows:
             if layer.U is not None and layer.V is not None:
                 made[index] = made[index] + layer.U(layer.V(lines))
         return made
+
+
+def is_bare(layer: StoredLinear) -> bool:
+    """Whether the linear layers inside compute what their weights say: nothing is wrapped around them or hooked in."""
+    if not isinstance(layer, PLAIN):
+        return True
+    parts = [*layer._modules.values(), *([layer.owner.V] if isinstance(layer, SharedLinear) else [])]
+    return all(
+        type(part) in (nn.Linear, InputPivots) and not part._forward_hooks and not part._forward_pre_hooks
+        for part in parts
+    )
 
 
 def version_of(x: Tensor) -> int | None:
@@ -158,8 +170,8 @@ def unsuited(layers: Sequence[StoredLinear]) -> str | None:
     kind = type(layers[0])
     if any(type(layer) is not kind for layer in layers) or not isinstance(layers[0], PLAIN + CODED + WHOLE):
         return f"no kernel for {', '.join(sorted({layer.codec for layer in layers}))}"
-    if any(isinstance(layer, SharedLinear) and type(layer.owner.V) not in (nn.Linear, InputPivots) for layer in layers):
-        return "a shared factor that something is wrapped around"
+    if not all(is_bare(layer) for layer in layers):
+        return "a factor that something is wrapped around or hooked to"
     if kind is SharedPivotLinear and len({id(layer.owner) for layer in layers if isinstance(layer, SharedLinear)}) > 1:
         return "shared factors of several groups"
     if len({layer.has_bias for layer in layers}) > 1:

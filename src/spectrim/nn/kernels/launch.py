@@ -234,21 +234,25 @@ def _launch(x: Sequence[Tensor], side: Side, ends: Ends, tile: Tile, *, ahead: b
     }  # fmt: skip
     if tile.pdl:
         flags["launch_pdl"] = True
-    if side.bits:
-        launch = _launch_coded if lines == 1 else _launch_coded_rows
+    launch = _launch_plain if not side.bits else _launch_coded if lines == 1 else _launch_coded_rows
+    with torch.cuda.device_of(x[0]):  # Triton launches on the current device, wherever the tensors are
         launch(given, flags, side, tile, blocks, ahead=ahead)
-        return
-    from spectrim.nn.kernels import plain
-
-    kernel: Any = plain.matvec if lines == 1 else plain.few_rows
-    gather = side.order is not None
-    even = not gather and all(width % tile.columns == 0 for width in side.widths)
-    given += [side.order if gather else x[0], x[0].shape[1]]
-    kernel[(blocks,)](*given, GATHER=gather, EVEN=even, PDL=_pdl(tile, ahead=ahead), BLOCK_K=tile.columns, **flags)
 
 
 def _pdl(tile: Tile, *, ahead: bool) -> int:
     return (2 if ahead else 1) if tile.pdl else 0
+
+
+def _launch_plain(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool) -> None:
+    """Weights in 16 or 32 bits."""
+    from spectrim.nn.kernels import plain
+
+    x = given[0]
+    kernel: Any = plain.matvec if len(x) == 1 else plain.few_rows
+    gather = side.order is not None
+    even = not gather and all(width % tile.columns == 0 for width in side.widths)
+    given += [side.order if gather else x, x.shape[1]]
+    kernel[(blocks,)](*given, GATHER=gather, EVEN=even, PDL=_pdl(tile, ahead=ahead), BLOCK_K=tile.columns, **flags)
 
 
 def _launch_coded(given: list[Any], flags: dict[str, Any], side: Side, tile: Tile, blocks: int, *, ahead: bool) -> None:
@@ -291,12 +295,22 @@ def _coded_flags(side: Side) -> dict[str, Any]:
     return {"SYMMETRIC": not len(side.zeros), "BITS": side.bits, "GROUP": side.group, "SHARED": shared}
 
 
-@cache
 def counts_of(device: torch.device) -> Tensor:
     """Counts of programs, all 0: a kernel that counts in them leaves 0.
 
-    Kernels that run one after another share them, so products of one device must not run on two streams at once.
+    Kernels that run one after another share them: those of one stream, and those of all CUDA graphs of a device, which
+    must not be replayed on two streams at once.
     """
+    if device.type != "cuda":
+        return _counts(device, None)
+    of_graphs = _counts(device, None)  # made before the first graph: what is made in one is filled when it is replayed
+    if torch.cuda.is_current_stream_capturing():
+        return of_graphs
+    return _counts(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def _counts(device: torch.device, _stream: int | None) -> Tensor:
     return torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
 
 

@@ -8,6 +8,7 @@ What `StoredLinear.many` refers to. Chosen by the clock for one number of rows, 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from spectrim.nn.codecs import StoredLinear
 from spectrim.nn.kernels.choice import MARGIN, TIMED_GROUPS, Choice, dense_us, differs, seconds_in_graph, shapes_of
+from spectrim.nn.kernels.few import is_bare
 from spectrim.nn.kernels.launch import Tile
 from spectrim.nn.linears import PivotLinear
 from spectrim.nn.quantised import QuantisedPivotLinear
@@ -45,14 +47,21 @@ class ManyRows:
     def product(self, layer: StoredLinear, x: Tensor) -> Tensor:
         """y (..., O) of x (..., I)."""
         assert isinstance(layer, PIVOTS)
-        plain = isinstance(layer, PivotLinear)
-        first, second = (layer.pivot.weight, layer.rest.weight) if plain else layer.matrices()
-        pivots = nn.functional.linear(x.reshape(-1, x.shape[-1]), first)
-        bias = [] if layer.bias is None else [layer.bias]
-        if self.form == "merge":
-            y = merged(pivots, nn.functional.linear(pivots, second), self.index, bias, list(self.tile))
+        flat, bias = x.reshape(-1, x.shape[-1]), [] if layer.bias is None else [layer.bias]
+        if isinstance(layer, PivotLinear):
+            # Modules, not weights: something may be wrapped around them.
+            first, second, weight = layer.pivot, layer.rest, layer.rest.weight
         else:
-            y = scattered(pivots, second, self.index, bias, list(self.tile))
+            rows, weight = layer.matrices()
+            first, second = partial(nn.functional.linear, weight=rows), partial(nn.functional.linear, weight=weight)
+        pivots = first(flat)
+        if self.form == "merge":
+            y = merged(pivots, second(pivots), self.index, bias, list(self.tile))
+        elif is_bare(layer):
+            y = scattered(pivots, weight, self.index, bias, list(self.tile))
+        else:
+            y = torch.cat([pivots, second(pivots)], -1).index_select(-1, layer.order)
+            y = y if layer.bias is None else y + layer.bias
         return y.view(*x.shape[:-1], layer.out_features)
 
 
@@ -64,10 +73,11 @@ def merged(pivots: Tensor, others: Tensor, order: Tensor, bias: Sequence[Tensor]
     cut = Tile(*tile)
     y = pivots.new_empty(len(pivots), len(order))
     kernel: Any = place.merge
-    kernel[_grid(y, cut)](
-        pivots, others, order, bias[0] if bias else y, y, len(y), pivots.shape[1], len(order),
-        BIAS=bool(bias), ROWS=cut.rows, COLUMNS=cut.columns, num_warps=cut.warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(pivots):  # Triton launches on the current device
+        kernel[_grid(y, cut)](
+            pivots, others, order, bias[0] if bias else y, y, len(y), pivots.shape[1], len(order),
+            BIAS=bool(bias), ROWS=cut.rows, COLUMNS=cut.columns, num_warps=cut.warps,
+        )  # fmt: skip
     return y
 
 
@@ -79,11 +89,16 @@ def _(pivots, others, order, bias, tile):
 @torch.library.custom_op("spectrim::scattered", mutates_args=())
 def scattered(pivots: Tensor, second: Tensor, places: Tensor, bias: Sequence[Tensor], tile: Sequence[int]) -> Tensor:
     """y (T, O): pivots (T, R) and pivots second^T, second (O - R, R), at their `places` (O,) int32, + bias."""
+    y = pivots.new_empty(len(pivots), len(places))
+    with torch.cuda.device_of(pivots):
+        _scatter(pivots, second, places, bias, Tile(*tile), y)
+    return y
+
+
+def _scatter(pivots: Tensor, second: Tensor, places: Tensor, bias: Sequence[Tensor], cut: Tile, y: Tensor) -> None:
     from spectrim.nn.kernels import place
 
-    cut = Tile(*tile)
     rank = pivots.shape[1]
-    y = pivots.new_empty(len(pivots), len(places))
     sizes = (len(y), rank, len(places))
     added = bias[0] if bias else y
     copy: Any = place.spread
@@ -92,7 +107,7 @@ def scattered(pivots: Tensor, second: Tensor, places: Tensor, bias: Sequence[Ten
         COLUMNS=MERGE_TILES[0].columns, num_warps=MERGE_TILES[0].warps,
     )  # fmt: skip
     if not len(second):
-        return y  # a layer of full rank has no other rows
+        return  # a layer of full rank has no other rows
     blocks = -(-len(y) // cut.rows) * -(-len(second) // cut.columns)
     kernel: Any = place.scatter
     kernel[(blocks,)](
@@ -100,7 +115,6 @@ def scattered(pivots: Tensor, second: Tensor, places: Tensor, bias: Sequence[Ten
         BIAS=bool(bias), EVEN=rank % SCATTER_K == 0, ROWS=cut.rows, COLUMNS=cut.columns, BLOCK_K=SCATTER_K,
         STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
-    return y
 
 
 @scattered.register_fake
