@@ -135,7 +135,7 @@ def test_the_folder_holds_what_a_user_needs_and_its_checksums_hold(run: Run) -> 
         "report.html", "recipe.json", "recipe.yaml", "manifest.json",
     }  # fmt: skip
     assert not any(name.endswith((".py", ".bin", ".tmp")) for name in names)
-    assert (run.folder / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+    assert (run.folder / "tokenizer.json").read_bytes() == (run.model / "tokenizer.json").read_bytes()
     config = json.loads((run.folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "spectrim"
     verify_manifest(run.folder)
