@@ -158,7 +158,7 @@ GROUPS: dict[str, list[Row]] = {
         Row(label="two-sided, evopress", method="two-sided", options={"allocation": "evopress"}),
     ],
     "storages": [
-        Row(label=f"{label}, {storage}", method=method, preset=preset, options={"storage": storage})
+        Row(label=f"{label}, storage={storage}", method=method, preset=preset, options={"storage": storage})
         for label, method, preset in (("svd-llm", "svd-llm", None), ("soco fast", "soco", "fast"))
         for storage in ("factor", "pivot", "shared", "shared-pivot", "best")
     ],

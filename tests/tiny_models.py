@@ -1,11 +1,15 @@
 """Random models of two blocks, one for each architecture that the tests cover; vocabulary 64, width 32."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 VOCABULARY, WIDTH, INNER = 64, 32, 48
 
@@ -90,3 +94,11 @@ def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert torch.equal(tensor, after["tensors"][name]), name
     for key in before.keys() - {"tensors"}:
         assert before[key] == after[key], key
+
+
+@contextmanager
+def transformers_alone() -> Iterator[None]:
+    """As in a process that never imported spectrim: transformers does not know its format."""
+    with mock.patch.dict(AUTO_QUANTIZER_MAPPING), mock.patch.dict(AUTO_QUANTIZATION_CONFIG_MAPPING):
+        del AUTO_QUANTIZER_MAPPING["spectrim"], AUTO_QUANTIZATION_CONFIG_MAPPING["spectrim"]
+        yield

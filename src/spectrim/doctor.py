@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import torch
 
 from spectrim.engines.measure import computing_dtype, cpu_has_bf16
+from spectrim.integrations.exporters import missing_packages
 from spectrim.machine import measure_rates
 
 EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -36,6 +37,8 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "ui": (("gradio",), "a page with a slider for the size (spectrim ui)"),
 }
 """Extras of pyproject.toml (but dev and docs): the modules they bring, and what each is for."""
+THROUGH_EXPORTERS = ("onnx", "executorch")
+"""Extras that also ask for a newer transformers than the base install does."""
 HUB_SECONDS = 2.0
 LEAST_DISK = 2**30
 """Free bytes below which a result of a model of any size hardly fits."""
@@ -94,11 +97,15 @@ def needed_packages() -> list[str]:
 
 
 def look_at_extras() -> dict[str, dict[str, Any]]:
-    """Which extras are there, and what each would add."""
-    return {
-        name: {"present": all(importlib.util.find_spec(module) for module in modules), "for": what}
-        for name, (modules, what) in EXTRAS.items()
-    }
+    """Which extras are there, what each would add, and what is missing for it, in the words of `pip install`."""
+    found = {}
+    for name, (modules, what) in EXTRAS.items():
+        if name in THROUGH_EXPORTERS:
+            missing = missing_packages(*modules)
+        else:
+            missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        found[name] = {"present": not missing, "missing": missing, "for": what}
+    return found
 
 
 def look_at_cpu() -> dict[str, Any]:
@@ -212,7 +219,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     said.append(f"disk: {_gib(disk['free'])} free in {disk['folder']}")
     said.append(f"hub: {'not looked at' if not hub['looked'] else hub['why']}")
     for name, extra in found["extras"].items():
-        state = "present" if extra["present"] else f"missing (pip install 'spectrim[{name}]')"
+        lacks = ", ".join(extra["missing"])
+        state = "present" if extra["present"] else f"{lacks} missing (pip install 'spectrim[{name}]')"
         said.append(f"extra {name}: {state}; for {extra['for']}")
     said += [f"limit: {text}" for text in found["limits"]]
     said += [f"BROKEN: {text}" for text in found["broken"]] or ["nothing that is needed is broken"]

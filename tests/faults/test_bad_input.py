@@ -331,8 +331,8 @@ def test_missing_shard(tmp_path: Path) -> None:
     ("fields", "says"),
     [
         ({"hidden_size": 64}, "config.json disagrees with the tensors in 20 places, e.g. model.embed_tokens.weight: "
-         "file [8192, 32], config [8192, 64]"),
-        ({"vocab_size": 100}, "model.embed_tokens.weight: file [8192, 32], config [100, 32]"),
+         "file [512, 32], config [512, 64]"),
+        ({"vocab_size": 100}, "model.embed_tokens.weight: file [512, 32], config [100, 32]"),
         ({"num_hidden_layers": 3}, "config.json asks for 3 blocks (model.layers.0 to 2), the files hold 2"),
         ({"num_hidden_layers": 1}, "config.json asks for 1 blocks (model.layers.0 to 0), the files hold 2"),
         ({"attention_bias": True}, "8 tensors that the model needs are in no file, e.g. "
@@ -444,7 +444,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     words = tmp_path / "words"
     words.mkdir()
     for name in TOKENIZER_FILES:
-        shutil.copyfile(TINY / name, words / name)
+        shutil.copyfile(small_model(tmp_path / "other") / name, words / name)
     assert accepted(model, "--tokenizer", words, where=tmp_path)["text"]["calibration"]["windows"] == 8
     assert call("generate", model, "--tokenizer", words, "--prompt", "x", "--max-new-tokens", "1").code == 0
 
@@ -555,7 +555,7 @@ def test_export_to_a_folder_that_exists_or_is_the_source(model: Path, tmp_path: 
 def test_too_little_space(model: Path, tmp_path: Path) -> None:
     with mock.patch.object(target.shutil, "disk_usage", return_value=SimpleNamespace(total=10, used=0, free=10)):
         message = refused(RESOURCE, model, where=tmp_path)
-        assert "out: needs 0.00 GB (1,221,721 bytes) on this disk, 0.00 GB (10 bytes) are free" in message
+        assert "out: needs 0.00 GB (140,377 bytes) on this disk, 0.00 GB (10 bytes) are free" in message
         assert "free some space or choose another --out" in message
 
 

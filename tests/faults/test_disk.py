@@ -38,7 +38,7 @@ def _quick_reload() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return shortest_run(tmp_path_factory.mktemp("input"))
+    return shortest_run(tmp_path_factory.mktemp("input"), vocab_size=8192)  # a file larger than a state
 
 
 @pytest.fixture(scope="module")

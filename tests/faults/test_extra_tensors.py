@@ -97,7 +97,7 @@ def test_a_model_in_memory_carries_them_unless_the_source_has_changed(tmp_path: 
 
 def test_shards_are_numbered_anew(tmp_path: Path) -> None:
     source, target = with_extra(tmp_path / "model"), tmp_path / "shards"
-    AutoModelForCausalLM.from_pretrained(small_model(tmp_path / "plain")).save_pretrained(
+    AutoModelForCausalLM.from_pretrained(small_model(tmp_path / "plain", vocab_size=8192)).save_pretrained(
         target, max_shard_size="500KB"
     )
     before, count = tensors_in(target), len(list(target.glob("*.safetensors")))

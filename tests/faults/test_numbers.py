@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command_line import PLAIN, call, change_weights, hashes, small_model, small_text
+from command_line import PLAIN, VOCABULARY, call, change_weights, hashes, small_model, small_text
 from spectrim import job, reloaded
 from spectrim.engines.layerwise import check_weights, refuse_large_sides
 from spectrim.engines.loop import Group, Training, train
@@ -120,7 +120,7 @@ def test_logits_that_were_finite_must_be_so_after_the_reload(spoil: float | None
     mock.patch.stopall()
     dense = load_dense(resolve(str(model)), torch.device("cpu"))
     with torch.no_grad():
-        there = dense(input_ids=torch.arange(16)[None] * 7919 % 8192).logits
+        there = dense(input_ids=torch.arange(16)[None] * 7919 % VOCABULARY).logits
     if spoil is not None:
         there[0, 0, 0] = spoil
     with mock.patch.object(reloaded, "logits_elsewhere", return_value=there):

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import spectrim
-from command_line import QUICK, TINY, Answer, call, hashes, small_model, small_text
+from command_line import QUICK, TINY, VOCABULARY, Answer, call, hashes, small_model, small_text
 from spectrim import job
 from spectrim.engines import distil
 from spectrim.job import Request
@@ -135,7 +135,7 @@ def test_the_folder_holds_what_a_user_needs_and_its_checksums_hold(run: Run) -> 
         "report.html", "recipe.json", "recipe.yaml", "manifest.json",
     }  # fmt: skip
     assert not any(name.endswith((".py", ".bin", ".tmp")) for name in names)
-    assert (run.folder / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+    assert (run.folder / "tokenizer.json").read_bytes() == (run.model / "tokenizer.json").read_bytes()
     config = json.loads((run.folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "spectrim"
     verify_manifest(run.folder)
@@ -430,7 +430,7 @@ def test_compress_save_load_and_evaluate_in_python(tmp_path: Path) -> None:
 def test_a_model_in_memory_is_compressed_and_left_as_it_was(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(small_model(tmp_path / "model"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ids = torch.randint(8192, (4, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
     small = spectrim.compress(model, keep=0.5, method="two-sided", calibration=ids)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     out = small.save_pretrained(tmp_path / "out")

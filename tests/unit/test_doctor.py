@@ -12,10 +12,17 @@ import torch
 
 from command_line import call
 from spectrim import doctor
+from spectrim.integrations import exporters
 from spectrim.machine import Rates
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def package(line: str) -> str:
+    return re.split(r"[^\w]", line)[0]
+
+
 RATES = Rates(
     device="cpu", computing_dtype="float32", products=1e10, full_products=1e10, copied=1e10, softmax=1e9, eigen=1e-9
 )
@@ -88,8 +95,24 @@ def test_dependencies_are_those_of_the_package() -> None:
 
 @pytest.mark.parametrize("extra", doctor.EXTRAS)
 def test_an_extra_brings_the_modules_that_are_looked_for(extra: str) -> None:
-    brought = {re.split(r"[^\w]", line)[0] for line in PROJECT["project"]["optional-dependencies"][extra]}
-    assert set(doctor.EXTRAS[extra][0]) == brought
+    base = {package(line) for line in PROJECT["project"]["dependencies"]}
+    brought = {package(line): line for line in PROJECT["project"]["optional-dependencies"][extra]}
+    assert set(doctor.EXTRAS[extra][0]) == set(brought) - base
+    newer = [line for name, line in brought.items() if name in base]  # than the base install asks for
+    told = ["transformers>=" + ".".join(map(str, exporters.FIRST))] if extra in doctor.THROUGH_EXPORTERS else []
+    assert newer == told
+
+
+@pytest.mark.parametrize("extra", doctor.THROUGH_EXPORTERS)
+def test_a_transformers_older_than_an_extra_needs_is_told(extra: str) -> None:
+    with (
+        mock.patch.object(exporters, "version", return_value="5.13.1"),
+        mock.patch.object(exporters, "find_spec", return_value=object()),
+    ):
+        answer = call("doctor", "--no-hub")
+    needs = f"extra {extra}: transformers>=5.14 (5.13.1 is installed) missing (pip install 'spectrim[{extra}]')"
+    assert needs in answer.out
+    assert answer.code == 0  # an extra is not needed
 
 
 def test_every_constraint_is_there_once() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from command_line import TINY, call, change_weights, hashes, small_model, small_text
+from command_line import VOCABULARY, call, change_weights, hashes, small_model, small_text
 from spectrim import any_size_job, job, memory, reloaded
 from spectrim.cli_options import load_lines
 from spectrim.data import evaluation_windows, load_texts, load_tokenizer
@@ -131,7 +131,7 @@ def spoil(folder: Path, _ids: torch.Tensor, _device: torch.device) -> torch.Tens
     ("elsewhere", "says"),
     [
         (spoil, "nothing was published"),
-        (lambda _f, ids, _d: torch.full((1, ids.shape[1], 8192), torch.nan), "not finite"),
+        (lambda _f, ids, _d: torch.full((1, ids.shape[1], VOCABULARY), torch.nan), "not finite"),
         (lambda _f, ids, _d: torch.zeros(1, ids.shape[1], 10), "gives logits of shape (1, 16, 10)"),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_reload_that_differs_publishes_nothing(
 @pytest.mark.fault(45)
 def test_logits_that_were_nan_before_saving_are_not_taken_for_equal(model: Path, tmp_path: Path) -> None:
     change_weights(model, "model.layers.0.input_layernorm.weight", lambda tensor: tensor.fill_(3e38))
-    finite = torch.zeros(1, 16, 8192)
+    finite = torch.zeros(1, 16, VOCABULARY)
     with (
         mock.patch.object(reloaded, "logits_elsewhere", return_value=finite),
         pytest.raises(NumericalError, match="nan"),
@@ -192,7 +192,7 @@ def test_figures_are_about_the_rounded_weights(tmp_path: Path, quick_reload: Non
     assert report["stored"]["dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     texts = load_texts(str(tmp_path / "text.txt"), split="evaluation")
-    ids = evaluation_windows(texts, load_tokenizer(TINY), length=32, count=2).ids
+    ids = evaluation_windows(texts, load_tokenizer(model), length=32, count=2).ids
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert report["quality"]["compressed"]["perplexity"] == pytest.approx(evaluate(stored, ids).perplexity, rel=1e-6)
     assert report["quality"]["compressed"]["kl"] > 0

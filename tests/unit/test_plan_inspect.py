@@ -49,9 +49,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tied and untied embeddings, with and without biases."""
     where = tmp_path_factory.mktemp("models")
     return {
-        "tied": small_model(where / "tied"),
-        "untied": small_model(where / "untied", tie_word_embeddings=False),
-        "biases": small_model(where / "biases", attention_bias=True, mlp_bias=True),
+        "tied": small_model(where / "tied", vocab_size=8192),
+        "untied": small_model(where / "untied", vocab_size=8192, tie_word_embeddings=False),
+        "biases": small_model(where / "biases", vocab_size=8192, attention_bias=True, mlp_bias=True),
     }
 
 

@@ -25,7 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("all")
     with mock.patch.object(any_size_job, "reload_difference", return_value=0.0):
         answer = call(
-            *("compress", small_model(where / "model"), "--out", where / "out", "--any-size", "--method", "svd-llm"),
+            *("compress", small_model(where / "model", initializer_range=0.2), "--out", where / "out"),
+            *("--any-size", "--method", "svd-llm"),
             *("--keep", "0.8", "--anchors", "0.8,0.5", "--calib", small_text(where / "text.txt"), "--eval", "none"),
             *("--calib-windows", "4", "--calib-length", "32"),
         )

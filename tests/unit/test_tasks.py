@@ -45,7 +45,7 @@ def words() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
-    folder = small_model(tmp_path_factory.mktemp("other") / "model")
+    folder = small_model(tmp_path_factory.mktemp("other") / "model", vocab_size=8192)
     return load_model(resolve(str(folder)), torch.device("cpu"), torch.float32)
 
 
