@@ -31,7 +31,7 @@ from spectrim.registry import make_method
 
 pytestmark = pytest.mark.slow
 
-NOT_RUN = {"push": "writes to the hub"}
+NOT_RUN = {"push": "writes to the hub", "ui": "serves until it is stopped"}
 BRIEF = {
     "compress": (*QUICK, "--gradient-windows", "4", "--train-windows", "8", "--quality-gate", "0", "--overwrite"),
     "eval": ("--windows", "2", "--length", "64"),
@@ -42,7 +42,9 @@ BRIEF = {
 }
 FEW = {"steps": 2, "distil_steps": 2, "prune_steps": 2, "mixed_steps": 2, "batch_size": 2, "adapter_rank": 8}
 STEPS = re.compile(r"^(kl|block):\d+$")
-NEEDS = {"--lm-eval": "lm_eval", "onnx": "onnxruntime", "lq-lora": "scipy", "lm_eval": "lm_eval"}
+NEEDS = {
+    "--lm-eval": "lm_eval", "lm_eval": "lm_eval", "onnx": "onnxruntime", "executorch": "executorch", "lq-lora": "scipy",
+}  # fmt: skip
 """Words of a command that work only where this module is installed."""
 TRAIN = """
 import sys
