@@ -76,7 +76,7 @@ def compile_one(storage: str, kind: int, tile: Tile, rows: int, quick: bool) -> 
             group.all_of(given(group, rows), (tile, tile))
         if not quick:
             torch.cuda.synchronize()
-    except Exception as error:
+    except Exception as error:  # a tile that does not compile, or finds no memory, is told in the file
         return f"{type(error).__name__}: {str(error)[:300]}"
     return None
 
@@ -182,7 +182,7 @@ class Search:
                     return float("inf")
                 seconds = self.bench.clock(lambda: [group.all_of(self.x, pair) for group in self.groups], replays=3)
                 self.found[pair] = seconds / len(self.groups) * 1e6
-            except Exception as error:
+            except Exception as error:  # one tile that fails must not take the others along
                 self.notes.append(f"{tuple(map(tuple, pair))}: {type(error).__name__}: {str(error)[:200]}")
         return self.found[pair]
 

@@ -59,7 +59,7 @@ def _reload_here() -> Iterator[None]:
         with mock.patch.object(sys, "argv", command[2:]):
             try:
                 reload.main()
-            except Exception:
+            except Exception:  # what ends the real process with a traceback, whatever it is
                 code, err = 1, traceback.format_exc()
         return subprocess.CompletedProcess(command, code, "", err)
 

@@ -394,4 +394,4 @@ def test_a_stored_layer_holds_the_tensors_it_was_made_of_and_a_bias_of_its_own(s
             assert own[key].data_ptr() == tensor.data_ptr(), key
         key = "U.bias" if storage == "factor" else "bias"
         assert torch.equal(own[key], placed.bias)
-        assert own[key].data_ptr() != dense.get_submodule(name).bias.data_ptr()  # type: ignore[union-attr,operator]
+        assert own[key].data_ptr() != dense.get_submodule(name).bias.data_ptr()  # type: ignore[union-attr,operator]  linear

@@ -156,7 +156,7 @@ def test_a_task_that_is_told_to_stop_saves_its_sums(words: list[str], tmp_path: 
 
 def saved_then_killed(self: Resume, stage: str, saved: object, **told: bool) -> bool:
     """The first state is written, then the process is gone."""
-    SAVE(self, stage, saved, **told)  # type: ignore[arg-type]
+    SAVE(self, stage, saved, **told)  # type: ignore[arg-type]  handed on as it came
     os.kill(os.getpid(), signal.SIGKILL)
     return True
 

@@ -43,7 +43,7 @@ def _write_program(model: PreTrainedModel, path: Path) -> None:
     ids = sample_ids(model, 1, 8)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with quietly():
-        from transformers.exporters import ExecutorchConfig, ExecutorchExporter  # type: ignore[attr-defined]
+        from transformers.exporters import ExecutorchConfig, ExecutorchExporter  # type: ignore[attr-defined]  not in older ones
 
         config = ExecutorchConfig(
             backend="xnnpack", dynamic=True, dynamic_shapes={"input_ids": length, "attention_mask": length}

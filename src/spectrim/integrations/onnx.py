@@ -48,8 +48,8 @@ def _write_graph(model: PreTrainedModel, path: Path) -> None:
     }
     inputs = {"input_ids": ids[:, 3:], "attention_mask": torch.ones_like(ids), "past_key_values": cache}
     with quietly():
-        import onnx_ir  # type: ignore[import-not-found]
-        from transformers.exporters import OnnxConfig, OnnxExporter  # type: ignore[attr-defined]
+        import onnx_ir  # type: ignore[import-not-found]  of an extra
+        from transformers.exporters import OnnxConfig, OnnxExporter  # type: ignore[attr-defined]  not in older ones
 
         exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True, dynamic_shapes=shapes))
         program = program_of(exported)

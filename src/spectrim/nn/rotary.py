@@ -36,7 +36,7 @@ def suits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """y (B, H, S, D); `suits` says of what. Needs Triton."""
-    return _Rotation.apply(x, cos, sin)  # type: ignore[no-any-return]
+    return _Rotation.apply(x, cos, sin)  # type: ignore[no-any-return]  torch types apply as Any
 
 
 class _Rotation(torch.autograd.Function):
@@ -50,7 +50,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  narrower
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  names what torch gives as Any
         """By x, from that by y."""
         cos, sin = ctx.saved_tensors
         return _launch(gradient if gradient.stride(-1) == 1 else gradient.contiguous(), cos, sin, back=True), None, None
